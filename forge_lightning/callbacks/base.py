@@ -1,0 +1,71 @@
+"""What every callback of the suite shares."""
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from torch import Tensor
+
+
+class ForgeCallback(Callback):
+    """A namespace for logged metrics, and a checkpoint key that survives a change of hyperparameters.
+
+    Args:
+        name: Tells two instances of one class apart: in the checkpoint, and in the metric names.
+    """
+
+    namespace: ClassVar[str]
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name
+
+    @property
+    def state_key(self) -> str:
+        # Hyperparameters stay out: a resume with another `lamb` must still find the EMA.
+        return type(self).__name__ if self.name is None else f"{type(self).__name__}[{self.name}]"
+
+    def metric_name(self, quantity: str) -> str:
+        """``forge/<callback>/[<name>/]<quantity>``."""
+        return "/".join(part for part in ("forge", self.namespace, self.name, quantity) if part)
+
+    def log_metrics(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """Log at this optimizer step only, to every logger, and where `EarlyStopping(monitor=...)` looks.
+
+        `LightningModule.log` would repeat a sparse value at every later logging step.
+        """
+        named = {self.metric_name(quantity): float(value) for quantity, value in metrics.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(named, step=step_of_log(trainer))
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in named.items()})
+
+    def read_metric(self, trainer: Trainer, monitor: str, argument: str) -> Tensor:
+        """The latest value logged as ``monitor``, by the module or by any callback.
+
+        Raises:
+            MisconfigurationException: If nothing was logged under that name, listing what was.
+        """
+        metrics = trainer.callback_metrics
+        if monitor not in metrics:
+            raise MisconfigurationException(
+                f"`{type(self).__name__}({argument}={monitor!r})`: nothing logs this metric."
+                f" Logged so far: {sorted(metrics)}."
+                " Log it in `training_step`, or add the callback that logs it."
+            )
+        return metrics[monitor]
+
+    def refuse(self, what: str, why: str, instead: str) -> MisconfigurationException:
+        """The error for a trainer, module or wiring that this callback cannot serve; to be raised at start."""
+        return MisconfigurationException(f"`{type(self).__name__}` cannot work with {what}: {why}. {instead}")
+
+
+def step_of_log(trainer: Trainer) -> int:
+    """The step number under which Lightning's own monitors log."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def is_logging_step(trainer: Trainer) -> bool:
+    """Whether the coming or just finished optimizer step is one of ``log_every_n_steps``."""
+    every: Any = getattr(trainer, "log_every_n_steps", 1)
+    return bool(getattr(trainer, "fast_dev_run", False)) or (step_of_log(trainer) + 1) % max(1, every) == 0

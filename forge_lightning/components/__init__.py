@@ -1,0 +1,1 @@
+"""Stateful parts that know no Trainer: usable in any training loop."""

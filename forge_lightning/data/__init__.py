@@ -1,0 +1,1 @@
+"""LightningDataModules, and loading that resumes mid-epoch."""

@@ -1,0 +1,96 @@
+"""Loading that a resumed run continues where it stopped, batch for batch."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+
+class ResumableSampler(DistributedSampler[Any]):
+    """A seeded shuffle of each epoch, split over the processes, that can start anywhere inside the epoch.
+
+    A `DistributedSampler`, because that is the one kind Lightning leaves alone; rank and world size are looked up when
+    iteration starts.
+
+    Args:
+        dataset: Anything with a length.
+        shuffle: Draw a new order each epoch; otherwise the dataset's own.
+        seed: Seed of the order, together with the epoch.
+        drop_last: Drop the examples that do not divide evenly over the processes, instead of repeating a few.
+    """
+
+    def __init__(self, dataset: Dataset[Any], shuffle: bool = True, seed: int = 0, drop_last: bool = False) -> None:
+        super().__init__(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed, drop_last=drop_last)
+        self.start = 0  # examples of this process to skip in the next epoch begun
+
+    def bind(self) -> None:
+        """Take the shape of the running process group, if there is one."""
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            self.num_replicas, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
+        length = len(self.dataset)  # type: ignore[arg-type]
+        round_ = math.floor if self.drop_last else math.ceil
+        self.num_samples = round_(length / self.num_replicas)
+        self.total_size = self.num_samples * self.num_replicas
+
+    def __iter__(self) -> Iterator[Any]:
+        self.bind()
+        start, self.start = self.start, 0
+        return itertools.islice(super().__iter__(), start, None)
+
+    def __len__(self) -> int:
+        self.bind()
+        return self.num_samples
+
+
+class StatefulDataLoader(DataLoader[Any]):
+    """A `DataLoader` whose ``state_dict()`` Lightning keeps in its checkpoints: a mid-epoch resume sees the batches
+    that the stopped run did not, with any number of workers.
+
+    Counts batches handed out, not batches prefetched. Keeps the place in the order, not the random state of
+    augmentations inside workers.
+
+    Args:
+        dataset: A map-style dataset.
+        batch_size: Examples a batch and process.
+        shuffle: Draw a new order each epoch.
+        seed: Seed of the order.
+        drop_last: Drop the last, smaller batch.
+        **kwargs: `DataLoader`'s own: ``num_workers``, ``collate_fn``, ``pin_memory``, ...
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batch_size: int,
+        shuffle: bool = False,
+        seed: int = 0,
+        drop_last: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        sampler = ResumableSampler(dataset, shuffle=shuffle, seed=seed)
+        # Seeds for workers come from here: a loader that drew from the global stream would move dropout.
+        kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
+        super().__init__(dataset, batch_size=batch_size, sampler=sampler, drop_last=drop_last, **kwargs)
+        self._delivered = 0
+        self._resume: dict[str, int] = {}
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        sampler: ResumableSampler = self.sampler  # type: ignore[assignment]
+        resume, self._resume = self._resume, {}
+        self._delivered = resume["delivered"] if resume.get("epoch") == sampler.epoch else 0
+        sampler.start = self._delivered * (self.batch_size or 1)
+        for batch in super().__iter__():
+            self._delivered += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        """The running epoch, and its batches that were handed out."""
+        sampler: ResumableSampler = self.sampler  # type: ignore[assignment]
+        return {"epoch": sampler.epoch, "delivered": self._delivered if self._delivered < len(self) else 0}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """When that epoch is begun next, skip the batches that were handed out."""
+        self._resume = dict(state_dict)

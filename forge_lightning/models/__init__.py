@@ -1,0 +1,1 @@
+"""LightningModules: any Hugging Face causal language model, and small reference models."""

@@ -1,0 +1,1 @@
+"""Reads what a run left on disk. Knows no Trainer."""

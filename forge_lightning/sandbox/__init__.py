@@ -1,0 +1,1 @@
+"""Runs generated programs. Knows nothing of training."""

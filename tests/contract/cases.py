@@ -1,0 +1,53 @@
+"""One line per public callback: how to build it, and what it promises. A new callback is a line in `CASES`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from lightning.pytorch import Callback
+
+from forge_lightning import callbacks
+
+
+@dataclass(frozen=True)
+class Case:
+    build: Callable[[], Callback]
+    id: str
+    inert: Callable[[], Callback] | None = None  # settings under which it must change nothing
+    observer: bool = False  # the callback says `Changes: nothing.`
+    twin: Callable[[], Callback] | None = None  # a second instance, with another name
+    exempt: dict[str, str] = field(default_factory=dict)  # row -> why it does not apply
+    logs: frozenset[str] = frozenset()  # every key that its docstring lists
+    constant_logs: frozenset[str] = frozenset()  # of those, the ones that a healthy run holds constant
+
+    def __str__(self) -> str:
+        return self.id
+
+
+GROKFAST_LOGS = frozenset(
+    f"forge/grokfast/{key}" for key in ("lamb", "cosine", "grad_norm_before", "grad_norm_after", "skipped_steps")
+)
+
+
+def grokfast(id: str, **kwargs) -> Case:
+    return Case(
+        build=lambda: callbacks.Grokfast(**kwargs),
+        id=id,
+        inert=lambda: callbacks.Grokfast(**kwargs | {"lamb": 0.0}),
+        twin=lambda: callbacks.Grokfast(**kwargs, name="second"),
+        logs=GROKFAST_LOGS,
+        constant_logs=frozenset({"forge/grokfast/skipped_steps"})
+        | (frozenset({"forge/grokfast/lamb"}) if "schedule" not in kwargs else frozenset()),
+    )
+
+
+CASES = [
+    grokfast("grokfast-ema", alpha=0.9, lamb=2.0),
+    grokfast("grokfast-ma", filter="ma", window_size=3, lamb=2.0),
+    grokfast("grokfast-projection", filter="projection", alpha=0.9, lamb=0.25, schedule="cosine_similarity"),
+    Case(
+        build=callbacks.RNGState,
+        id="rng-state",
+        observer=True,
+        twin=lambda: callbacks.RNGState(name="second"),
+    ),
+]

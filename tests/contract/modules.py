@@ -1,0 +1,151 @@
+"""Small LightningModules that stand for what users bring."""
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from forge_lightning.data.stateful import StatefulDataLoader
+
+
+def examples(count=64):
+    x = torch.randn(count, 8, generator=torch.Generator().manual_seed(0))
+    return TensorDataset(x, (x.sum(1) > 0).long())
+
+
+class LossOnly(LightningModule):
+    """`training_step` returns a bare loss tensor."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.1), nn.ReLU(), nn.Linear(16, 2))
+
+    def loss(self, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(self.net(x.to(self.dtype)), y)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.loss(batch))
+
+    def test_step(self, batch, batch_idx):
+        self.log("test/loss", self.loss(batch))
+
+    def predict_step(self, batch, batch_idx):
+        return self.net(batch[0])
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+    def train_dataloader(self):
+        return DataLoader(examples(), batch_size=8)
+
+    val_dataloader = test_dataloader = predict_dataloader = train_dataloader
+
+
+class ExtraOutputs(LossOnly):
+    """`training_step` returns a dict whose extras still carry the graph."""
+
+    def training_step(self, batch, batch_idx):
+        logits = self.net(batch[0])
+        return {"loss": nn.functional.cross_entropy(logits, batch[1]), "logits": logits}
+
+
+class SkipsSteps(LossOnly):
+    """`training_step` returns `None` on odd batches."""
+
+    def training_step(self, batch, batch_idx):
+        return None if batch_idx % 2 else self.loss(batch)
+
+
+class TwoOptimizers(LossOnly):
+    """Manual optimization, two optimizers, alternating."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.net[0].parameters(), 0.1), torch.optim.SGD(self.net[3].parameters(), 0.1)
+
+    def training_step(self, batch, batch_idx):
+        for opt in self.optimizers():
+            opt.zero_grad()
+            self.manual_backward(self.loss(batch))
+            opt.step()
+
+
+class UnfreezesLate(LossOnly):
+    """A parameter gets its first gradient after training began."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if batch_idx == 3:
+            self.net[0].requires_grad_(True)
+
+
+class PartlyFrozen(LossOnly):
+    """Some parameters never get a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[0].requires_grad_(False)
+
+
+class Plain(LossOnly):
+    """Deterministic given the batches: no dropout, SGD. For equalities between runs."""
+
+    batch_size = 8
+
+    def __init__(self):
+        super().__init__()
+        self.net[1] = nn.Identity()
+
+    def train_dataloader(self):
+        return DataLoader(examples(), batch_size=self.batch_size)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class Sharded(Plain):
+    """The same under FSDP2, where the weights are sharded in `configure_model`."""
+
+    def configure_model(self):
+        if self.device_mesh is not None:
+            from torch.distributed.fsdp import fully_shard
+
+            fully_shard(self.net[0], mesh=self.device_mesh["data_parallel"])
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
+def with_batches_of(size, base=Plain):
+    return type(f"{base.__name__}{size}", (base,), {"batch_size": size})
+
+
+class Stateful(LossOnly):
+    """Dropout, and a loader of ours: resumable inside an epoch."""
+
+    def train_dataloader(self):
+        return StatefulDataLoader(examples(), batch_size=8, shuffle=True, seed=3)
+
+    val_dataloader = train_dataloader
+
+
+class RaisesAtStep(LossOnly):
+    """Fails in the middle of an epoch."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 3:
+            raise RuntimeError("raised on purpose")
+        return self.loss(batch)
+
+
+FOREIGN = [LossOnly, ExtraOutputs, SkipsSteps, TwoOptimizers, UnfreezesLate, PartlyFrozen]

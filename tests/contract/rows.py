@@ -1,0 +1,273 @@
+"""The promises. Each row is a function of a case (and a temporary folder) that raises where the promise is broken."""
+
+import csv
+import gc
+import math
+import random
+import weakref
+
+import numpy as np
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins.precision import MixedPrecision
+
+from tests.contract.modules import FOREIGN, LossOnly, Plain, RaisesAtStep, Stateful, with_batches_of
+
+
+def fit(callbacks=(), module=LossOnly, ckpt_path=None, **kwargs):
+    seed_everything(0, verbose=False)  # before the module is built: the same initial weights in every run
+    model = module() if isinstance(module, type) else module
+    defaults = {
+        "accelerator": "cpu",
+        "devices": 1,
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "limit_val_batches": 0,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
+    trainer = Trainer(**defaults | {"callbacks": list(callbacks)} | kwargs)
+    trainer.fit(model, ckpt_path=ckpt_path)
+    return model, trainer
+
+
+def weights(model):
+    full = (p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters())
+    return torch.cat([p.detach().double().flatten() for p in full])
+
+
+def tensors(tree):
+    if isinstance(tree, torch.Tensor):
+        yield tree
+    elif isinstance(tree, dict):
+        yield from (t for v in tree.values() for t in tensors(v))
+    elif isinstance(tree, list | tuple):
+        yield from (t for v in tree for t in tensors(v))
+
+
+def plain(tree):
+    """Whether `torch.load(weights_only=True)` takes it: no view of a larger storage, nothing that carries a graph."""
+    if isinstance(tree, dict):
+        return all(plain(k) and plain(v) for k, v in tree.items())
+    if isinstance(tree, list | tuple):
+        return all(plain(v) for v in tree)
+    if isinstance(tree, torch.Tensor):
+        return not tree.requires_grad and tree.untyped_storage().nbytes() <= tree.nbytes
+    return tree is None or isinstance(tree, bool | int | float | str | bytes)
+
+
+def off_is_off(case, tmp_path):
+    build = case.build if case.observer else case.inert
+    with_callback, _ = fit([build()], max_epochs=2)
+    without, _ = fit(max_epochs=2)
+    assert torch.equal(weights(with_callback), weights(without))
+
+
+def acts(case, tmp_path):
+    """The other half of "off is off": with its own settings, it changes training (an observer does not)."""
+    with_callback, _ = fit([case.build()], max_epochs=2)
+    without, _ = fit(max_epochs=2)
+    assert torch.equal(weights(with_callback), weights(without)) == case.observer
+
+
+def random_stream_untouched(case, tmp_path):
+    fit([case.build()])
+    with_callback = (torch.rand(1), random.random(), np.random.rand())
+    fit()
+    assert with_callback == (torch.rand(1), random.random(), np.random.rand())
+
+
+def foreign_modules(case, tmp_path):
+    for module in FOREIGN:
+        model, _ = fit([case.build()], module)
+        assert weights(model).isfinite().all(), module.__name__
+        without, _ = fit((), module)
+        assert torch.equal(weights(model), weights(without)) == case.observer, f"{module.__name__}: nothing happened"
+
+
+def precisions(case, tmp_path):
+    for precision in ("32-true", "bf16-mixed", "64-true", "bf16-true"):
+        model, _ = fit([case.build()], precision=precision)
+        assert weights(model).isfinite().all(), precision
+
+
+def fp16_overflow(case, tmp_path):
+    """The first steps overflow and the scaler drops them; training recovers, and nothing non-finite stays behind."""
+    callback = case.build()
+    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**20))
+    start, _ = fit(max_steps=0)
+    model, _ = fit([callback], plugins=[plugin], max_epochs=3)
+    assert plugin.scaler.get_scale() < 2.0**20, "no step overflowed: the row tests nothing"
+    assert weights(model).isfinite().all()
+    assert not torch.equal(weights(model), weights(start))
+    assert all(t.isfinite().all() for t in tensors(callback.state_dict()))
+
+
+def accumulation(case, tmp_path):
+    """4 batches of 8 are one of 32."""
+    small, _ = fit([case.build()], with_batches_of(8), accumulate_grad_batches=4, max_epochs=3)
+    large, _ = fit([case.build()], with_batches_of(32), max_epochs=3)
+    torch.testing.assert_close(weights(small), weights(large), atol=1e-6, rtol=1e-5)
+
+
+def clipping(case, tmp_path):
+    """A callback that edits gradients does it before they are clipped: the clipped norm holds."""
+
+    class Watches(Plain):
+        norms = []
+
+        def optimizer_step(self, epoch, batch_idx, optimizer, optimizer_closure=None):
+            super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+            self.norms.append(torch.nn.utils.get_total_norm([p.grad for p in self.parameters()]).item())
+
+    fit([case.build()], Watches, gradient_clip_val=1e-3)
+    assert all(norm <= 1e-3 * (1 + 1e-5) for norm in Watches.norms)
+
+
+def resume_at_epoch_end(case, tmp_path):
+    straight, _ = fit([case.build()], Plain, max_epochs=2)
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    fit([case.build(), checkpoint], Plain, enable_checkpointing=True)
+    torch.load(tmp_path / "last.ckpt", weights_only=True)
+    resumed, _ = fit([case.build()], Plain, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert torch.equal(weights(straight), weights(resumed))
+
+
+def resume_mid_epoch(case, tmp_path):
+    """With our loader and random state, dropout on, 8 batches accumulated by 3."""
+    from forge_lightning.callbacks import RNGState
+
+    # `RNGState` itself is the subject where it is the case: two of them would share a key.
+    extra = lambda: [] if case.id == "rng-state" else [RNGState()]  # noqa: E731
+    kwargs = {"max_epochs": 2, "accumulate_grad_batches": 3}
+    straight, _ = fit([case.build(), *extra()], Stateful, **kwargs)
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+    fit([case.build(), *extra(), checkpoint], Stateful, enable_checkpointing=True, **kwargs)
+    for step in (2, 3):  # inside an epoch; after its last batch
+        resumed, _ = fit([case.build(), *extra()], Stateful, ckpt_path=tmp_path / f"step={step}.ckpt", **kwargs)
+        assert torch.equal(weights(straight), weights(resumed)), step
+
+
+def state_round_trip(case, tmp_path):
+    callback = case.build()
+    fit([callback])
+    saved = callback.state_dict()
+    assert plain(saved)
+    fresh = case.build()
+    if saved:
+        fresh.load_state_dict(saved)
+    again = fresh.state_dict()
+    assert saved.keys() == again.keys()
+    for a, b in zip(tensors(saved), tensors(again), strict=True):
+        assert torch.equal(a, b)
+
+
+def checkpoints_cross(case, tmp_path):
+    """Our checkpoint loads without the callback, and a checkpoint without our state loads with it."""
+    for first, second in (([case.build()], []), ([], [case.build()])):
+        folder = tmp_path / str(len(first))
+        fit([*first, ModelCheckpoint(folder, save_last=True)], Plain, enable_checkpointing=True)
+        model, _ = fit(second, Plain, max_epochs=2, ckpt_path=folder / "last.ckpt")
+        assert weights(model).isfinite().all()
+
+
+def two_instances(case, tmp_path):
+    callbacks = [case.build(), case.twin()]
+    assert len({c.state_key for c in callbacks}) == 2
+    fit([*callbacks, ModelCheckpoint(tmp_path, save_last=True)], enable_checkpointing=True)
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)["callbacks"]
+    for callback in callbacks:
+        assert (callback.state_key in saved) == bool(callback.state_dict())
+
+
+def other_stages(case, tmp_path):
+    """`validate`, `test` and `predict` without `fit`, `fast_dev_run`, and one instance fitted twice."""
+    callback = case.build()
+    model, trainer = fit([callback], max_steps=0, limit_val_batches=2)
+    for run in (trainer.validate, trainer.test, trainer.predict):
+        run(model, **({} if run == trainer.predict else {"verbose": False}))
+    fit([case.build()], fast_dev_run=2)
+    fit([callback])
+    fit([callback])
+
+
+def nothing_left_behind(case, tmp_path):
+    callback = case.build()
+    for module in (LossOnly, RaisesAtStep):
+        model = module()
+        before = set(vars(model))
+        try:
+            fit([callback], model)
+        except RuntimeError as error:
+            assert "on purpose" in str(error)
+        assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
+        patched = {k for k in set(vars(model)) - before if callable(vars(model)[k])}
+        assert not patched, patched
+
+
+def memory_is_bounded(case, tmp_path):
+    """The state stops growing, and no graph is kept alive."""
+    sizes = []
+
+    class Measures(type(case.build())):
+        def on_train_epoch_end(self, trainer, pl_module):
+            super().on_train_epoch_end(trainer, pl_module)
+            sizes.append(sum(t.nbytes for t in tensors(self.state_dict())))
+
+    graphs = []
+
+    class Graphs(LossOnly):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            marker = lambda *_: None  # noqa: E731
+            loss.grad_fn.register_hook(marker)  # now lives as long as the graph
+            graphs.append(weakref.ref(marker))
+            return loss
+
+    callback = case.build()
+    callback.__class__ = Measures
+    fit([callback], Graphs, max_epochs=4)
+    assert sizes[1] == sizes[-1]
+    gc.collect()
+    assert not any(ref() for ref in graphs)
+
+
+def logs(case, tmp_path):
+    """The keys logged are the keys documented; every one that can vary does; steps are those of the other metrics."""
+    fit([case.build()], logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=2, max_epochs=3)
+    with open(tmp_path / "metrics.csv") as file:
+        rows = list(csv.DictReader(file))
+    logged = {key for row in rows for key, value in row.items() if key.startswith("forge/") and value}
+    assert logged == case.logs
+    documented = type(case.build()).__doc__
+    for key in case.logs:
+        assert key.replace("forge/", "") in documented, f"{key} is not in the docstring"
+        values = {float(row[key]) for row in rows if row[key] and not math.isnan(float(row[key]))}
+        assert values, key
+        assert key in case.constant_logs or len(values) > 1, f"{key} never varies"
+        steps = {row["step"] for row in rows if row[key]}
+        assert steps <= {row["step"] for row in rows if row["train/loss"]}
+
+
+ROWS = [
+    off_is_off,
+    acts,
+    random_stream_untouched,
+    foreign_modules,
+    precisions,
+    fp16_overflow,
+    accumulation,
+    clipping,
+    resume_at_epoch_end,
+    resume_mid_epoch,
+    state_round_trip,
+    checkpoints_cross,
+    two_instances,
+    other_stages,
+    nothing_left_behind,
+    memory_is_bounded,
+    logs,
+]
