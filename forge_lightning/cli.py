@@ -1,1 +1,250 @@
-"""The command line."""
+"""forge-fit: a LightningCLI with our callbacks, data and models by short name, and a few commands around it."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from forge_lightning import callbacks, data, models  # noqa: F401  imported, so that short names are known
+from forge_lightning.data.records import DataFileError
+
+TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
+
+
+def config_folders() -> list[Path]:
+    """Where configs are looked up, in this order: the working directory, its ``configs``, and those shipped."""
+    package = Path(__file__).parent
+    shipped = package / "configs" if (package / "configs").is_dir() else package.parent / "configs"
+    return [Path(), Path("configs"), shipped]
+
+
+def find_config(name: str) -> Path:
+    """The config file of that name, with or without suffix.
+
+    Raises:
+        MisconfigurationException: If there is none, listing those that exist.
+    """
+    for folder in config_folders():
+        for candidate in (folder / name, folder / f"{name}.yaml"):
+            if candidate.is_file():
+                return candidate
+    available = "\n".join(f"  {shown}  {about}" for shown, about in shipped_configs())
+    raise MisconfigurationException(
+        f"`--config {name}`: no such file in the working directory, in its `configs`, or among those shipped, which"
+        f" are:\n{available}"
+    )
+
+
+def shipped_configs() -> list[tuple[str, str]]:
+    """Name and first comment line of every config that comes with the package."""
+    folder = config_folders()[-1]
+    found = []
+    for path in sorted(folder.rglob("*.yaml")):
+        first = path.read_text().split("\n", 1)[0]
+        found.append((str(path.relative_to(folder)), first.removeprefix("#").strip()))
+    return found
+
+
+def resolve_configs(argv: Sequence[str]) -> list[str]:
+    """Replace the names after ``--config`` by paths. Inline YAML stays."""
+    resolved, expect = [], False
+    for argument in argv:
+        if expect:
+            argument = _resolve(argument)
+        elif argument.startswith("--config="):
+            argument = "--config=" + _resolve(argument.removeprefix("--config="))
+        expect = not expect and argument in ("--config", "-c")
+        resolved.append(argument)
+    return resolved
+
+
+def _resolve(value: str) -> str:
+    return value if ":" in value and "\n" in value else str(find_config(value))
+
+
+class ForgeCLI(LightningCLI):
+    """LightningCLI as this project wants it: explicit settings win over a checkpoint's, variables ``FORGE_...``."""
+
+    def __init__(self, args: list[str] | None = None, **kwargs: Any) -> None:
+        super().__init__(
+            pl.LightningModule,
+            pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            save_config_callback=SaveConfigCallback,
+            save_config_kwargs={"overwrite": True},
+            parser_kwargs={"default_env": True, "env_prefix": "FORGE"},
+            args=args,
+            **kwargs,
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        super().parse_arguments(parser, args)
+        self._args = args
+
+    def _parse_ckpt_path(self) -> None:
+        before = self.config.clone() if self.config else self.config
+        super()._parse_ckpt_path()
+        if before == self.config:
+            return
+        # What the checkpoint's hyperparameters changed, the YAML or the command line may have said otherwise.
+        explicit = self.parser.parse_args(self._args, defaults=False, _skip_validation=True)
+        self.config.update(explicit)
+
+
+class _CheckCLI(ForgeCLI):
+    """Everything up to the Trainer: arguments are parsed, and callbacks, data and module made, which is cheap."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        pass
+
+
+def check(argv: Sequence[str]) -> int:
+    """Types, ranges and wiring of a config, without building a model. Extra arguments are those of ``fit``."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: forge-fit check CONFIG [--config CONFIG ...] [overrides as for fit]\n\n" + (check.__doc__ or ""))
+        return 0 if argv else 2
+    cli = _CheckCLI(["fit", *resolve_configs(["--config", *argv])])
+    trainer = cli.config_init["fit"]["trainer"]
+    found = trainer.get("callbacks") or []
+    found = found if isinstance(found, list) else [found]
+    keys = [callback.state_key for callback in found if _is_stateful(callback)]
+    twice = sorted({key for key in keys if keys.count(key) > 1})
+    if twice:
+        raise MisconfigurationException(
+            f"`trainer.callbacks` holds {', '.join(twice)} twice, and their states would collide in a checkpoint."
+            " Give one of them a `name`, or drop it."
+        )
+    names = ", ".join(type(callback).__name__ for callback in found) or "none"
+    print(f"{argv[0]}: valid. {type(cli.model).__name__} on {type(cli.datamodule).__name__}; callbacks: {names}.")
+    return 0
+
+
+def _is_stateful(callback: pl.Callback) -> bool:
+    return type(callback).state_dict is not pl.Callback.state_dict
+
+
+def list_configs(argv: Sequence[str]) -> int:
+    """Every shipped config with its one-line description."""
+    parser = argparse.ArgumentParser("forge-fit list", description=list_configs.__doc__)
+    parser.parse_args(argv)
+    configs = shipped_configs()
+    width = max(len(name) for name, _ in configs)
+    for name, about in configs:
+        print(f"{name:{width}}  {about}")
+    return 0
+
+
+def _load_run(run: Path, ckpt_path: Path | None) -> tuple[Any, Any]:
+    """The module and datamodule of a run directory, with the weights of a checkpoint."""
+    import torch
+
+    config = run / "config.yaml"
+    if not config.is_file():
+        raise MisconfigurationException(
+            f"`--run {run}` holds no config.yaml: it is not the directory of a run of `forge-fit fit`."
+            " The summary that ends a run prints its directory."
+        )
+    if ckpt_path is None:
+        found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise MisconfigurationException(f"`--run {run}` holds no checkpoint. Name one with `--ckpt_path`.")
+        last = run / "checkpoints" / "last.ckpt"
+        ckpt_path = last if last in found else found[-1]
+    cli = _CheckCLI(["fit", "--config", str(config)])
+    module, datamodule = cli.model, cli.datamodule
+    if not isinstance(module, models.ForgeModule):
+        raise MisconfigurationException(
+            f"`--run {run}` trained {type(module).__name__}, which does not continue text: only ForgeModule does."
+        )
+    module.build(datamodule.tokenizer)
+    module.load_state_dict(torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"])
+    return module.eval(), datamodule
+
+
+def generate(argv: Sequence[str]) -> int:
+    """Continue a prompt with the model of a run."""
+    parser = argparse.ArgumentParser("forge-fit generate", description=generate.__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="run directory, as the summary of a fit prints it")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--ckpt_path", type=Path, help="checkpoint; default: the run's last")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to add at most")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    args = parser.parse_args(argv)
+    module, _ = _load_run(args.run, args.ckpt_path)
+    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
+    print(module.complete([args.prompt], **options)[0])
+    return 0
+
+
+def export(argv: Sequence[str]) -> int:
+    """Write the model and tokenizer of a run as a Hugging Face folder."""
+    parser = argparse.ArgumentParser("forge-fit export", description=export.__doc__)
+    parser.add_argument("--run", type=Path, required=True, help="run directory, as the summary of a fit prints it")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--ckpt_path", type=Path, help="checkpoint; default: the run's last")
+    args = parser.parse_args(argv)
+    module, _ = _load_run(args.run, args.ckpt_path)
+    module.export(args.output)
+    print(f"Wrote {args.output}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(args.output)!r}).")
+    return 0
+
+
+COMMANDS = {"list": list_configs, "check": check, "generate": generate, "export": export}
+
+
+def _usage() -> str:
+    lines = [f"  {name:9} Lightning's {name}; `forge-fit {name} --help`" for name in TRAINER_COMMANDS]
+    lines += [f"  {name:9} {(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items()]
+    return "usage: forge-fit COMMAND ...\n\n" + "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command. Mistakes of the user end in one message and exit code 2, never in a traceback of ours."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        if not argv or argv[0] in ("-h", "--help"):
+            print(_usage())
+            return 0 if argv else 2
+        if argv[0] in COMMANDS:
+            return COMMANDS[argv[0]](argv[1:])
+        if argv[0] not in TRAINER_COMMANDS:
+            raise MisconfigurationException(f"`forge-fit {argv[0]}`: no such command.\n{_usage()}")
+        variable = f"FORGE_{argv[0].upper()}__CONFIG"
+        if variable in os.environ:
+            os.environ[variable] = _resolve(os.environ[variable])
+        # In `sys.argv`, because that is what a strategy's launcher runs again in its other processes.
+        sys.argv[1:] = resolve_configs(argv)
+        ForgeCLI()
+    except SIGTERMException:
+        return 143  # 128 + SIGTERM, as a shell says it
+    except (MisconfigurationException, DataFileError, OSError) as error:
+        return _explain(str(error))
+    except RuntimeError as error:
+        if "loading state_dict" not in str(error):
+            raise
+        return _explain(f"The checkpoint does not fit the model of this config.\n{error}")
+    return 0
+
+
+def _explain(message: str) -> int:
+    if os.environ.get("FORGE_TRACEBACK"):
+        raise
+    print(f"forge-fit: {message}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

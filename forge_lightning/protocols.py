@@ -1,1 +1,42 @@
 """What a foreign module or datamodule may offer. Structural: nobody has to inherit."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class SupportsTokens(Protocol):
+    """A datamodule over a fixed vocabulary."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Size of the vocabulary."""
+
+    @property
+    def seq_len(self) -> int:
+        """Tokens of the longest example, answer included."""
+
+
+@runtime_checkable
+class SupportsTokenizer(Protocol):
+    """A datamodule that tokenizes text."""
+
+    @property
+    def tokenizer(self) -> Any:
+        """A Hugging Face tokenizer."""
+
+
+@runtime_checkable
+class SupportsProblems(Protocol):
+    """A datamodule whose validation examples are programming problems with tests."""
+
+    def problems(self, split: str) -> Sequence[Any]:
+        """The problems of "val" or "test": objects with ``task_id``, ``prompt`` and ``program(completion)``."""
+
+
+@runtime_checkable
+class SupportsGenerate(Protocol):
+    """A module that continues prompts."""
+
+    def complete(self, prompts: list[str], **options: Any) -> list[str]:
+        """One completion for each prompt."""

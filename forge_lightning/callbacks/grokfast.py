@@ -21,8 +21,8 @@ class Grokfast(ForgeCallback):
     """Amplify the slow component of every gradient before the optimizer uses it.
 
     Hook: ``on_before_optimizer_step``: once per optimizer step, on accumulated, synchronised, unscaled gradients,
-    before Lightning clips them. Memory: one fp32 copy of the gradients ("ema", "projection") or ``window_size`` copies ("ma").
-    In manual optimization your own ``self.clip_gradients`` comes first.
+    before Lightning clips them. Memory: one fp32 copy of the gradients, or with "ma"
+    ``window_size`` copies. In manual optimization your own ``self.clip_gradients`` comes first.
 
     Reads: gradients of the parameters that the optimizer steps; ``stage_monitor`` with ``schedule="by_stage"``.
     Changes: those gradients, in place. A step with a non-finite gradient is left alone and enters no state.

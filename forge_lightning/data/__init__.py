@@ -1,1 +1,10 @@
 """LightningDataModules, and loading that resumes mid-epoch."""
+
+from forge_lightning.data.algorithmic import AlgorithmicData as AlgorithmicData
+from forge_lightning.data.code_tasks import CodeTasks as CodeTasks
+from forge_lightning.data.records import DataFileError as DataFileError
+from forge_lightning.data.stateful import ResumableSampler as ResumableSampler
+from forge_lightning.data.stateful import StatefulDataLoader as StatefulDataLoader
+from forge_lightning.data.text import TextData as TextData
+
+__all__ = ["AlgorithmicData", "CodeTasks", "DataFileError", "ResumableSampler", "StatefulDataLoader", "TextData"]

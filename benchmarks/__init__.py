@@ -1,0 +1,1 @@
+"""Figures, each from one command. Results stand beside them as Markdown."""

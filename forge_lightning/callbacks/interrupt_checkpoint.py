@@ -1,0 +1,84 @@
+"""InterruptCheckpoint: a stopped run that can be taken up again."""
+
+import signal
+import threading
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from forge_lightning.callbacks.base import ForgeCallback
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class InterruptCheckpoint(ForgeCallback, Checkpoint):
+    """On Ctrl-C or SIGTERM, finish the optimizer step, write a checkpoint that resumes bit by bit, and stop.
+
+    Hook: ``on_train_batch_end``, after all other callbacks. A checkpoint written inside a step would hold filters and
+    metrics that are a step ahead of the weights. A second signal stops at once, without a checkpoint.
+
+    Reads: signals. With several processes, one that any of them got counts for all.
+    Changes: nothing.
+    Logs: nothing.
+
+    Args:
+        dirpath: Folder of ``interrupted.ckpt``. Default: ``checkpoints`` in the run directory.
+        name: Tells two instances apart.
+    """
+
+    namespace: ClassVar[str] = "interrupt_checkpoint"
+
+    def __init__(self, dirpath: str | None = None, name: str | None = None) -> None:
+        super().__init__(name)
+        self.dirpath = dirpath
+        self._received: int | None = None
+        self._previous: dict[int, Any] = {}
+        self._last_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._received, self._last_step = None, trainer.global_step
+        if threading.current_thread() is threading.main_thread():  # signals cannot be handled elsewhere
+            self._previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # Between micro-batches of one step, the gradients so far would be lost.
+        between_steps = trainer.global_step != self._last_step
+        self._last_step = trainer.global_step
+        if not between_steps:
+            return
+        received = self._received is not None
+        if trainer.world_size > 1:
+            received = trainer.strategy.reduce_boolean_decision(received, all=False)
+        if not received:
+            return
+        path = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+        trainer.save_checkpoint(path / "interrupted.ckpt")
+        rank_zero_info(f"\nWrote {path / 'interrupted.ckpt'}. Continue with `--ckpt_path {path / 'interrupted.ckpt'}`.")
+        raise SIGTERMException if self._received == signal.SIGTERM else KeyboardInterrupt
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._restore()
+
+    def _receive(self, number: int, frame: Any) -> None:
+        if self._received is not None:
+            self._restore()
+            raise KeyboardInterrupt
+        self._received = number
+        rank_zero_info("\nStopping after this optimizer step, with a checkpoint. Once more stops at once, without.")
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}

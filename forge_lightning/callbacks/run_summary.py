@@ -1,0 +1,152 @@
+"""RunSummary: what a run came to, on the terminal, as JSON and as a picture."""
+
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from forge_lightning.callbacks.base import ForgeCallback
+from forge_lightning.reports.learning_curves import plot_learning_curves, read_metrics
+
+
+class RunSummary(ForgeCallback):
+    """Write ``summary.json`` and ``learning_curves.png`` into the run directory, and print a summary, as a fit ends.
+
+    Hook: the end of every validation, and of the fit; also of one that failed or was interrupted. The picture is drawn
+    from Lightning's ``CSVLogger``; without one, and in ``fast_dev_run``, nothing is written.
+
+    Reads: every logged metric; ``monitor`` after each validation.
+    Changes: nothing.
+    Logs: nothing.
+
+    Args:
+        monitor: Validation metric whose first step at ``threshold`` or better is reported.
+        threshold: That value. ``None`` reports no such step.
+        mode: "max" if larger is better, "min" if smaller.
+        name: Tells two instances apart.
+
+    Raises:
+        ValueError: If ``mode`` is neither.
+    """
+
+    namespace: ClassVar[str] = "run_summary"
+
+    def __init__(
+        self,
+        monitor: str = "val/accuracy",
+        threshold: float | None = None,
+        mode: str = "max",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        if mode not in ("max", "min"):
+            raise ValueError(f"`RunSummary(mode={mode!r})` must be 'max' or 'min'.")
+        self.monitor = monitor
+        self.threshold = threshold
+        self.mode = mode
+        self.reached_at: int | None = None
+        self._best: float | None = None
+        self._seconds_before = {"wall": 0.0, "cpu": 0.0}
+        self._started = (time.monotonic(), time.process_time())
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = (time.monotonic(), time.process_time())
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
+            return
+        value = float(trainer.callback_metrics[self.monitor])
+        sign = 1 if self.mode == "max" else -1
+        if math.isfinite(value) and (self._best is None or sign * value > sign * self._best):
+            self._best = value
+        reached = self.threshold is not None and sign * value >= sign * self.threshold
+        if reached and self.reached_at is None:
+            self.reached_at = trainer.global_step
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._finish(trainer, "finished")
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        interrupted = isinstance(exception, KeyboardInterrupt | SystemExit)
+        self._finish(trainer, "interrupted" if interrupted else f"failed: {type(exception).__name__}: {exception}")
+
+    def seconds(self) -> dict[str, float]:
+        """Wall and CPU seconds of the fit so far, earlier parts of a resumed one included."""
+        wall, cpu = time.monotonic() - self._started[0], time.process_time() - self._started[1]
+        return {"wall": self._seconds_before["wall"] + wall, "cpu": self._seconds_before["cpu"] + cpu}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"reached_at": self.reached_at, "best": self._best, "seconds": self.seconds()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.reached_at = state_dict["reached_at"]
+        self._best = state_dict["best"]
+        self._seconds_before = dict(state_dict["seconds"])
+
+    @rank_zero_only
+    def _finish(self, trainer: Trainer, status: str) -> None:
+        if getattr(trainer, "fast_dev_run", False):
+            return
+        directory = Path(trainer.log_dir) if trainer.loggers and trainer.log_dir else None
+        summary = self._summary(trainer, status, directory)
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+            for logger in trainer.loggers:
+                if isinstance(logger, CSVLogger) and logger.experiment.metrics:
+                    logger.save()
+            metrics_path = directory / "metrics.csv"
+            if metrics_path.exists():
+                marks = {} if self.threshold is None else {self.monitor: self.threshold}
+                plot_learning_curves(
+                    read_metrics(metrics_path),
+                    directory / "learning_curves.png",
+                    title=directory.parent.name or directory.name,
+                    marks=marks,
+                )
+        self._print(summary)
+
+    def _summary(self, trainer: Trainer, status: str, directory: Path | None) -> dict[str, Any]:
+        checkpoint: Any = trainer.checkpoint_callback
+        metrics = {key: _json_number(float(value)) for key, value in trainer.callback_metrics.items()}
+        return {
+            "status": status,
+            "steps": trainer.global_step,
+            "epochs": trainer.current_epoch,
+            "seconds": {key: round(value, 2) for key, value in self.seconds().items()},
+            "monitor": self.monitor,
+            "threshold": self.threshold,
+            "steps_to_threshold": self.reached_at,
+            "best": self._best,
+            "metrics": metrics,
+            "best_checkpoint": getattr(checkpoint, "best_model_path", "") or None,
+            "run": None if directory is None else str(directory),
+        }
+
+    def _print(self, summary: dict[str, Any]) -> None:
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=f"Run {summary['status']}", show_header=False, title_justify="left")
+        if self.threshold is not None:
+            sign = "≥" if self.mode == "max" else "≤"
+            steps = summary["steps_to_threshold"]
+            table.add_row(
+                f"steps to {self.monitor} {sign} {self.threshold:g}", "not reached" if steps is None else f"{steps:,}"
+            )
+        last = summary["metrics"].get(self.monitor)
+        table.add_row(f"last {self.monitor}", "not logged" if last is None else f"{last:.4g}")
+        table.add_row("steps", f"{summary['steps']:,}")
+        table.add_row("time", f"{summary['seconds']['wall']:.1f} s ({summary['seconds']['cpu']:.1f} s CPU)")
+        if summary["run"]:
+            table.add_row("run", summary["run"])
+        Console().print(table)
+
+
+def _json_number(value: float) -> float | str:
+    return value if math.isfinite(value) else str(value)

@@ -1,0 +1,227 @@
+"""Programming problems with tests: MBPP to train on, HumanEval to be measured on."""
+
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_warn
+
+from forge_lightning.data.records import read_jsonl
+from forge_lightning.data.stateful import StatefulDataLoader
+from forge_lightning.data.tokens import Example, ExampleDataset, build_tokenizer, encode_example
+
+Benchmark = Literal["mbpp", "humaneval"]
+
+MBPP_SPLITS = {"train": range(601, 975), "val": range(511, 601), "test": range(11, 511)}
+"""MBPP's conventional split by ``task_id``; 1 to 10 are for few-shot prompts. Austin et al., 2021, arXiv 2108.07732."""
+
+MBPP_PROMPT = '"""\n{text}\n{tests}\n"""\n'
+"""The task and the tests that the program must pass, as a docstring."""
+
+_FIELDS: dict[Benchmark, dict[str, type]] = {
+    "mbpp": {"task_id": int, "text": str, "code": str, "test_list": list, "test_setup_code": str},
+    "humaneval": {"task_id": str, "prompt": str, "entry_point": str, "canonical_solution": str, "test": str},
+}
+_HUB: dict[Benchmark, tuple[str, ...]] = {
+    "mbpp": ("google-research-datasets/mbpp", "full"),
+    "humaneval": ("openai/openai_humaneval",),
+}
+_VARIABLE = {"mbpp": "FORGE_MBPP", "humaneval": "FORGE_HUMANEVAL"}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A prompt, a right answer, and the tests that tell one.
+
+    Args:
+        task_id: Number or name in its benchmark.
+        prompt: What the model continues.
+        solution: The reference completion.
+        before: Program text that goes in front of a completion.
+        tests: Program text that goes after it, and fails where the completion is wrong.
+        stops: Texts that end a completion of a model that does not stop by itself.
+    """
+
+    task_id: str
+    prompt: str
+    solution: str
+    before: str
+    tests: str
+    stops: tuple[str, ...] = ()
+
+    def program(self, completion: str) -> str:
+        """The completion between what it needs and its tests."""
+        ends = [end for stop in self.stops if (end := completion.find(stop)) >= 0]
+        return f"{self.before}{completion[: min(ends, default=None)]}\n{self.tests}\n"
+
+
+def mbpp_problem(record: dict[str, Any], template: str = MBPP_PROMPT) -> Problem:
+    """A record of MBPP, its line ends made Unix's."""
+    tests = "\n".join(record["test_list"]).replace("\r", "")
+    prompt = template.format(text=record["text"].strip(), tests=tests)
+    setup = record["test_setup_code"].replace("\r", "")
+    code = record["code"].replace("\r", "")
+    return Problem(str(record["task_id"]), prompt, code, "", f"{setup}\n{tests}", ('\n"""', "\nassert "))
+
+
+def humaneval_problem(record: dict[str, Any]) -> Problem:
+    """A record of HumanEval, with the stop texts of its authors."""
+    tests = f"{record['test']}\ncheck({record['entry_point']})"
+    stops = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
+    return Problem(record["task_id"], record["prompt"], record["canonical_solution"], record["prompt"], tests, stops)
+
+
+class CodeTasks(LightningDataModule):
+    """MBPP, split by task number as its authors do, or HumanEval, which is for evaluation only.
+
+    Batches are ``{"input_ids", "attention_mask", "labels": (B, T), "sample_id": (B,)}``; the loss is on the completion
+    only. `CodeEvaluation` runs the tests of the problems in ``problems("val")`` and ``problems("test")``.
+
+    Args:
+        dataset: "mbpp" or "humaneval".
+        path: Its ``.jsonl`` or ``.jsonl.gz`` file. Default: the environment variable ``FORGE_MBPP`` or
+            ``FORGE_HUMANEVAL``, else the Hugging Face hub.
+        test_dataset: Another benchmark for ``forge-fit test``. Default: ``dataset``.
+        test_path: Its file, as ``path``.
+        tokenizer: Hub name or local folder of a Hugging Face tokenizer, or "bytes" (one token a byte, no file needed).
+        batch_size: Examples a batch and process.
+        max_length: Longest example in tokens, at least 8. Longer ones are left out, with a warning that counts them.
+        prompt_template: MBPP's prompt, with ``{text}`` and ``{tests}``.
+        seed: Seed of the order of training examples.
+        num_workers: Loader processes.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: If training on HumanEval is asked for, or the data cannot be had.
+        DataFileError: If the file is malformed.
+    """
+
+    def __init__(
+        self,
+        dataset: Benchmark = "mbpp",
+        path: str | None = None,
+        test_dataset: Benchmark | None = None,
+        test_path: str | None = None,
+        tokenizer: str = "bytes",
+        batch_size: int = 8,
+        max_length: int = 1024,
+        prompt_template: str = MBPP_PROMPT,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"`CodeTasks(batch_size={batch_size})` must be at least 1.")
+        if max_length < 8:
+            raise ValueError(f"`CodeTasks(max_length={max_length})` must be at least 8.")
+        if "{text}" not in prompt_template or "{tests}" not in prompt_template:
+            raise ValueError(f"`CodeTasks(prompt_template={prompt_template!r})` must hold {{text}} and {{tests}}.")
+        self.dataset = dataset
+        self.path = path
+        self.test_dataset = test_dataset or dataset
+        self.test_path = test_path if test_dataset else test_path or path
+        self.tokenizer_name = tokenizer
+        self.batch_size = batch_size
+        self.max_length = max_length
+        self.prompt_template = prompt_template
+        self.seed = seed
+        self.num_workers = num_workers
+        self._tokenizer: Any = None
+        self._records: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+        self._sets: dict[str, ExampleDataset] = {}
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, built on first use."""
+        if self._tokenizer is None:
+            self._tokenizer = build_tokenizer(self.tokenizer_name)
+        return self._tokenizer
+
+    def refuse_training(self) -> None:
+        """Raise if this data must not be trained on."""
+        if self.dataset == "humaneval":
+            raise MisconfigurationException(
+                "`CodeTasks(dataset='humaneval')` cannot be trained on: HumanEval is the yardstick, and a model that"
+                " saw it can no longer be measured by it. Train on dataset='mbpp', and measure with"
+                " test_dataset='humaneval'."
+            )
+
+    def problems(self, split: str) -> list[Problem]:
+        """The problems of "train", "val" or "test". HumanEval has no split: "val" and "test" are all of it."""
+        dataset, path = (self.test_dataset, self.test_path) if split == "test" else (self.dataset, self.path)
+        key = (dataset, path)
+        if key not in self._records:
+            self._records[key] = _load(dataset, path)
+        if dataset == "humaneval":
+            return [humaneval_problem(record) for record in self._records[key]]
+        chosen = [r for r in self._records[key] if r["task_id"] in MBPP_SPLITS[split]]
+        if not chosen:
+            wanted = MBPP_SPLITS[split]
+            raise MisconfigurationException(
+                f"`CodeTasks(path={path!r})` has no problem of the {split} split, task_id {wanted[0]} to {wanted[-1]}."
+            )
+        return [mbpp_problem(record, self.prompt_template) for record in chosen]
+
+    def setup(self, stage: str | None = None) -> None:
+        if stage == "fit":
+            self.refuse_training()
+        for split in {"fit": ("train", "val"), "validate": ("val",)}.get(stage or "", ("test",)):
+            if split not in self._sets:
+                self._sets[split] = self._encode(split)
+
+    def _encode(self, split: str) -> ExampleDataset:
+        encoded: list[Example] = []
+        problems = self.problems(split)
+        for number, problem in enumerate(problems):
+            example = encode_example(self.tokenizer, number, problem.prompt, problem.solution)
+            if len(example.input_ids) <= self.max_length:
+                encoded.append(example)
+        if len(encoded) < len(problems):
+            dropped = len(problems) - len(encoded)
+            message = (
+                f"{dropped} of {len(problems)} {split} examples are longer than max_length={self.max_length} tokens"
+            )
+            if not encoded:
+                raise MisconfigurationException(f"`CodeTasks`: {message}. Raise `max_length`.")
+            rank_zero_warn(f"{message} and are left out.")
+        return ExampleDataset(encoded, self.tokenizer.pad_token_id)
+
+    def _loader(self, split: str) -> StatefulDataLoader:
+        dataset = self._sets[split]
+        return StatefulDataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=split == "train",
+            seed=self.seed,
+            num_workers=self.num_workers,
+            collate_fn=dataset.collate,
+        )
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        return self._loader("train")
+
+    def val_dataloader(self) -> StatefulDataLoader:
+        return self._loader("val")
+
+    def test_dataloader(self) -> StatefulDataLoader:
+        return self._loader("test")
+
+    predict_dataloader = test_dataloader
+
+
+def _load(dataset: Benchmark, path: str | None) -> list[dict[str, Any]]:
+    path = path or os.environ.get(_VARIABLE[dataset])
+    if path:
+        return read_jsonl(path, _FIELDS[dataset])
+    from datasets import concatenate_datasets, load_dataset
+
+    try:
+        splits = load_dataset(*_HUB[dataset])
+    except (OSError, ValueError) as error:
+        raise MisconfigurationException(
+            f"`CodeTasks(dataset={dataset!r})`: the hub cannot be reached ({str(error).splitlines()[0]}). Point `path`,"
+            f" or the environment variable {_VARIABLE[dataset]}, to the benchmark's .jsonl or .jsonl.gz file."
+        ) from None
+    return list(concatenate_datasets(list(splits.values())))

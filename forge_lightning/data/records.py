@@ -1,0 +1,72 @@
+"""Reading a user's files. They are parsed, never executed."""
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+
+class DataFileError(ValueError):
+    """A data file that does not hold what it should; the message names file, line and field."""
+
+
+def read_jsonl(path: str | Path, fields: Mapping[str, type]) -> list[dict[str, Any]]:
+    """The records of a ``.jsonl`` or ``.jsonl.gz`` file, one JSON object a line; empty lines are skipped.
+
+    Args:
+        path: The file.
+        fields: Fields that each record must have, with their types. Others are kept as they are.
+
+    Raises:
+        DataFileError: If a line is not a JSON object, or a field is missing or of another type.
+        MisconfigurationException: If the file cannot be read.
+    """
+    records = []
+    for number, line in enumerate(_lines(Path(path)), start=1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataFileError(f"{where}: not JSON: {error.msg} at column {error.colno}.") from None
+        if not isinstance(record, dict):
+            raise DataFileError(f"{where}: must be a JSON object, but is {type(record).__name__}.")
+        for field, kind in fields.items():
+            if field not in record:
+                raise DataFileError(f"{where}: field {field!r} is missing. The line has {sorted(record)}.")
+            if not isinstance(record[field], kind):
+                found = type(record[field]).__name__
+                raise DataFileError(f"{where}: field {field!r} must be {kind.__name__}, but is {found}.")
+        records.append(record)
+    if not records:
+        raise DataFileError(f"{path}: holds no record.")
+    return records
+
+
+def _lines(path: Path) -> Iterator[str]:
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+            yield from file
+    except UnicodeDecodeError as error:
+        raise DataFileError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}.") from None
+    except (gzip.BadGzipFile, EOFError) as error:
+        raise DataFileError(f"{path}: not a complete gzip file: {error}.") from None
+    except OSError as error:
+        raise MisconfigurationException(f"Cannot read the data file {path}: {error.strerror}.") from None
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file, or the ``text`` fields of a ``.jsonl`` or ``.jsonl.gz`` file, one document after another.
+
+    Raises:
+        DataFileError: As `read_jsonl`, or if the file is not UTF-8.
+        MisconfigurationException: If the file cannot be read.
+    """
+    path = Path(path)
+    if ".jsonl" in path.suffixes:
+        return "\n\n".join(record["text"] for record in read_jsonl(path, {"text": str}))
+    return "".join(_lines(path))

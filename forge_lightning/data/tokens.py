@@ -1,0 +1,93 @@
+"""From text to batches of tokens, and the tokenizer that does it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from forge_lightning.components.tokens import IGNORED, prompt_ids
+
+
+def build_tokenizer(name: str) -> Any:
+    """A Hugging Face tokenizer by hub name or local folder, or "bytes": one token a byte, without any file.
+
+    Raises:
+        MisconfigurationException: If it cannot be had, saying what can.
+    """
+    if name == "bytes":
+        from transformers import ByT5Tokenizer
+
+        return ByT5Tokenizer()
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise MisconfigurationException(
+            f"`tokenizer={name!r}` is neither a local folder with a tokenizer nor to be had from the hub"
+            f" ({str(error).splitlines()[0]}). Point `tokenizer` to a folder, or use 'bytes', which needs no file."
+        ) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the completion to learn.
+
+    Args:
+        id: Stays with the example through shuffling.
+        input_ids: Tokens of both, and the end token.
+        num_prompt_tokens: How many of them are prompt, and get no loss.
+    """
+
+    id: int
+    input_ids: Sequence[int]
+    num_prompt_tokens: int
+
+
+def encode_example(tokenizer: Any, id: int, prompt: str, completion: str) -> Example:
+    """Tokens of prompt, completion and the end token. Both are encoded apart, so that none straddles the seam."""
+    start = prompt_ids(tokenizer, prompt)
+    ids = [*start, *tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    return Example(id, ids, len(start))
+
+
+class ExampleDataset(Dataset[dict[str, Any]]):
+    """Examples as batches, right-padded: ``input_ids``, ``attention_mask`` and ``labels``, ``(B, T)``; ``sample_id``.
+
+    Args:
+        examples: What to serve.
+        pad_token_id: Fills the shorter rows; masked out of attention and loss.
+    """
+
+    def __init__(self, examples: Sequence[Example], pad_token_id: int) -> None:
+        self.examples = examples
+        self.pad_token_id = pad_token_id
+
+    def __len__(self) -> int:
+        return len(self.examples)
+
+    def __getitem__(self, index: int) -> Example:  # type: ignore[override]
+        return self.examples[index]
+
+    def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
+        """One batch, as long as its longest row."""
+        length = max(len(example.input_ids) for example in examples)
+        shape = (len(examples), length)
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "attention_mask": torch.zeros(shape, dtype=torch.long),
+            "labels": torch.full(shape, IGNORED),
+        }
+        for row, example in enumerate(examples):
+            ids, end = torch.tensor(example.input_ids), len(example.input_ids)
+            batch["input_ids"][row, :end] = ids
+            batch["attention_mask"][row, :end] = 1
+            batch["labels"][row, example.num_prompt_tokens : end] = ids[example.num_prompt_tokens :]
+        return batch | {"sample_id": torch.tensor([example.id for example in examples])}

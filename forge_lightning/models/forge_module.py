@@ -1,0 +1,256 @@
+"""ForgeModule: any Hugging Face causal language model as a LightningModule."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchmetrics import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy
+from torchmetrics.text import Perplexity
+
+from forge_lightning.components.tokens import IGNORED
+from forge_lightning.models.optimizers import optimizer_config, weight_decay_groups
+from forge_lightning.protocols import SupportsTokenizer
+
+
+class ForgeModule(LightningModule):
+    """Train a Hugging Face causal language model, from pretrained weights or from a config.
+
+    The model is built in ``configure_model``, so that making the module is cheap and FSDP2 can shard it. Batches are
+    ``{"input_ids", "attention_mask", "labels": (B, T)}``, labels not shifted, -100 where no loss is taken.
+
+    Steps return ``loss`` (mean over the batch's labelled tokens), and per example ``example_loss`` (mean over its own)
+    and ``example_success`` (1 where every labelled token is the likeliest one), ``(B,)``, detached.
+    Logs ``train/loss``, ``train/token_accuracy``; ``val/loss``, ``val/perplexity``, ``val/token_accuracy``,
+    ``val/exact_match``; the same under ``test/``.
+
+    Args:
+        pretrained: Hub name or local folder to take weights and config from.
+        config: Instead: a config for random weights, as ``{"model_type": "gpt2", "n_layer": 2, "n_embd": 128}``. The
+            vocabulary size is the tokenizer's unless given.
+        optimizer: Optimizer, from parameter groups.
+        lr_scheduler: Learning-rate schedule, stepped after every optimizer step.
+        group_weight_decay: Leave norms, biases and embeddings out of weight decay.
+        gradient_checkpointing: Recompute activations in the backward pass, to save memory.
+        compile: Compile the model with ``torch.compile``.
+
+    Raises:
+        ValueError: If not exactly one of ``pretrained`` and ``config`` is given, or ``config`` has no ``model_type``.
+        MisconfigurationException: If the weights cannot be had, or model and tokenizer do not fit.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | None = None,
+        config: dict[str, Any] | None = None,
+        optimizer: OptimizerCallable = torch.optim.AdamW,
+        lr_scheduler: LRSchedulerCallable | None = None,
+        group_weight_decay: bool = True,
+        gradient_checkpointing: bool = False,
+        compile: bool = False,
+    ) -> None:
+        super().__init__()
+        if (pretrained is None) == (config is None):
+            raise ValueError("`ForgeModule` takes either `pretrained` or `config`, and one of them.")
+        if config is not None and "model_type" not in config:
+            raise ValueError(f"`ForgeModule(config={config!r})` must name its 'model_type', as in 'gpt2' or 'llama'.")
+        self.pretrained = pretrained
+        self.config = config
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.group_weight_decay = group_weight_decay
+        self.gradient_checkpointing = gradient_checkpointing
+        self.compile_model = compile
+        self.model: Any = None
+        self.tokenizer: Any = None
+
+    def configure_model(self) -> None:
+        if self.model is not None:
+            return
+        data = getattr(self.trainer, "datamodule", None)
+        self.build(data.tokenizer if isinstance(data, SupportsTokenizer) else None)
+
+    def build(self, tokenizer: Any = None) -> None:
+        """Make the model and its metrics. For use without a Trainer; ``configure_model`` calls it otherwise.
+
+        Args:
+            tokenizer: Tokenizer of the data. Without one, ``config`` must give ``vocab_size``.
+        """
+        self.tokenizer = tokenizer
+        self.model = self._pretrained_model() if self.config is None else self._new_model(self.config)
+        vocab_size = self.model.config.vocab_size
+        if tokenizer is not None and len(tokenizer) > vocab_size:
+            raise MisconfigurationException(
+                f"The tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only {vocab_size}. Give the"
+                " model the tokenizer it was made with, or leave `vocab_size` out of `config`."
+            )
+        self.model.train()  # `from_pretrained` leaves evaluation mode, and Lightning keeps what it finds
+        if self.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.device_mesh is not None:
+            _shard(self.model, self.device_mesh["data_parallel"])
+        if self.compile_model:
+            self.model.compile()
+        self.metrics = nn.ModuleDict({f"{split}_metrics": _metrics(vocab_size) for split in ("val", "test")})
+
+    def _pretrained_model(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        try:
+            return AutoModelForCausalLM.from_pretrained(self.pretrained)
+        except (OSError, ValueError) as error:
+            raise MisconfigurationException(
+                f"`ForgeModule(pretrained={self.pretrained!r})` is neither a local folder with a model nor to be had"
+                f" from the hub ({str(error).splitlines()[0]}). Point `pretrained` to a folder that holds config.json"
+                " and weights, or give `config` for random weights, which needs no file."
+            ) from None
+
+    def _new_model(self, options: dict[str, Any]) -> Any:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        options = dict(options)
+        model_type = options.pop("model_type")
+        if self.tokenizer is not None:
+            known = {"vocab_size": len(self.tokenizer)}
+            known |= {f"{kind}_token_id": getattr(self.tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+            options = known | options
+        elif "vocab_size" not in options:
+            raise MisconfigurationException("`ForgeModule(config=...)` needs 'vocab_size' where no tokenizer is known.")
+        try:
+            config = AutoConfig.for_model(model_type, **options)
+            return AutoModelForCausalLM.from_config(config)
+        except ValueError as error:
+            raise MisconfigurationException(f"`ForgeModule(config={self.config!r})`: {error}") from None
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """``(B, T)`` to logits of the next token at each position, ``(B, T, V)``."""
+        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits
+
+    def _step(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Outputs, logits and targets, one forward pass; the self-model head will add its loss here."""
+        logits = self(batch["input_ids"], batch["attention_mask"])[:, :-1]
+        target = batch["labels"][:, 1:]
+        labelled = target != IGNORED
+        token_loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
+        token_loss = token_loss.view_as(target)  # 0 where ignored
+        with torch.no_grad():
+            count = labelled.sum(1)
+            right = (logits.argmax(-1) == target) | ~labelled
+            example_loss = torch.where(count > 0, token_loss.sum(1) / count, torch.nan)
+            success = (right.all(1) & (count > 0)).float()
+        outputs = {
+            "loss": token_loss.sum() / labelled.sum(),
+            "example_loss": example_loss.detach(),
+            "example_success": success,
+        }
+        return outputs, logits.detach(), target
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        outputs, logits, target = self._step(batch)
+        labelled = target != IGNORED
+        accuracy = (logits.argmax(-1) == target)[labelled].float().mean()
+        self.log("train/loss", outputs["loss"], prog_bar=True)
+        self.log("train/token_accuracy", accuracy)
+        return outputs
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluation_step(batch, "val")
+
+    def test_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
+        return self._evaluation_step(batch, "test")
+
+    def _evaluation_step(self, batch: dict[str, Tensor], split: str) -> dict[str, Tensor]:
+        outputs, logits, target = self._step(batch)
+        metrics: Any = self.metrics[f"{split}_metrics"]
+        metrics["loss"].update(outputs["loss"], (target != IGNORED).sum())
+        metrics["perplexity"].update(logits.float(), target)
+        metrics["token_accuracy"].update(logits.argmax(-1), target)
+        metrics["exact_match"].update(outputs["example_success"])
+        for name, metric in metrics.items():
+            self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "loss")
+        return outputs
+
+    def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> list[str]:
+        if self.tokenizer is None:
+            raise MisconfigurationException("`ForgeModule.predict` needs a datamodule with a `tokenizer`.")
+        prompts = []
+        for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
+            prompts.append(self.tokenizer.decode(ids[(labels == IGNORED) & (mask == 1)], skip_special_tokens=True))
+        return self.complete(prompts)
+
+    def configure_optimizers(self) -> Any:
+        params = (
+            weight_decay_groups(self) if self.group_weight_decay else [p for p in self.parameters() if p.requires_grad]
+        )
+        return optimizer_config(params, self.optimizer, self.lr_scheduler)
+
+    @torch.no_grad()
+    def complete(
+        self, prompts: list[str], *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        """Continue prompts. The global random stream is left as it was.
+
+        Args:
+            prompts: Texts to continue.
+            max_new_tokens: Tokens to add at most; fewer where the model's context ends.
+            temperature: 0 takes the likeliest token each time; otherwise samples.
+            seed: Seed of the sampling.
+
+        Returns:
+            The texts after each prompt. Empty for a prompt that fills the model's context.
+
+        Raises:
+            ValueError: If ``max_new_tokens`` is below 1 or ``temperature`` below 0.
+        """
+        if max_new_tokens < 1:
+            raise ValueError(f"`max_new_tokens={max_new_tokens}` must be at least 1.")
+        if temperature < 0:
+            raise ValueError(f"`temperature={temperature}` must be at least 0.")
+        from forge_lightning.models.generation import generate
+
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return generate(self.model, self.tokenizer, prompts, max_new_tokens, temperature, seed)
+        finally:
+            self.model.train(was_training)
+
+    def export(self, folder: str | Path) -> None:
+        """Write model and tokenizer as a Hugging Face folder, for ``from_pretrained``."""
+        self.model.save_pretrained(folder)
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
+
+
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The stack of blocks of a transformer, found by its structure: the module list that holds the most parameters."""
+    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        raise MisconfigurationException(f"{type(model).__name__} has no list of blocks (`nn.ModuleList`).")
+    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+
+
+def _shard(model: nn.Module, mesh: Any) -> None:
+    from torch.distributed.fsdp import fully_shard
+
+    for layer in decoder_layers(model):
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def _metrics(vocab_size: int) -> nn.ModuleDict:
+    return nn.ModuleDict(
+        {
+            "loss": MeanMetric(),
+            "perplexity": Perplexity(ignore_index=IGNORED),
+            "token_accuracy": MulticlassAccuracy(
+                vocab_size, average="micro", ignore_index=IGNORED, validate_args=False
+            ),
+            "exact_match": MeanMetric(),
+        }
+    )

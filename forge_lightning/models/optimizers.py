@@ -1,0 +1,37 @@
+"""From optimizer and scheduler factories, as the command line gives them, to what Lightning wants."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
+from torch import nn
+
+
+def optimizer_config(
+    params: Iterable[Any], optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None
+) -> dict[str, Any]:
+    """What ``configure_optimizers`` returns; the schedule is stepped after every optimizer step."""
+    built = optimizer(params)
+    if lr_scheduler is None:
+        return {"optimizer": built}
+    scheduler = lr_scheduler(built)
+    config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
+    if isinstance(scheduler, ReduceLROnPlateau):
+        config |= {"interval": "epoch", "monitor": scheduler.monitor}
+    return {"optimizer": built, "lr_scheduler": config}
+
+
+def weight_decay_groups(module: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters in two groups: the optimizer's own weight decay, and none.
+
+    None for everything below two dimensions (biases and the scales of norms) and for embeddings. A tensor that several
+    modules share is in one group; as an embedding, if it is one anywhere (a tied output head).
+    """
+    embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
+    for param in module.parameters():
+        if param.requires_grad:
+            (free if param.ndim < 2 or id(param) in embeddings else decayed).append(param)
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]

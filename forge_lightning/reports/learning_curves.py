@@ -1,0 +1,70 @@
+"""Learning curves from the metrics that a run left on disk."""
+
+import csv
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+Series = tuple[list[int], list[float]]
+
+
+def read_metrics(path: Path) -> dict[str, Series]:
+    """Every metric of a ``metrics.csv``: its steps, and its values.
+
+    Args:
+        path: File written by Lightning's ``CSVLogger``.
+
+    Returns:
+        ``{name: (steps, values)}`` without empty cells, in the order of the file.
+
+    Raises:
+        ValueError: If the file has no ``step`` column.
+    """
+    metrics: dict[str, Series] = {}
+    with open(path, newline="") as file:
+        reader = csv.DictReader(file)
+        if "step" not in (reader.fieldnames or []):
+            raise ValueError(f"{path} has no column 'step': it is not a metrics.csv of Lightning's CSVLogger.")
+        for row in reader:
+            for name, text in row.items():
+                if name not in ("step", "epoch") and text:
+                    steps, values = metrics.setdefault(name, ([], []))
+                    steps.append(int(row["step"]))
+                    values.append(float(text))
+    return metrics
+
+
+def plot_learning_curves(
+    metrics: Mapping[str, Series], path: Path, *, title: str = "", marks: Mapping[str, float] | None = None
+) -> None:
+    """Draw ``train/x`` and ``val/x`` into one panel for each ``x``; nothing is drawn where there is no such metric.
+
+    Args:
+        metrics: From `read_metrics`.
+        path: Picture to write; its suffix gives the format.
+        title: Title of the picture.
+        marks: Horizontal lines, by metric name.
+    """
+    from matplotlib.figure import Figure
+
+    quantities = list(dict.fromkeys(name.split("/", 1)[1] for name in metrics if name.startswith(("train/", "val/"))))
+    if not quantities:
+        return
+    figure = Figure(figsize=(5.2 * len(quantities), 3.8), layout="constrained")
+    axes = figure.subplots(1, len(quantities), squeeze=False)[0]
+    for axis, quantity in zip(axes, quantities, strict=True):
+        for split, color in (("train", "#9a9a9a"), ("val", "#c23b22")):
+            steps, values = metrics.get(f"{split}/{quantity}", ([], []))
+            points = [(s + 1, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=split, color=color, marker="." if len(points) < 20 else "")
+        mark = (marks or {}).get(f"val/{quantity}")
+        if mark is not None:
+            axis.axhline(mark, color="black", linewidth=0.8, linestyle=":", label=f"{mark:g}")
+        if "loss" in quantity or "perplexity" in quantity:
+            axis.set_yscale("log")
+        axis.set(xlabel="optimizer step", title=quantity, xscale="log")
+        axis.grid(alpha=0.25)
+        axis.legend(frameon=False)
+    figure.suptitle(title)
+    figure.savefig(path, dpi=130)
