@@ -28,7 +28,7 @@ class SupportsTokenizer(Protocol):
 
 @runtime_checkable
 class SupportsProblems(Protocol):
-    """A datamodule whose validation examples are programming problems with tests."""
+    """A datamodule, or module, whose validation examples are programming problems with tests."""
 
     def problems(self, split: str) -> Sequence[Any]:
         """The problems of "val" or "test": objects with ``task_id``, ``prompt`` and ``program(completion)``."""

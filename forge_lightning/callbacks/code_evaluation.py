@@ -24,7 +24,7 @@ class CodeEvaluation(ForgeCallback):
 
     Programs run with limits on time, memory, files and processes, which is no jail: see `forge_lightning.sandbox`.
 
-    Reads: the datamodule's problems; the module's completions.
+    Reads: the problems of the datamodule (or module); the module's completions.
     Changes: nothing.
     Logs: after each evaluation, ``forge/code_evaluation/pass_at_1`` (and one such key for every other ``k``), in
     [0, 1], and ``forge/code_evaluation/timeout_rate``, the share of programs that ran out of time.
@@ -45,8 +45,8 @@ class CodeEvaluation(ForgeCallback):
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: At start, if the module cannot complete prompts, the datamodule has no problems, or
-            the weights are sharded.
+        MisconfigurationException: At start, if the module cannot complete prompts, neither datamodule nor module has
+            problems, or the weights are sharded.
 
     References:
         Chen et al., `Evaluating Large Language Models Trained on Code <https://arxiv.org/abs/2107.03374>`_, 2021.
@@ -104,9 +104,8 @@ class CodeEvaluation(ForgeCallback):
             return
         if not isinstance(pl_module, SupportsGenerate):
             raise self.refuse(type(pl_module).__name__, "it has no method `complete(prompts, ...)`", "Use ForgeModule.")
-        datamodule = getattr(trainer, "datamodule", None)
-        if not isinstance(datamodule, SupportsProblems):
-            raise self.refuse(type(datamodule).__name__, "it has no method `problems(split)`", "Use CodeTasks.")
+        if self._source(trainer, pl_module) is None:
+            raise self.refuse("this data", "neither datamodule nor module has `problems(split)`", "Use CodeTasks.")
         if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy):
             raise self.refuse(
                 "sharded weights",
@@ -130,9 +129,14 @@ class CodeEvaluation(ForgeCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._validations = state_dict["validations"]
 
+    def _source(self, trainer: Trainer, pl_module: LightningModule) -> SupportsProblems | None:
+        sources = (getattr(trainer, "datamodule", None), pl_module)
+        return next((source for source in sources if isinstance(source, SupportsProblems)), None)
+
     def _evaluate(self, trainer: Trainer, pl_module: Any, split: str) -> None:
-        datamodule: Any = getattr(trainer, "datamodule", None)
-        problems = datamodule.problems(split)[: 2 if getattr(trainer, "fast_dev_run", False) else self.limit_problems]
+        source = self._source(trainer, pl_module)
+        assert source is not None, "`setup` refuses this"
+        problems = source.problems(split)[: 2 if getattr(trainer, "fast_dev_run", False) else self.limit_problems]
         mine = problems[trainer.global_rank :: trainer.world_size]
         tasks = [problem for problem in mine for _ in range(self.num_samples)]
         completions: list[str] = []

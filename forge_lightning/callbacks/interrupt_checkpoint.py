@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -15,11 +14,12 @@ from forge_lightning.callbacks.base import ForgeCallback
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class InterruptCheckpoint(ForgeCallback, Checkpoint):
+class InterruptCheckpoint(ForgeCallback):
     """On Ctrl-C or SIGTERM, finish the optimizer step, write a checkpoint that resumes bit by bit, and stop.
 
-    Hook: ``on_train_batch_end``, after all other callbacks. A checkpoint written inside a step would hold filters and
-    metrics that are a step ahead of the weights. A second signal stops at once, without a checkpoint.
+    Hook: ``on_train_batch_end``, after all other callbacks: it moves to the end of their list. A checkpoint written
+    inside a step would hold filters and metrics that are a step ahead of the weights. A second signal stops at once,
+    without a checkpoint.
 
     Reads: signals. With several processes, one that any of them got counts for all.
     Changes: nothing.
@@ -41,6 +41,9 @@ class InterruptCheckpoint(ForgeCallback, Checkpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._received, self._last_step = None, trainer.global_step
+        # A new list, because the trainer is walking the old one. Behind `ModelCheckpoint`, whose state is kept as well.
+        others = [callback for callback in getattr(trainer, "callbacks", []) if callback is not self]
+        vars(trainer)["callbacks"] = [*others, self]
         if threading.current_thread() is threading.main_thread():  # signals cannot be handled elsewhere
             self._previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
 

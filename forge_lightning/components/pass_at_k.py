@@ -50,6 +50,6 @@ class PassAtK(Metric):
 
     def compute(self) -> Tensor:
         """Mean over all problems; NaN without any, or where one has fewer than ``k`` samples."""
-        if not self.num_samples:
+        if len(self.num_samples) == 0:  # a list, or after synchronisation a tensor
             return torch.tensor(torch.nan)
         return pass_at_k(dim_zero_cat(self.num_samples), dim_zero_cat(self.num_passed), self.k).mean().float()

@@ -50,4 +50,25 @@ CASES = [
         observer=True,
         twin=lambda: callbacks.RNGState(name="second"),
     ),
+    Case(
+        build=callbacks.RunSummary,
+        id="run-summary",
+        observer=True,
+        twin=lambda: callbacks.RunSummary(name="second"),
+    ),
+    Case(
+        build=callbacks.InterruptCheckpoint,
+        id="interrupt-checkpoint",
+        observer=True,
+        twin=lambda: callbacks.InterruptCheckpoint(name="second"),
+    ),
+    Case(
+        build=lambda: callbacks.CodeEvaluation(num_samples=2, temperature=1.0, max_new_tokens=4),
+        id="code-evaluation",
+        observer=True,
+        twin=lambda: callbacks.CodeEvaluation(name="second", max_new_tokens=4),
+        logs=frozenset({"forge/code_evaluation/pass_at_1", "forge/code_evaluation/timeout_rate"}),
+        constant_logs=frozenset({"forge/code_evaluation/timeout_rate"}),
+        exempt={"fsdp2": "refuses sharded weights (test_code_evaluation)"},
+    ),
 ]

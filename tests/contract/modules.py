@@ -1,5 +1,7 @@
 """Small LightningModules that stand for what users bring."""
 
+from dataclasses import dataclass
+
 import torch
 from lightning.pytorch import LightningModule
 from torch import nn
@@ -13,8 +15,25 @@ def examples(count=64):
     return TensorDataset(x, (x.sum(1) > 0).long())
 
 
+@dataclass
+class Problem:
+    """Passed from the second epoch on."""
+
+    task_id: str
+    prompt: str = ""
+
+    def program(self, completion):
+        return f"{completion}\nassert epoch > 0"
+
+
 class LossOnly(LightningModule):
     """`training_step` returns a bare loss tensor."""
+
+    def complete(self, prompts, **options):
+        return [f"epoch = {self.current_epoch}"] * len(prompts)
+
+    def problems(self, split):
+        return [Problem("a"), Problem("b")]
 
     def __init__(self):
         super().__init__()
@@ -135,8 +154,6 @@ class Stateful(LossOnly):
 
     def train_dataloader(self):
         return StatefulDataLoader(examples(), batch_size=8, shuffle=True, seed=3)
-
-    val_dataloader = train_dataloader
 
 
 class RaisesAtStep(LossOnly):

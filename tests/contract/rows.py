@@ -25,7 +25,8 @@ def fit(callbacks=(), module=LossOnly, ckpt_path=None, **kwargs):
         "max_epochs": 1,
         "logger": False,
         "enable_checkpointing": False,
-        "limit_val_batches": 0,
+        "limit_val_batches": 1,
+        "num_sanity_val_steps": 0,
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }

@@ -1,0 +1,127 @@
+"""The rows that need two processes, for every case, in one launch: ``python -m tests.contract.distributed KIND OUT``.
+
+``KIND`` is "ddp" or "fsdp2". Lightning starts the second process by running this file again.
+"""
+
+import json
+import sys
+import traceback
+import warnings
+from pathlib import Path
+
+import torch
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+
+from forge_lightning.callbacks import RNGState
+from tests.contract.cases import CASES
+from tests.contract.modules import Plain, Sharded, Stateful, with_batches_of
+from tests.contract.rows import fit, weights
+
+
+class ShardedStateful(Stateful, Sharded):
+    """A loader of ours under FSDP2, and an optimizer with a state, which Lightning's resume there cannot do without."""
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.01)
+
+
+MODULE = {"ddp": Plain, "fsdp2": Sharded}
+STATEFUL = {"ddp": Stateful, "fsdp2": ShardedStateful}
+
+
+def two(kind, callbacks, module, **kwargs):
+    if kind == "ddp":
+        strategy = DDPStrategy(process_group_backend="gloo")
+    else:
+        # Sharded checkpoints are the other format; callback state is in both, and whole.
+        strategy = ModelParallelStrategy(
+            data_parallel_size=2,
+            tensor_parallel_size=1,
+            save_distributed_checkpoint=False,
+            process_group_backend="gloo",
+        )
+    return fit(callbacks, module, devices=2, strategy=strategy, **kwargs)
+
+
+def scaler():
+    # Large enough to overflow at first, so that steps are dropped.
+    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**20))
+
+
+def shards_the_batch(case, kind, folder):
+    """With each rank on its half: the two ranks together take the step of the doubled batch."""
+
+    def halves(base):
+        class Halves(base):
+            def on_after_batch_transfer(self, batch, dataloader_idx):
+                rank, world = self.trainer.global_rank, self.trainer.world_size
+                return [t[rank::world] for t in batch]
+
+        return Halves
+
+    one, _ = fit([case.build()], with_batches_of(16), max_epochs=3)
+    both, _ = two(
+        kind, [case.build()], halves(with_batches_of(16, MODULE[kind])), max_epochs=3, use_distributed_sampler=False
+    )
+    torch.testing.assert_close(weights(both), weights(one), atol=1e-6, rtol=1e-5)
+
+
+def ranks_agree(case, kind, folder):
+    """Different data on each rank, the same weights after."""
+    model, trainer = two(kind, [case.build()], STATEFUL[kind], max_epochs=2)
+    mine = weights(model)
+    theirs = trainer.strategy.all_gather(mine)
+    assert torch.equal(theirs[0], theirs[1])
+
+
+def resumes(case, kind, folder):
+    """Epoch end and mid-epoch, accumulating 3 with a remainder (32 rows a rank, batches of 8: 4 a rank)."""
+    extra = lambda: [] if case.id == "rng-state" else [RNGState()]  # noqa: E731
+    for plugins in ([],) if kind == "fsdp2" else ([], [scaler]):
+        kwargs = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5, "limit_val_batches": 0}
+        made = lambda: {"plugins": [p() for p in plugins]}  # noqa: E731, B023
+        straight, _ = two(kind, [case.build(), *extra()], STATEFUL[kind], max_epochs=4, **made(), **kwargs)
+        for stop in ({"max_epochs": 2}, {"max_steps": 3}):
+            _, trainer = two(kind, [case.build(), *extra()], STATEFUL[kind], **stop, **made(), **kwargs)
+            path = folder / f"{len(plugins)}{next(iter(stop))}.ckpt"
+            trainer.save_checkpoint(path)
+            torch.load(path, weights_only=True)
+            resumed, _ = two(
+                kind, [case.build(), *extra()], STATEFUL[kind], max_epochs=4, ckpt_path=path, **made(), **kwargs
+            )
+            assert torch.equal(weights(straight), weights(resumed)), (stop, plugins)
+
+
+def acts(case, kind, folder):
+    """Negative control of the rows above: the callback does something there."""
+    without, _ = two(kind, [], STATEFUL[kind], max_epochs=2)
+    with_it, _ = two(kind, [case.build()], STATEFUL[kind], max_epochs=2)
+    assert torch.equal(weights(without), weights(with_it)) == case.observer
+
+
+ROWS = [shards_the_batch, ranks_agree, resumes, acts]
+
+
+def main(kind, out):
+    warnings.filterwarnings("ignore")
+    results = {}
+    for case in CASES:
+        for row in ROWS:
+            name = f"{case.id}-{row.__name__}"
+            if kind in case.exempt:
+                results[name] = f"exempt: {case.exempt[kind]}"
+                continue
+            folder = Path(out) / kind / name
+            folder.mkdir(parents=True, exist_ok=True)
+            try:
+                row(case, kind, folder)
+                results[name] = "passed"
+            except Exception:  # reported to the test that waits for it
+                results[name] = traceback.format_exc()
+    if int(torch.distributed.get_rank()) == 0:
+        (Path(out) / f"{kind}.json").write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

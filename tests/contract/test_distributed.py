@@ -1,0 +1,37 @@
+"""The two-process rows, one launch for all cases. See `distributed.py`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.contract import distributed
+from tests.contract.cases import CASES
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def results(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("distributed")
+    process = subprocess.run(
+        [sys.executable, "-m", "tests.contract.distributed", request.param, str(folder)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    report = folder / f"{request.param}.json"
+    assert report.exists(), process.stderr[-3000:]
+    return json.loads(report.read_text())
+
+
+@pytest.mark.parametrize("row", distributed.ROWS, ids=lambda row: row.__name__)
+def test_every_case_on_two_processes(results, row):
+    for case in CASES:
+        result = results[f"{case.id}-{row.__name__}"]
+        assert result == "passed" or result.startswith("exempt: "), f"{case.id}: {result}"
