@@ -131,8 +131,8 @@ def cosine_lamb(cosine: float, *, lamb_init: float, lamb: float) -> float:
         ``lamb_init + (lamb - lamb_init) * cosine``; 0 (filter off) for a cosine of 0 or less.
 
     Example:
-        >>> cosine_lamb(0.5, lamb_init=0.05, lamb=0.25), cosine_lamb(-0.1, lamb_init=0.05, lamb=0.25)
-        (0.15, 0.0)
+        >>> cosine_lamb(0.5, lamb_init=0.0, lamb=2.0), cosine_lamb(-0.5, lamb_init=0.0, lamb=2.0)
+        (1.0, 0.0)
     """
     return lamb_init + (lamb - lamb_init) * min(cosine, 1.0) if cosine > 0 else 0.0
 
