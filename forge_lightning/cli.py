@@ -103,6 +103,10 @@ class ForgeCLI(LightningCLI):
 class _CheckCLI(ForgeCLI):
     """Everything up to the Trainer: arguments are parsed, and callbacks, data and module made, which is cheap."""
 
+    def __init__(self, args: list[str]) -> None:
+        sys.argv[1:] = args  # where the parent wants them
+        super().__init__()
+
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         return None
 
@@ -117,6 +121,8 @@ def check(argv: Sequence[str]) -> int:
         return 0 if argv else 2
     cli = _CheckCLI(["fit", *resolve_configs(["--config", *argv])])
     trainer = cli.config_init["fit"]["trainer"]
+    if isinstance(cli.datamodule, data.CodeTasks):
+        cli.datamodule.refuse_training()
     found = trainer.get("callbacks") or []
     found = found if isinstance(found, list) else [found]
     keys = [callback.state_key for callback in found if _is_stateful(callback)]

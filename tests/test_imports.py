@@ -8,7 +8,8 @@ import pytest
 
 
 def new_modules(before, module):
-    code = f"import sys, json{before}; old = set(sys.modules); import {module}\nprint(json.dumps(list(set(sys.modules) - old)))"
+    code = f"import sys, json{before}; old = set(sys.modules); import {module}"
+    code += "; print(json.dumps(list(set(sys.modules) - old)))"
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
     return {name.split(".")[0] for name in json.loads(result.stdout.splitlines()[-1])}
 

@@ -1,0 +1,83 @@
+import json
+
+import pytest
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import CSVLogger
+
+from forge_lightning.callbacks import CodeEvaluation
+from tests.contract.modules import LossOnly, Problem
+from tests.contract.rows import fit
+
+
+class Answers(LossOnly):
+    """Solves problem "a" always, "b" in every second sample, "c" never, and loops forever on "d"."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def problems(self, split):
+        return [Problem(name, prompt=name) for name in "abcd"]
+
+    def complete(self, prompts, **options):
+        out = []
+        for prompt in prompts:
+            self.calls += 1
+            right = prompt == "a" or (prompt == "b" and self.calls % 2)
+            out.append("while True: pass" if prompt == "d" else f"epoch = {int(right)}")
+        return out
+
+
+def test_pass_at_k_is_measured_by_execution(tmp_path):
+    callback = CodeEvaluation(k=[1, 2], num_samples=2, temperature=1.0, timeout=1.0, batch_size=3)
+    _, trainer = fit([callback], Answers, logger=CSVLogger(tmp_path, name="", version=""))
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    assert metrics["forge/code_evaluation/pass_at_1"] == pytest.approx((1 + 0.5) / 4)
+    assert metrics["forge/code_evaluation/pass_at_2"] == pytest.approx((1 + 1) / 4)
+    assert metrics["forge/code_evaluation/timeout_rate"] == pytest.approx(2 / 8)
+    lines = [json.loads(line) for line in (tmp_path / "programs.jsonl").read_text().splitlines()]
+    assert [line["task_id"] for line in lines] == list("aabbccdd")
+    assert [line["status"] for line in lines if line["task_id"] in "ad"] == ["passed"] * 2 + ["timeout"] * 2
+
+
+def test_intervals_and_limits():
+    model = Answers()
+    fit([CodeEvaluation(every_n_validations=2, limit_problems=1)], model, max_epochs=4)
+    assert model.calls == 2
+
+
+def test_a_module_that_cannot_complete_and_data_without_problems_are_refused():
+    class Mute(LightningModule):
+        train_dataloader = LossOnly.train_dataloader
+        configure_optimizers = LossOnly.configure_optimizers
+
+        def __init__(self):
+            super().__init__()
+            self.net = LossOnly().net
+
+        def training_step(self, batch, batch_idx):
+            return self.net(batch[0]).mean()
+
+    class NoProblems(Mute):
+        complete = LossOnly.complete
+
+    with pytest.raises(MisconfigurationException, match=r"`CodeEvaluation` cannot work with Mute.*ForgeModule"):
+        fit([CodeEvaluation()], Mute)
+    with pytest.raises(MisconfigurationException, match=r"neither datamodule nor module has `problems\(split\)`"):
+        fit([CodeEvaluation()], NoProblems)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"k": [2]}, r"`CodeEvaluation\(k=\[2\]\)` must be in \[1, num_samples=1\]"),
+        ({"num_samples": 2}, r"temperature=0.0\)` must be above 0"),
+        ({"timeout": 0}, r"timeout=0\)` must be above 0"),
+        ({"limit_problems": 0}, r"limit_problems=0\)` must be at least 1"),
+        ({"memory_mb": 1}, r"memory_mb=1\)` must be at least 64"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        CodeEvaluation(**options)

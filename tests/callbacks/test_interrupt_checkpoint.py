@@ -1,0 +1,58 @@
+import os
+import signal
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from forge_lightning.callbacks import Grokfast, InterruptCheckpoint, RNGState
+from tests.contract.modules import Stateful
+from tests.contract.rows import fit, weights
+
+
+class Signals(Callback):
+    """Sends itself a signal in the middle of a step: after the backward pass of the first micro-batch of a window."""
+
+    def __init__(self, number, at=3, times=1):
+        self.number, self.at, self.times = number, at, times
+
+    def on_after_backward(self, trainer, pl_module):
+        if trainer.fit_loop.total_batch_idx == self.at:
+            for _ in range(self.times):
+                os.kill(os.getpid(), self.number)
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, SystemExit), (signal.SIGTERM, SIGTERMException)], ids=["ctrl-c", "sigterm"]
+)
+def test_an_interrupted_run_resumes_bit_by_bit(tmp_path, number, error):
+    kwargs = {"max_epochs": 2, "accumulate_grad_batches": 3}
+    straight, _ = fit([Grokfast(), RNGState()], Stateful, **kwargs)
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with pytest.raises(error):
+        fit(
+            [InterruptCheckpoint(str(tmp_path)), Grokfast(), RNGState(), Signals(number)],
+            Stateful,
+            **kwargs,
+        )
+    signal.signal(signal.SIGINT, before[0])  # Lightning ignores further Ctrl-C while the process winds down
+    assert signal.getsignal(signal.SIGTERM) == before[1]
+    checkpoint = torch.load(tmp_path / "interrupted.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == 2, "the step that was running was finished, and no other begun"
+    resumed, _ = fit([Grokfast(), RNGState()], Stateful, ckpt_path=tmp_path / "interrupted.ckpt", **kwargs)
+    assert torch.equal(weights(straight), weights(resumed))
+
+
+def test_a_second_signal_stops_at_once(tmp_path):
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(SystemExit):
+        fit([InterruptCheckpoint(str(tmp_path)), Signals(signal.SIGINT, times=2)], Stateful)
+    signal.signal(signal.SIGINT, before)
+    assert not list(tmp_path.iterdir())
+
+
+def test_handlers_are_put_back(tmp_path):
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    fit([InterruptCheckpoint(str(tmp_path))], Stateful)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before

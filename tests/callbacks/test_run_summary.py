@@ -1,0 +1,69 @@
+import json
+
+import pytest
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from forge_lightning.callbacks import RunSummary
+from forge_lightning.reports.learning_curves import read_metrics
+from tests.contract.modules import LossOnly, RaisesAtStep
+from tests.contract.rows import fit
+
+
+def summarised(tmp_path, module=LossOnly, threshold=0.6, **kwargs):
+    options = {"monitor": "val/loss", "mode": "min", "threshold": threshold}
+    fit([RunSummary(**options)], module, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=2, **kwargs)
+    return json.loads((tmp_path / "summary.json").read_text())
+
+
+def test_summary_says_when_the_threshold_was_reached(tmp_path, capsys):
+    summary = summarised(tmp_path, max_epochs=12, limit_val_batches=8)
+    steps, values = read_metrics(tmp_path / "metrics.csv")["val/loss"]
+    first = next(step for step, value in zip(steps, values, strict=True) if value <= 0.6)
+    assert summary["steps_to_threshold"] == first + 1
+    assert summary["best"] == pytest.approx(min(values))
+    assert summary["steps"] == 96
+    assert summary["status"] == "finished"
+    assert summary["seconds"]["wall"] > 0
+    assert (tmp_path / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "steps to val/loss ≤ 0.6" in capsys.readouterr().out
+
+
+def test_a_threshold_not_reached_is_said_so(tmp_path, capsys):
+    summary = summarised(tmp_path, threshold=0.0)
+    assert summary["steps_to_threshold"] is None
+    assert "not reached" in capsys.readouterr().out
+
+
+def test_a_failed_run_leaves_a_summary(tmp_path):
+    with pytest.raises(RuntimeError, match="on purpose"):
+        summarised(tmp_path, RaisesAtStep)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "failed: RuntimeError: raised on purpose"
+
+
+def test_what_was_reached_before_a_resume_stays_reached(tmp_path):
+    options = {"monitor": "val/loss", "mode": "min", "threshold": 10.0}
+    fit([RunSummary(**options), ModelCheckpoint(tmp_path, save_last=True)], enable_checkpointing=True)
+    callback = RunSummary(**options)
+    fit([callback], max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert callback.reached_at == 8
+    assert callback.seconds()["wall"] > callback._seconds_before["wall"] > 0
+
+
+def test_nothing_is_written_without_a_logger_or_in_a_dev_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fit([RunSummary()])
+    fit([RunSummary()], logger=CSVLogger(tmp_path), fast_dev_run=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_mode_is_checked():
+    with pytest.raises(ValueError, match=r"`RunSummary\(mode='best'\)` must be 'max' or 'min'"):
+        RunSummary(mode="best")
+
+
+def test_a_file_that_is_no_metrics_file_is_refused(tmp_path):
+    (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="has no column 'step'"):
+        read_metrics(tmp_path / "metrics.csv")
