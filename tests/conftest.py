@@ -1,5 +1,9 @@
 import logging
 import os
+import random
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
@@ -7,3 +11,46 @@ os.environ.setdefault("WANDB_SILENT", "true")
 
 for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric"):
     logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def benchmark_file(variable):
+    """The path in an environment variable that names a data set, which the repository does not ship."""
+    path = os.environ.get(variable)
+    if not path or not Path(path).exists():
+        pytest.skip(f"{variable} does not name the real file")
+    return path
+
+
+@pytest.fixture
+def mbpp_path():
+    return benchmark_file("FORGE_MBPP")
+
+
+@pytest.fixture
+def humaneval_path():
+    return benchmark_file("FORGE_HUMANEVAL")
+
+
+@pytest.fixture
+def small_mbpp(tmp_path):
+    """A file in MBPP's form, made here: additions and products, in all three splits."""
+    import json
+
+    rng = random.Random(0)
+    lines = []
+    for task_id in [*range(505, 509), *range(511, 517), *range(601, 625)]:
+        a, b = rng.randint(1, 99), rng.randint(1, 99)
+        name = f"add_{task_id}"
+        lines.append(
+            {
+                "task_id": task_id,
+                "text": f"Write a function to add {a}.",
+                "code": f"def {name}(x):\r\n  return x + {a}",
+                "test_list": [f"assert {name}({b}) == {a + b}", f"assert {name}(0) == {a}"],
+                "test_setup_code": "",
+                "challenge_test_list": [],
+            }
+        )
+    path = tmp_path / "small_mbpp.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)

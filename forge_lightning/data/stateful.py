@@ -58,6 +58,7 @@ class StatefulDataLoader(DataLoader[Any]):
         shuffle: Draw a new order each epoch.
         seed: Seed of the order.
         drop_last: Drop the last, smaller batch.
+        sampler: In place of the seeded order. Only a `ResumableSampler` makes a resume possible.
         **kwargs: `DataLoader`'s own: ``num_workers``, ``collate_fn``, ``pin_memory``, ...
     """
 
@@ -68,9 +69,12 @@ class StatefulDataLoader(DataLoader[Any]):
         shuffle: bool = False,
         seed: int = 0,
         drop_last: bool = False,
+        sampler: Any = None,
         **kwargs: Any,
     ) -> None:
-        sampler = ResumableSampler(dataset, shuffle=shuffle, seed=seed)
+        self.shuffle, self.seed = shuffle, seed  # Lightning makes loaders anew from attributes, as for `predict`
+        if sampler is None and kwargs.get("batch_sampler") is None:
+            sampler = ResumableSampler(dataset, shuffle=shuffle, seed=seed)
         # Seeds for workers come from here: a loader that drew from the global stream would move dropout.
         kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
         super().__init__(dataset, batch_size=batch_size, sampler=sampler, drop_last=drop_last, **kwargs)
@@ -78,18 +82,19 @@ class StatefulDataLoader(DataLoader[Any]):
         self._resume: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        sampler: ResumableSampler = self.sampler  # type: ignore[assignment]
         resume, self._resume = self._resume, {}
-        self._delivered = resume["delivered"] if resume.get("epoch") == sampler.epoch else 0
-        sampler.start = self._delivered * (self.batch_size or 1)
+        self._delivered = 0
+        if isinstance(self.sampler, ResumableSampler) and resume.get("epoch") == self.sampler.epoch:
+            self._delivered = resume["delivered"]
+            self.sampler.start = self._delivered * (self.batch_size or 1)
         for batch in super().__iter__():
             self._delivered += 1
             yield batch
 
     def state_dict(self) -> dict[str, int]:
         """The running epoch, and its batches that were handed out."""
-        sampler: ResumableSampler = self.sampler  # type: ignore[assignment]
-        return {"epoch": sampler.epoch, "delivered": self._delivered if self._delivered < len(self) else 0}
+        epoch = self.sampler.epoch if isinstance(self.sampler, ResumableSampler) else 0
+        return {"epoch": epoch, "delivered": self._delivered if self._delivered < len(self) else 0}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """When that epoch is begun next, skip the batches that were handed out."""

@@ -90,7 +90,7 @@ class ForgeModule(LightningModule):
             )
         self.model.train()  # `from_pretrained` leaves evaluation mode, and Lightning keeps what it finds
         if self.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if self.device_mesh is not None:
             _shard(self.model, self.device_mesh["data_parallel"])
         if self.compile_model:

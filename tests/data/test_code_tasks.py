@@ -1,0 +1,143 @@
+import gzip
+import json
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from forge_lightning.data import CodeTasks, DataFileError
+from forge_lightning.data.tokens import build_tokenizer
+from forge_lightning.sandbox import run_programs
+
+
+def test_the_conventional_split_of_the_real_file(mbpp_path):
+    data = CodeTasks(path=mbpp_path)
+    sizes = {split: len(data.problems(split)) for split in ("train", "val", "test")}
+    assert sizes == {"train": 374, "val": 90, "test": 500}
+
+
+def test_the_reference_solutions_of_the_real_files_pass_and_empty_ones_do_not(mbpp_path, humaneval_path):
+    mbpp = CodeTasks(path=mbpp_path, test_dataset="humaneval", test_path=humaneval_path)
+    problems = mbpp.problems("val") + mbpp.problems("test")
+    assert len(problems) == 90 + 164
+    right = run_programs([p.program(p.solution) for p in problems], timeout=20)
+    assert [p.task_id for p, r in zip(problems, right, strict=True) if not r.passed] == []
+    wrong = run_programs([p.program("    return None\n" if "/" in p.task_id else "pass") for p in problems], timeout=20)
+    assert [p.task_id for p, r in zip(problems, wrong, strict=True) if r.passed] == []
+
+
+def test_the_path_may_come_from_the_environment(small_mbpp, monkeypatch):
+    monkeypatch.setenv("FORGE_MBPP", small_mbpp)
+    assert len(CodeTasks().problems("train")) == 24
+
+
+def test_batches_put_the_loss_on_the_completion_only(small_mbpp):
+    data = CodeTasks(path=small_mbpp, batch_size=5)
+    data.setup("fit")
+    problems = data.problems("train")
+    for batch in data.train_dataloader():
+        for ids, mask, labels, sample in zip(*(batch[k] for k in batch), strict=True):
+            problem = problems[sample]
+            assert data.tokenizer.decode(labels[labels != -100]) == problem.solution + "</s>"
+            prompt = ids[(labels == -100) & (mask == 1)]
+            assert data.tokenizer.decode(prompt) == problem.prompt
+            assert (labels[mask == 0] == -100).all()
+            assert "\r" not in problem.solution
+            assert "assert add_" in problem.prompt
+
+
+def test_completions_are_cut_where_they_stop():
+    from forge_lightning.data.code_tasks import Problem
+
+    problem = Problem("0", "", "", before="A", tests="T", stops=("\ndef", "\nassert"))
+    assert problem.program("x\nassert y\ndef f") == "Ax\nT\n"
+    assert problem.program("x") == "Ax\nT\n"
+
+
+def test_training_on_humaneval_is_an_error_that_says_why():
+    with pytest.raises(MisconfigurationException, match=r"cannot be trained on: HumanEval is the yardstick"):
+        CodeTasks(dataset="humaneval", path="x").setup("fit")
+
+
+def test_humaneval_is_measured_in_test_while_mbpp_trains(small_mbpp, tmp_path):
+    path = tmp_path / "he.jsonl.gz"
+    record = {
+        "task_id": "HumanEval/0",
+        "prompt": "def one():\n",
+        "entry_point": "one",
+        "canonical_solution": "    return 1\n",
+        "test": "def check(candidate):\n    assert candidate() == 1\n",
+    }
+    with gzip.open(path, "wt") as file:
+        file.write(json.dumps(record) + "\n")
+    data = CodeTasks(path=small_mbpp, test_dataset="humaneval", test_path=str(path))
+    problem = data.problems("test")[0]
+    assert run_programs([problem.program(problem.solution), problem.program("    return 2\n")])[0].passed
+    data.setup("test")
+    assert torch.is_tensor(next(iter(data.test_dataloader()))["labels"])
+
+
+def test_long_examples_are_left_out_and_counted(small_mbpp):
+    data = CodeTasks(path=small_mbpp, max_length=117)
+    with pytest.warns(UserWarning, match=r"\d+ of 24 train examples are longer than max_length=117 tokens and are left out"):
+        data.setup("fit")
+    with pytest.raises(MisconfigurationException, match=r"24 of 24 train examples are longer than .* Raise `max_length`"):
+        CodeTasks(path=small_mbpp, max_length=10).setup("fit")
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("{not json", r"bad.jsonl, line 2: not JSON: .* at column 2"),
+        ("[1]", r"bad.jsonl, line 2: must be a JSON object, but is list"),
+        ('{"task_id": 1}', r"bad.jsonl, line 2: field 'text' is missing. The line has \['task_id'\]"),
+        (
+            '{"task_id": "a", "text": "", "code": "", "test_list": [], "test_setup_code": ""}',
+            r"bad.jsonl, line 2: field 'task_id' must be int, but is str",
+        ),
+    ],
+)
+def test_a_malformed_file_is_named_with_line_and_field(tmp_path, line, message):
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f"\n{line}\n")
+    with pytest.raises(DataFileError, match=message):
+        CodeTasks(path=str(path)).problems("train")
+
+
+def test_unreadable_files_say_why(tmp_path):
+    with pytest.raises(MisconfigurationException, match="Cannot read the data file .*absent.jsonl: No such file"):
+        CodeTasks(path=str(tmp_path / "absent.jsonl")).problems("train")
+    (tmp_path / "x.jsonl.gz").write_bytes(b"plain")
+    with pytest.raises(DataFileError, match="not a complete gzip file"):
+        CodeTasks(path=str(tmp_path / "x.jsonl.gz")).problems("train")
+    (tmp_path / "x.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataFileError, match="not UTF-8 text"):
+        CodeTasks(path=str(tmp_path / "x.jsonl")).problems("train")
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataFileError, match="holds no record"):
+        CodeTasks(path=str(tmp_path / "empty.jsonl")).problems("train")
+
+
+def test_without_file_and_hub_the_message_says_what_to_do(monkeypatch):
+    monkeypatch.delenv("FORGE_MBPP", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(MisconfigurationException, match="the hub cannot be reached .* variable FORGE_MBPP"):
+        CodeTasks().problems("train")
+
+
+def test_an_absent_tokenizer_says_what_to_do():
+    with pytest.raises(MisconfigurationException, match=r"`tokenizer='no/such'` is neither .* or use 'bytes'"):
+        build_tokenizer("no/such")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 0}, r"`CodeTasks\(batch_size=0\)`"),
+        ({"max_length": 1}, r"`CodeTasks\(max_length=1\)`"),
+        ({"prompt_template": "{text}"}, r"must hold \{text\} and \{tests\}"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        CodeTasks(**options)

@@ -1,0 +1,62 @@
+import pytest
+import torch
+
+from forge_lightning.data import StatefulDataLoader
+from forge_lightning.data.stateful import ResumableSampler
+
+
+def loader(**kwargs):
+    return StatefulDataLoader(list(range(23)), batch_size=4, shuffle=True, seed=1, **kwargs)
+
+
+def epoch(made, number):
+    made.sampler.set_epoch(number)
+    return [batch.tolist() for batch in made]
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+@pytest.mark.parametrize("stop", [0, 1, 3, 6])
+def test_a_resumed_epoch_gives_the_batches_not_yet_seen(num_workers, stop):
+    straight = loader()
+    expected = [epoch(straight, 0), epoch(straight, 1)]
+    assert expected[0] != expected[1]
+    assert sorted(sum(expected[0], [])) == list(range(23))
+
+    stopped = loader(num_workers=num_workers)
+    stopped.sampler.set_epoch(0)
+    iterator = iter(stopped)
+    for _ in range(stop):
+        next(iterator)
+    resumed = loader(num_workers=num_workers)
+    resumed.load_state_dict(stopped.state_dict())
+    del iterator
+    # After the last batch there is nothing to go on with: the next epoch begins.
+    assert epoch(resumed, 0) == (expected[0][stop:] if stop < 6 else expected[0])
+    assert epoch(resumed, 1) == expected[1]
+
+
+def test_a_place_in_another_epoch_is_not_taken_up():
+    """As after an epoch cut short by `limit_train_batches`."""
+    resumed = loader()
+    resumed.load_state_dict({"epoch": 0, "delivered": 3})
+    assert epoch(resumed, 1) == epoch(loader(), 1)
+
+
+def test_the_global_random_stream_is_left_alone():
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    epoch(loader(num_workers=1), 0)
+    assert torch.equal(torch.rand(1), expected)
+
+
+def test_processes_share_an_epoch(monkeypatch):
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        sampler = ResumableSampler(list(range(10)), shuffle=True)
+        assert len(sampler) == 5
+        seen.append(list(sampler))
+    assert sorted(seen[0] + seen[1]) == list(range(10))

@@ -1,0 +1,237 @@
+import math
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from forge_lightning.callbacks import Grokfast, RNGState
+from forge_lightning.data import CodeTasks
+from forge_lightning.data.tokens import build_tokenizer
+from forge_lightning.models import ForgeModule
+from forge_lightning.models.forge_module import decoder_layers
+from forge_lightning.models.optimizers import weight_decay_groups
+
+SHAPES = {
+    "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 256},
+    "llama": {
+        "model_type": "llama", "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "hidden_size": 32, "intermediate_size": 64,
+    },
+    "qwen2": {
+        "model_type": "qwen2", "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+        "hidden_size": 32, "intermediate_size": 64, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+
+
+def built(shape, **kwargs):
+    torch.manual_seed(0)
+    module = ForgeModule(config=SHAPES[shape], **kwargs)
+    module.build(build_tokenizer("bytes"))
+    return module.eval()
+
+
+def batch_of(module, *lengths, prompt=3):
+    """Rows of random bytes, right-padded; the loss starts after ``prompt`` tokens."""
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.zeros(len(lengths), max(lengths), dtype=torch.long)
+    labels, mask = torch.full_like(ids, -100), torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, :length] = torch.randint(3, 250, (length,), generator=generator)
+        labels[row, prompt:length] = ids[row, prompt:length]
+        mask[row, :length] = 1
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def fit(module, data, **kwargs):
+    defaults = {
+        "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+        "enable_model_summary": False, "num_sanity_val_steps": 0, "max_steps": 4,
+    }  # fmt: skip
+    ckpt_path = kwargs.pop("ckpt_path", None)
+    trainer = Trainer(**defaults | kwargs)
+    trainer.fit(module, data, ckpt_path=ckpt_path)
+    return trainer
+
+
+@every_shape
+def test_loss_is_the_models_own_and_per_example(shape):
+    module = built(shape)
+    batch = batch_of(module, 20, 13)
+    outputs, *_ = module._step(batch)
+    theirs = module.model(**batch).loss
+    torch.testing.assert_close(outputs["loss"], theirs)
+    for row, length in enumerate((20, 13)):
+        alone = {key: value[row : row + 1, :length] for key, value in batch.items()}
+        torch.testing.assert_close(outputs["example_loss"][row], module.model(**alone).loss.detach())
+    assert not outputs["example_loss"].requires_grad
+    assert outputs["loss"].requires_grad
+
+
+def test_success_is_an_exact_match_of_the_answer():
+    module = built("gpt2")
+    batch = batch_of(module, 12, 12)
+    logits = module(batch["input_ids"], batch["attention_mask"])
+    batch["labels"][0, 3:] = logits[0, 2:-1].argmax(-1)  # what the model says
+    batch["labels"][1, 3:] = logits[1, 2:-1].argmax(-1)
+    batch["labels"][1, 7] = (batch["labels"][1, 7] + 1) % 250
+    outputs, *_ = module._step(batch)
+    assert outputs["example_success"].tolist() == [1.0, 0.0]
+
+
+def test_an_example_without_labels_is_nan_not_a_number_made_up():
+    module = built("gpt2")
+    batch = batch_of(module, 12, 3)
+    outputs, *_ = module._step(batch)
+    assert outputs["example_loss"].isnan().tolist() == [False, True]
+    assert outputs["example_success"][1] == 0
+    assert outputs["loss"].isfinite()
+
+
+@every_shape
+def test_trains_on_a_local_file_and_logs_true_numbers(shape, small_mbpp):
+    seed_everything(0, verbose=False)
+    module = ForgeModule(config=SHAPES[shape], optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3))
+    data = CodeTasks(path=small_mbpp, batch_size=8)
+    trainer = fit(module, data, max_steps=30, callbacks=[Grokfast(lamb=0.5)])
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    assert {"train/loss", "train/token_accuracy"} <= set(metrics)
+    assert metrics["val/loss"] < math.log(384) - 2
+    assert metrics["val/perplexity"] == pytest.approx(math.exp(metrics["val/loss"]), rel=1e-3)
+    total = right = 0
+    module.eval()
+    for batch in data.val_dataloader():
+        logits = module(batch["input_ids"], batch["attention_mask"])[:, :-1]
+        kept = batch["labels"][:, 1:] != -100
+        total, right = total + kept.sum(), right + (logits.argmax(-1) == batch["labels"][:, 1:])[kept].sum()
+    assert metrics["val/token_accuracy"] == pytest.approx((right / total).item())
+
+
+def test_resume_is_bit_exact_mid_epoch_with_dropout(small_mbpp, tmp_path):
+    def run(**kwargs):
+        seed_everything(0, verbose=False)
+        module = ForgeModule(config=SHAPES["gpt2"])
+        data = CodeTasks(path=small_mbpp, batch_size=4)
+        callbacks = [Grokfast(), RNGState(), *kwargs.pop("callbacks", [])]
+        fit(module, data, max_steps=9, callbacks=callbacks, limit_val_batches=1, **kwargs)
+        return torch.cat([p.detach().flatten() for p in module.parameters()])
+
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=4, save_top_k=-1, filename="{step}")
+    straight = run(callbacks=[checkpoint], enable_checkpointing=True)
+    assert torch.equal(run(ckpt_path=tmp_path / "step=4.ckpt"), straight)
+
+
+@every_shape
+def test_export_is_a_hugging_face_folder(shape, tmp_path):
+    module = built(shape)
+    module.export(tmp_path)
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    batch = batch_of(module, 9)
+    torch.testing.assert_close(model(batch["input_ids"]).logits, module.model(batch["input_ids"]).logits)
+    again = ForgeModule(pretrained=str(tmp_path))
+    again.build(tokenizer)
+    assert again.model.training, "from_pretrained leaves evaluation mode"
+
+
+@every_shape
+def test_completions_do_not_depend_on_their_neighbours_in_the_batch(shape):
+    module = built(shape)
+    prompts = ["def f(x):", "a", "def a_much_longer_prompt(with_arguments):\n    "]
+    together = module.complete(prompts, max_new_tokens=8)
+    assert together == [module.complete([prompt], max_new_tokens=8)[0] for prompt in prompts]
+
+
+def test_sampling_is_seeded_and_leaves_the_random_stream_alone():
+    module = built("gpt2")
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first = module.complete(["x"], temperature=1.0, seed=1, max_new_tokens=20)
+    assert torch.equal(torch.rand(1), expected)
+    assert first == module.complete(["x"], temperature=1.0, seed=1, max_new_tokens=20)
+    assert first != module.complete(["x"], temperature=1.0, seed=2, max_new_tokens=20)
+
+
+def test_completion_stays_inside_the_context():
+    module = built("gpt2")
+    texts = module.complete(["x" * 255, "y" * 400], max_new_tokens=50)
+    assert len(module.tokenizer(texts[0], add_special_tokens=False)["input_ids"]) <= 1
+    assert texts[1] == ""
+    module.train()
+    module.complete(["x"], max_new_tokens=1)
+    assert module.model.training
+    with pytest.raises(ValueError, match="`max_new_tokens=0` must be at least 1"):
+        module.complete(["x"], max_new_tokens=0)
+    with pytest.raises(ValueError, match="`temperature=-1` must be at least 0"):
+        module.complete(["x"], temperature=-1)
+
+
+@every_shape
+def test_norms_biases_and_embeddings_do_not_decay(shape):
+    module = built(shape)
+    decayed, free = weight_decay_groups(module)
+    assert free["weight_decay"] == 0.0
+    assert all(p.ndim == 2 for p in decayed["params"])
+    embedding = module.model.get_input_embeddings().weight
+    assert any(p is embedding for p in free["params"])
+    assert len(decayed["params"]) + len(free["params"]) == len(list(module.parameters()))
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    assert weight_decay_groups(frozen) == []
+
+
+@every_shape
+def test_layers_are_found_by_structure(shape):
+    layers = decoder_layers(built(shape).model)
+    assert len(layers) == 2
+    with pytest.raises(MisconfigurationException, match="Linear has no list of blocks"):
+        decoder_layers(nn.Linear(2, 2))
+
+
+@every_shape
+def test_gradient_checkpointing_changes_no_gradient(shape):
+    def gradient(**kwargs):
+        module = built(shape, **kwargs).train()
+        batch = batch_of(module, 20, 13)
+        torch.manual_seed(3)
+        module._step(batch)[0]["loss"].backward()
+        return torch.cat([p.grad.flatten() for p in module.parameters()])
+
+    torch.testing.assert_close(gradient(), gradient(gradient_checkpointing=True))
+
+
+def test_compiled_models_train(small_mbpp, monkeypatch):
+    """In eager mode of the compiler, which needs no build tools; names stay as they were."""
+    compile_ = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: compile_(self, backend="eager"))
+    module = ForgeModule(config=SHAPES["gpt2"], compile=True)
+    fit(module, CodeTasks(path=small_mbpp), max_steps=1, limit_val_batches=0)
+    assert module.model._compiled_call_impl is not None
+    assert not any("_orig_mod" in name for name, _ in module.named_parameters())
+
+
+def test_bad_models_say_what_to_do():
+    with pytest.raises(ValueError, match="either `pretrained` or `config`"):
+        ForgeModule()
+    with pytest.raises(ValueError, match="must name its 'model_type'"):
+        ForgeModule(config={"n_layer": 2})
+    with pytest.raises(MisconfigurationException, match=r"pretrained='no/such'.* or give `config`"):
+        ForgeModule(pretrained="no/such").build()
+    with pytest.raises(MisconfigurationException, match=r"`ForgeModule\(config=\{'model_type': 'gpt9'"):
+        ForgeModule(config={"model_type": "gpt9", "vocab_size": 9}).build()
+    with pytest.raises(MisconfigurationException, match="needs 'vocab_size'"):
+        ForgeModule(config={"model_type": "gpt2"}).build()
+    with pytest.raises(MisconfigurationException, match="tokenizer has 384 tokens, but the model's vocabulary only 9"):
+        ForgeModule(config={"model_type": "gpt2", "vocab_size": 9}).build(build_tokenizer("bytes"))
+
+
+def test_predict_writes_completions(small_mbpp):
+    module = ForgeModule(config=SHAPES["gpt2"])
+    data = CodeTasks(path=small_mbpp, batch_size=4)
+    trainer = fit(module, data, max_steps=1)
+    predictions = trainer.predict(module, data)
+    assert [len(texts) for texts in predictions] == [4]
