@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -78,6 +79,7 @@ class ForgeCLI(LightningCLI):
             pl.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
+            seed_everything_default=0,
             auto_configure_optimizers=False,
             save_config_callback=SaveConfigCallback,
             save_config_kwargs={"overwrite": True},
@@ -85,6 +87,21 @@ class ForgeCLI(LightningCLI):
             args=args,
             **kwargs,
         )
+
+    def instantiate_classes(self) -> None:
+        """What an ``__init__`` refuses is a mistake in the config: keep its words, drop the parser's around them."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            reasons = [line.strip(" -") for line in str(error).splitlines() if line.strip().startswith("- `")]
+            raise MisconfigurationException("\n".join(reasons) or str(error)) from error
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Leave out what `--trainer.enable_progress_bar=false` switches off; Lightning would call it a conflict."""
+        settings = self.config_init[self.subcommand]["trainer"]
+        if settings.get("enable_progress_bar") is False and isinstance(settings.get("callbacks"), list):
+            settings["callbacks"] = [c for c in settings["callbacks"] if not isinstance(c, ProgressBar)]
+        return super().instantiate_trainer(**kwargs)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
@@ -106,6 +123,14 @@ class _CheckCLI(ForgeCLI):
     def __init__(self, args: list[str]) -> None:
         sys.argv[1:] = args  # where the parent wants them
         super().__init__()
+
+    def instantiate_classes(self) -> None:
+        """What an ``__init__`` refuses is a mistake in the config: keep its words, drop the parser's around them."""
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            reasons = [line.strip(" -") for line in str(error).splitlines() if line.strip().startswith("- `")]
+            raise MisconfigurationException("\n".join(reasons) or str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         return None

@@ -79,9 +79,9 @@ def test_humaneval_is_measured_in_test_while_mbpp_trains(small_mbpp, tmp_path):
 
 def test_long_examples_are_left_out_and_counted(small_mbpp):
     data = CodeTasks(path=small_mbpp, max_length=117)
-    with pytest.warns(UserWarning, match=r"\d+ of 24 train examples are longer than max_length=117 tokens and are left out"):
-        data.setup("fit")
-    with pytest.raises(MisconfigurationException, match=r"24 of 24 train examples are longer than .* Raise `max_length`"):
+    with pytest.warns(UserWarning, match=r"16 of 24 train examples are longer than max_length=117"):
+        data._encode("train")
+    with pytest.raises(MisconfigurationException, match=r"24 of 24 train examples are .* Raise `max_length`"):
         CodeTasks(path=small_mbpp, max_length=10).setup("fit")
 
 

@@ -1,0 +1,275 @@
+"""The command line, in this process where that is enough."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from forge_lightning.cli import config_folders, main, shipped_configs
+
+SHIPPED = [name for name, _ in shipped_configs()]
+QUICK = ["--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
+
+
+@pytest.fixture(autouse=True)
+def elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["forge-fit"])
+
+
+def forge_fit(*args, **kwargs):
+    code = "import sys; from forge_lightning.cli import main; sys.exit(main())"
+    command = [sys.executable, "-W", "ignore", "-c", code, *map(str, args)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+
+
+def small_modular(tmp_path, *more):
+    """A fit of a second: the shipped config, made small."""
+    return main(
+        [
+            "fit", "--config=grokfast_modular", "--model.dim=16", "--model.num_heads=2", "--data.modulus=11",
+            "--trainer.enable_progress_bar=false", *QUICK, *more,
+        ]
+    )  # fmt: skip
+
+
+def test_every_shipped_config_has_a_description():
+    assert len(SHIPPED) >= 6
+    assert all(len(about) > 20 for _, about in shipped_configs())
+
+
+def test_list_prints_them(capsys):
+    assert main(["list"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in SHIPPED)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_config_is_valid(name, capsys, small_mbpp, monkeypatch):
+    monkeypatch.setenv("FORGE_MBPP", small_mbpp)
+    names = [name] if "/" not in name else ["grokfast_modular", "--config", name]
+    if name == "callbacks/grokfast.yaml":  # adds what the base has already
+        names = ["base.yaml", "--config", name]
+        Path("base.yaml").write_text("model: AlgorithmicModule\ndata: AlgorithmicData\ntrainer: {callbacks: []}\n")
+    assert main(["check", *names]) == 0
+    assert "valid." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", [name for name in SHIPPED if "/" not in name])
+def test_every_shipped_recipe_runs_dry(name, small_mbpp, monkeypatch):
+    monkeypatch.setenv("FORGE_MBPP", small_mbpp)
+    Path("data.txt").write_text("some text of one's own. " * 200)
+    assert main(["fit", "--config", name, "--trainer.fast_dev_run=1", "--trainer.accelerator=cpu"]) == 0
+
+
+def test_a_run_leaves_a_directory_that_can_be_read(tmp_path, capsys):
+    assert small_modular(tmp_path, "--trainer.max_steps=20") == 0
+    run = tmp_path / "runs/grokfast_modular/version_0"
+    assert {path.name for path in run.iterdir()} == {
+        "config.yaml", "metrics.csv", "summary.json", "learning_curves.png", "checkpoints",
+    }  # fmt: skip
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["init_args"]["modulus"] == 11
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["steps"] == 20
+    assert summary["run"] == "runs/grokfast_modular/version_0"
+    assert Path(summary["best_checkpoint"]).exists()
+    checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
+    assert {"Grokfast", "RunSummary"} <= set(checkpoint["callbacks"])
+    assert "Run finished" in capsys.readouterr().out
+
+
+def test_a_saved_config_repeats_the_run_and_a_checkpoint_continues_it(tmp_path):
+    assert small_modular(tmp_path, "--trainer.max_steps=6") == 0
+    run = "runs/grokfast_modular/version_0"
+    again = ["fit", f"--config={run}/config.yaml", "--trainer.max_steps=9"]
+    assert main([*again, f"--ckpt_path={run}/checkpoints/last.ckpt"]) == 0
+    assert main(["validate", f"--config={run}/config.yaml", f"--ckpt_path={run}/checkpoints/last.ckpt"]) == 0
+    assert main(again) == 0
+    weights = [
+        torch.load(f"runs/grokfast_modular/version_{i}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
+        for i in (1, 2)
+    ]
+    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+
+
+def test_configs_are_found_in_the_working_directory_first(tmp_path, capsys):
+    Path("configs").mkdir()
+    shipped = (config_folders()[-1] / "grokfast_modular.yaml").read_text()
+    Path("configs/grokfast_modular.yaml").write_text(shipped.replace("modulus: 97", "modulus: 9999991"))
+    Path("mine.yaml").write_text(shipped.replace("AlgorithmicData", "NoSuchData"))
+    assert main(["check", "grokfast_modular"]) == 0
+    with pytest.raises(SystemExit) as stop:
+        main(["check", "mine"])
+    assert stop.value.code == 2
+    assert "NoSuchData" in capsys.readouterr().err
+
+
+def test_add_on_configs_append(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    assert small_modular(tmp_path, "--config=loggers/tensorboard", "--trainer.max_steps=4") == 0
+    assert list((tmp_path / "runs/tensorboard").rglob("events.out.tfevents*"))
+    assert (tmp_path / "runs/grokfast_modular/version_0/metrics.csv").exists()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning", "ignore::ResourceWarning")
+def test_wandb_offline_is_one_line(tmp_path):
+    assert small_modular(tmp_path, "--config=loggers/wandb", "--trainer.max_steps=4") == 0
+    assert list((tmp_path / "runs").rglob("*.wandb"))
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--trainer.max_steps=abc"], "trainer.max_steps"),
+        (["--data.train_fraction=2"], r"train_fraction=2.0)` must be in (0, 1)"),
+        (["--trainer.callbacks=Grokfast", "--trainer.callbacks.alhpa=1"], "alhpa"),
+        (["--trainer.callbacks=Grokfast", "--trainer.callbacks.lamb=-1"], "Grokfast(lamb=-1.0)` must be at least 0"),
+        (["--trainer.callbacks=Grokfast", "--trainer.callbacks.filter=median"], "median"),
+        (["--no_such_option=1"], "no_such_option"),
+    ],
+)
+def test_bad_types_ranges_and_keys_end_in_a_message(args, message, capsys):
+    try:
+        code = main(["check", "grokfast_modular", *args])
+    except SystemExit as stop:  # the parser's way
+        code = stop.code
+    assert code == 2
+    err = capsys.readouterr().err
+    assert message in err
+    assert "Traceback" not in err
+    assert not Path("runs").exists()
+
+
+def explained(capsys, *args):
+    assert main(list(args)) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("forge-fit: ")
+    assert "Traceback" not in err
+    return err
+
+
+def test_bad_input_is_explained(capsys, tmp_path, small_mbpp, monkeypatch):
+    monkeypatch.delenv("FORGE_MBPP", raising=False)
+    assert "grokfast_modular.yaml" in explained(capsys, "fit", "--config", "nope")
+    assert "no such command" in explained(capsys, "train")
+    mbpp = ["fit", "--config=grokfast_mbpp", "--trainer.enable_progress_bar=false", *QUICK]
+    assert "Cannot read the data file" in explained(capsys, *mbpp, "--data.path=absent.jsonl")
+    Path("bad.jsonl").write_text('{"task_id": 1}\n')
+    assert "bad.jsonl, line 1: field 'text' is missing" in explained(capsys, *mbpp, "--data.path=bad.jsonl")
+    assert "yardstick" in explained(capsys, "check", "grokfast_mbpp", "--data.dataset=humaneval")
+    no_model = ["--model.config=null", "--model.pretrained=no/such"]
+    assert "local folder" in explained(capsys, *mbpp, f"--data.path={small_mbpp}", *no_model)
+    assert "the hub cannot be reached" in explained(capsys, *mbpp)
+    assert "holds no config.yaml" in explained(capsys, "generate", "--run", "absent", "--prompt", "x")
+
+
+def test_an_unwritable_run_directory_is_explained(capsys, tmp_path):
+    Path("runs").write_text("a file, where the folder should be")
+    args = ["fit", "--config=grokfast_modular", "--trainer.max_steps=1", "--trainer.enable_progress_bar=false"]
+    assert "runs" in explained(capsys, *args)
+    assert Path("runs").read_text().startswith("a file")
+
+
+def test_a_checkpoint_of_another_shape_is_explained(capsys, tmp_path):
+    assert small_modular(tmp_path, "--trainer.max_steps=1") == 0
+    capsys.readouterr()
+    path = "runs/grokfast_modular/version_0/checkpoints/last.ckpt"
+    args = ["fit", "--config=grokfast_modular", "--trainer.enable_progress_bar=false", f"--ckpt_path={path}"]
+    before = Path(path).read_bytes()
+    err = explained(capsys, *args)
+    assert "does not fit the model of this config" in err
+    assert "size mismatch" in err
+    assert Path(path).read_bytes() == before
+    assert "absent.ckpt" in explained(capsys, *args[:-1], "--ckpt_path=absent.ckpt")
+
+
+def test_explicit_settings_win_over_those_of_a_checkpoint(tmp_path):
+    """Lightning's own order is the other way round."""
+    Path("mine.py").write_text(
+        "import torch, lightning as L\n"
+        "from torch.utils.data import DataLoader\n"
+        "class Mine(L.LightningModule):\n"
+        "    def __init__(self, width: int = 2, depth: int = 1, rate: float = 0.1):\n"
+        "        super().__init__()\n"
+        "        self.save_hyperparameters()\n"
+        "        self.net = torch.nn.Linear(2, 1)\n"
+        "    def training_step(self, batch, i): return self.net(batch).mean()\n"
+        "    def test_step(self, batch, i):\n"
+        "        print('HAS', self.hparams.width, self.hparams.depth, self.hparams.rate)\n"
+        "    def configure_optimizers(self): return torch.optim.SGD(self.parameters(), 0.1)\n"
+        "class Data(L.LightningDataModule):\n"
+        "    def train_dataloader(self): return DataLoader(torch.ones(4, 2))\n"
+        "    test_dataloader = train_dataloader\n"
+    )
+    base = "model: {class_path: mine.Mine, init_args: {width: %d}}\ndata: mine.Data\n"
+    base += "trainer: {max_epochs: 1, logger: false, enable_progress_bar: false, accelerator: cpu, devices: 1}\n"
+    Path("a.yaml").write_text(base % 5)
+    Path("b.yaml").write_text(base % 7)
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    fit = forge_fit("fit", "--config", "a.yaml", "--model.depth=3", env=environment)
+    assert fit.returncode == 0, fit.stderr
+    (path,) = tmp_path.rglob("*.ckpt")
+    test = forge_fit("test", "--config", "b.yaml", "--model.rate=0.5", "--ckpt_path", path, env=environment)
+    assert "HAS 7 3 0.5" in test.stdout, test.stdout + test.stderr
+
+
+def test_generate_and_export_read_a_run(small_mbpp, capsys, tmp_path):
+    args = ["fit", "--config=grokfast_mbpp", f"--data.path={small_mbpp}", "--trainer.max_steps=3"]
+    args += ["--trainer.enable_progress_bar=false", "--trainer.callbacks=ModelCheckpoint"]
+    args += ["--trainer.check_val_every_n_epoch=1", *QUICK]
+    assert main(args) == 0
+    run = "runs/grokfast_mbpp/version_0"
+    capsys.readouterr()
+    assert main(["generate", "--run", run, "--prompt", "def f", "--max_new_tokens", "4"]) == 0
+    assert main(["generate", "--run", run, "--prompt", "def f", "--max_new_tokens", "4", "--temperature", "1"]) == 0
+    assert main(["export", "--run", run, "--output", "exported"]) == 0
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained("exported")
+    (checkpoint,) = Path(run).rglob("*.ckpt")
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    assert all(torch.equal(p, state[f"model.{name}"]) for name, p in model.named_parameters())
+    assert len(AutoTokenizer.from_pretrained("exported")) == 384
+    assert "default: the run's last" in forge_fit("generate", "--help").stdout
+
+
+def test_exit_codes_and_help():
+    assert forge_fit("check", "grokfast_modular").returncode == 0
+    bad = forge_fit("check", "grokfast_modular", "--data.modulus=1")
+    assert bad.returncode == 2
+    assert "`AlgorithmicData(modulus=1)` must be at least 3" in bad.stderr
+    assert "Traceback" not in bad.stderr
+    shown = forge_fit("fit", "--trainer.callbacks.help=Grokfast")
+    assert "Largest λ, at least 0; 0 turns the callback off" in shown.stdout
+    assert forge_fit().returncode == 2
+    assert "export" in forge_fit("--help").stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"])
+def test_an_interrupted_fit_leaves_a_resumable_checkpoint(tmp_path, number, code):
+    arguments = ["fit", "--config=grokfast_modular", "--trainer.enable_progress_bar=false"]
+    arguments += ["--model.dim=16", "--model.num_heads=2", "--data.modulus=11", "--trainer.max_steps=100000"]
+    command = [sys.executable, "-W", "ignore", "-m", "forge_lightning.cli", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    metrics = tmp_path / "runs/grokfast_modular/version_0/checkpoints/last.ckpt"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    path = metrics.with_name("interrupted.ckpt")
+    steps = torch.load(path, weights_only=True)["global_step"]
+    summary = json.loads((metrics.parents[1] / "summary.json").read_text())
+    assert summary["status"] == "interrupted"
+    assert summary["steps"] == steps > 0
+    assert f"--ckpt_path {path.relative_to(tmp_path)}" in output
+    resumed = forge_fit(*arguments, f"--ckpt_path={path}", f"--trainer.max_steps={steps + 3}")
+    assert resumed.returncode == 0, resumed.stderr
