@@ -85,6 +85,8 @@ def test_a_run_leaves_a_directory_that_can_be_read(tmp_path, capsys):
     assert "Run finished" in capsys.readouterr().out
 
 
+# Lightning ends the epoch once more when it resumes at an epoch's end, and by then the metrics are gone.
+@pytest.mark.filterwarnings("ignore:`ModelCheckpoint.monitor='val/accuracy'.` could not find the monitored key")
 def test_a_saved_config_repeats_the_run_and_a_checkpoint_continues_it(tmp_path):
     assert small_modular(tmp_path, "--trainer.max_steps=6") == 0
     run = "runs/grokfast_modular/version_0"
@@ -92,11 +94,9 @@ def test_a_saved_config_repeats_the_run_and_a_checkpoint_continues_it(tmp_path):
     assert main([*again, f"--ckpt_path={run}/checkpoints/last.ckpt"]) == 0
     assert main(["validate", f"--config={run}/config.yaml", f"--ckpt_path={run}/checkpoints/last.ckpt"]) == 0
     assert main(again) == 0
-    weights = [
-        torch.load(f"runs/grokfast_modular/version_{i}/checkpoints/last.ckpt", weights_only=True)["state_dict"]
-        for i in (1, 2)
-    ]
-    assert all(torch.equal(weights[0][key], weights[1][key]) for key in weights[0])
+    paths = sorted(Path("runs/grokfast_modular").glob("version_*/checkpoints/last.ckpt"))
+    _, continued, straight = (torch.load(path, weights_only=True)["state_dict"] for path in paths)
+    assert all(torch.equal(continued[key], straight[key]) for key in straight)
 
 
 def test_configs_are_found_in_the_working_directory_first(tmp_path, capsys):

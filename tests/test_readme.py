@@ -1,0 +1,99 @@
+"""Every fenced block of the README runs, and so does the notebook."""
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+SHORT = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
+
+
+def of(kind):
+    return [block for language, block in BLOCKS if language == kind]
+
+
+def run(command, **kwargs):
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+    assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
+    return result
+
+
+def test_every_block_is_of_a_kind_that_is_run():
+    assert {language for language, _ in BLOCKS} == {"bash", "python", "yaml"}
+
+
+@pytest.fixture(scope="module")
+def shell(tmp_path_factory):
+    """Where the commands run one after another, as a reader would type them: later ones read what earlier ones left."""
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "mine.yaml").write_text(of("yaml")[0])
+    return folder
+
+
+def test_commands(shell):
+    data = shell / "mbpp.jsonl"
+    lines = []
+    for task_id in [*range(511, 514), *range(601, 613)]:
+        record = {"task_id": task_id, "text": "Write a function.", "code": f"def f(x):\r\n  return x + {task_id}"}
+        lines.append(json.dumps(record | {"test_list": [f"assert f(0) == {task_id}"], "test_setup_code": ""}))
+    data.write_text("\n".join(lines))
+    environment = os.environ | {"FORGE_MBPP": str(data), "HF_HUB_OFFLINE": "1"}
+    seen = set()
+    for line in "\n".join(of("bash")).splitlines():
+        words = shlex.split(line, comments=True)
+        if not words:
+            continue
+        seen.add(words[0])
+        if words[0] == "make":
+            run(["make", "--dry-run", *words[1:]], cwd=ROOT)
+        elif words[0] == "pip":
+            for word in words:
+                assert not word.endswith(".txt") or (ROOT / word).exists()
+                for extra in re.findall(r"\[(.*)\]", word):
+                    assert f"{extra} = [" in (ROOT / "pyproject.toml").read_text()
+        elif words[0] == "export":
+            assert words[1].startswith("FORGE_")
+        else:
+            assert words[0] == "forge-fit", line
+            short = SHORT if words[1] == "fit" else []
+            command = [sys.executable, "-W", "ignore", "-m", "forge_lightning.cli", *words[1:], *short]
+            run(command, cwd=shell, env=environment)
+    assert seen == {"make", "pip", "export", "forge-fit"}
+
+
+@pytest.mark.parametrize("index", range(len(of("python"))))
+def test_python(index, tmp_path):
+    run([sys.executable, "-W", "ignore", "-c", of("python")[index]], cwd=tmp_path)
+
+
+@pytest.mark.parametrize("index", range(len(of("yaml"))))
+def test_yaml(index, tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text(of("yaml")[index])
+    assert yaml.safe_load(path.read_text())
+    run([sys.executable, "-W", "ignore", "-m", "forge_lightning.cli", "check", str(path)], cwd=tmp_path)
+
+
+def test_notebook(tmp_path):
+    cells = json.loads((ROOT / "notebooks/grokfast.ipynb").read_text())["cells"]
+    code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    code = [source.replace("steps = 200", "steps = 4") for source in code if "IPython" not in source]
+    run([sys.executable, "-W", "ignore", "-c", "\n".join(code)], cwd=tmp_path)
+    assert (tmp_path / "learning_curves.png").exists()
+
+
+def test_the_file_map_names_what_exists():
+    (files,) = re.findall(r"<!-- files -->\n(.*?)<!-- /files -->", (ROOT / "README.md").read_text(), re.DOTALL)
+    named = set(re.findall(r"^\| `([^`]+)`", files, re.MULTILINE))
+    assert named
+    assert not {name for name in named if not (ROOT / name).exists()}
+    code = {str(p.relative_to(ROOT)) for p in ROOT.glob("forge_lightning/**/*.py") if p.name != "__init__.py"}
+    assert not code - named
