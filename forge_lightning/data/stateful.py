@@ -25,6 +25,7 @@ class ResumableSampler(DistributedSampler[Any]):
     def __init__(self, dataset: Dataset[Any], shuffle: bool = True, seed: int = 0, drop_last: bool = False) -> None:
         super().__init__(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed, drop_last=drop_last)
         self.start = 0  # examples of this process to skip in the next epoch begun
+        self.shift = 0  # epochs by which `set_epoch` is told too many
 
     def bind(self) -> None:
         """Take the shape of the running process group, if there is one."""
@@ -38,7 +39,10 @@ class ResumableSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[Any]:
         self.bind()
         start, self.start = self.start, 0
-        return itertools.islice(super().__iter__(), start, None)
+        told, self.epoch = self.epoch, self.epoch - self.shift
+        indices = super().__iter__()
+        self.epoch = told
+        return itertools.islice(indices, start, None)
 
     def __len__(self) -> int:
         self.bind()
@@ -82,20 +86,35 @@ class StatefulDataLoader(DataLoader[Any]):
         self._resume: dict[str, int] = {}
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        resume, self._resume = self._resume, {}
-        self._delivered = 0
-        if isinstance(self.sampler, ResumableSampler) and resume.get("epoch") == self.sampler.epoch:
-            self._delivered = resume["delivered"]
-            self.sampler.start = self._delivered * (self.batch_size or 1)
+        self._delivered = self._take_up() if isinstance(self.sampler, ResumableSampler) else 0
         for batch in super().__iter__():
             self._delivered += 1
             yield batch
 
+    def _take_up(self) -> int:
+        """Point the sampler to where a restored state says; return the batches it skips.
+
+        Lightning counts a finished epoch once more when it resumes at its end, and tells samplers so ever after. What
+        the stopped run was told, and what it served, sets that right.
+        """
+        resume, self._resume = self._resume, {}
+        sampler: ResumableSampler = self.sampler  # type: ignore[assignment]
+        if not resume.get("delivered"):
+            return 0
+        if resume["delivered"] < len(self) and sampler.epoch == resume["told"]:
+            sampler.shift = resume["told"] - resume["epoch"]
+            sampler.start = resume["delivered"] * (self.batch_size or 1)
+            return resume["delivered"]
+        sampler.shift = sampler.epoch - (resume["epoch"] + 1)
+        return 0
+
     def state_dict(self) -> dict[str, int]:
-        """The running epoch, and its batches that were handed out."""
-        epoch = self.sampler.epoch if isinstance(self.sampler, ResumableSampler) else 0
-        return {"epoch": epoch, "delivered": self._delivered if self._delivered < len(self) else 0}
+        """The running epoch, as it is and as ``set_epoch`` was told, and its batches that were handed out."""
+        sampler = self.sampler
+        if not isinstance(sampler, ResumableSampler):
+            return {}
+        return {"epoch": sampler.epoch - sampler.shift, "told": sampler.epoch, "delivered": self._delivered}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """When that epoch is begun next, skip the batches that were handed out."""
+        """In the next epoch begun, skip the batches that were handed out; after a complete one, begin the one after."""
         self._resume = dict(state_dict)

@@ -137,18 +137,33 @@ def resume_at_epoch_end(case, tmp_path):
     assert torch.equal(weights(straight), weights(resumed))
 
 
-def resume_mid_epoch(case, tmp_path):
-    """With our loader and random state, dropout on, 8 batches accumulated by 3."""
+def resume_twice(case, tmp_path):
+    """At the end of an epoch, then inside a later one, with a shuffling loader of ours and dropout."""
+    straight, _ = fit(_with_random_state(case), Stateful, max_epochs=4)
+    end = ModelCheckpoint(tmp_path / "end", save_last=True, save_on_train_epoch_end=True)
+    fit([*_with_random_state(case), end], Stateful, max_epochs=1, enable_checkpointing=True)
+    inside = ModelCheckpoint(tmp_path / "inside", every_n_train_steps=19, filename="inside")
+    kwargs = {"max_epochs": 3, "enable_checkpointing": True, "ckpt_path": tmp_path / "end/last.ckpt"}
+    fit([*_with_random_state(case), inside], Stateful, **kwargs)
+    resumed, _ = fit(_with_random_state(case), Stateful, max_epochs=4, ckpt_path=tmp_path / "inside/inside.ckpt")
+    assert torch.equal(weights(straight), weights(resumed))
+
+
+def _with_random_state(case):
     from forge_lightning.callbacks import RNGState
 
     # `RNGState` itself is the subject where it is the case: two of them would share a key.
-    extra = lambda: [] if case.id == "rng-state" else [RNGState()]  # noqa: E731
+    return [case.build()] if case.id == "rng-state" else [case.build(), RNGState()]
+
+
+def resume_mid_epoch(case, tmp_path):
+    """With our loader and random state, dropout on, 8 batches accumulated by 3."""
     kwargs = {"max_epochs": 2, "accumulate_grad_batches": 3}
-    straight, _ = fit([case.build(), *extra()], Stateful, **kwargs)
+    straight, _ = fit(_with_random_state(case), Stateful, **kwargs)
     checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
-    fit([case.build(), *extra(), checkpoint], Stateful, enable_checkpointing=True, **kwargs)
+    fit([*_with_random_state(case), checkpoint], Stateful, enable_checkpointing=True, **kwargs)
     for step in (2, 3):  # inside an epoch; after its last batch
-        resumed, _ = fit([case.build(), *extra()], Stateful, ckpt_path=tmp_path / f"step={step}.ckpt", **kwargs)
+        resumed, _ = fit(_with_random_state(case), Stateful, ckpt_path=tmp_path / f"step={step}.ckpt", **kwargs)
         assert torch.equal(weights(straight), weights(resumed)), step
 
 
@@ -263,6 +278,7 @@ ROWS = [
     accumulation,
     clipping,
     resume_at_epoch_end,
+    resume_twice,
     resume_mid_epoch,
     state_round_trip,
     checkpoints_cross,
