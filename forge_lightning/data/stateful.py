@@ -26,6 +26,12 @@ class ResumableSampler(DistributedSampler[Any]):
         super().__init__(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed, drop_last=drop_last)
         self.start = 0  # examples of this process to skip in the next epoch begun
         self.shift = 0  # epochs by which `set_epoch` is told too many
+        self.num_told = 0  # calls of `set_epoch` since a state was restored
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the order of the next epoch begun."""
+        super().set_epoch(epoch)
+        self.num_told += 1
 
     def bind(self) -> None:
         """Take the shape of the running process group, if there is one."""
@@ -94,27 +100,31 @@ class StatefulDataLoader(DataLoader[Any]):
     def _take_up(self) -> int:
         """Point the sampler to where a restored state says; return the batches it skips.
 
-        Lightning counts a finished epoch once more when it resumes at its end, and tells samplers so ever after. What
-        the stopped run was told, and what it served, sets that right.
+        Lightning numbers epochs otherwise after some resumes than in a run never stopped: one too many after a resume
+        at an epoch's end, and after one of a run that `max_steps` had ended inside an epoch. The restored state says
+        which epoch it was. Whether that was over, Lightning shows by announcing two epochs before it reads a batch: the
+        finished one, and the next.
         """
         resume, self._resume = self._resume, {}
         sampler: ResumableSampler = self.sampler  # type: ignore[assignment]
         if not resume.get("delivered"):
             return 0
-        if resume["delivered"] < len(self) and sampler.epoch == resume["told"]:
-            sampler.shift = resume["told"] - resume["epoch"]
+        if resume["delivered"] < len(self) and sampler.num_told <= 1:
+            sampler.shift = sampler.epoch - resume["epoch"]
             sampler.start = resume["delivered"] * (self.batch_size or 1)
             return resume["delivered"]
         sampler.shift = sampler.epoch - (resume["epoch"] + 1)
         return 0
 
     def state_dict(self) -> dict[str, int]:
-        """The running epoch, as it is and as ``set_epoch`` was told, and its batches that were handed out."""
+        """The running epoch, and its batches that were handed out."""
         sampler = self.sampler
         if not isinstance(sampler, ResumableSampler):
             return {}
-        return {"epoch": sampler.epoch - sampler.shift, "told": sampler.epoch, "delivered": self._delivered}
+        return {"epoch": sampler.epoch - sampler.shift, "delivered": self._delivered}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
         """In the next epoch begun, skip the batches that were handed out; after a complete one, begin the one after."""
         self._resume = dict(state_dict)
+        if isinstance(self.sampler, ResumableSampler):
+            self.sampler.num_told = 0

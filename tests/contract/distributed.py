@@ -75,21 +75,23 @@ def ranks_agree(case, kind, folder):
     assert torch.equal(theirs[0], theirs[1])
 
 
+ENDS = (({"max_epochs": 4}, {"max_epochs": 2}), ({"max_epochs": -1, "max_steps": 8}, {"max_steps": 3}))
+"""How long a run goes, and where it is stopped: at the end of an epoch, and inside one."""
+
+
 def resumes(case, kind, folder):
     """Epoch end and mid-epoch, accumulating 3 with a remainder (32 rows a rank, batches of 8: 4 a rank)."""
     extra = lambda: [] if case.id == "rng-state" else [RNGState()]  # noqa: E731
     for plugins in ([],) if kind == "fsdp2" else ([], [scaler]):
         kwargs = {"accumulate_grad_batches": 3, "gradient_clip_val": 0.5, "limit_val_batches": 0}
         made = lambda: {"plugins": [p() for p in plugins]}  # noqa: E731, B023
-        straight, _ = two(kind, [case.build(), *extra()], STATEFUL[kind], max_epochs=4, **made(), **kwargs)
-        for stop in ({"max_epochs": 2}, {"max_steps": 3}):
-            _, trainer = two(kind, [case.build(), *extra()], STATEFUL[kind], **stop, **made(), **kwargs)
-            path = folder / f"{len(plugins)}{next(iter(stop))}.ckpt"
+        for goal, stop in ENDS:
+            straight, _ = two(kind, [case.build(), *extra()], STATEFUL[kind], **goal, **made(), **kwargs)
+            _, trainer = two(kind, [case.build(), *extra()], STATEFUL[kind], **goal | stop, **made(), **kwargs)
+            path = folder / f"{len(plugins)}{len(goal)}.ckpt"
             trainer.save_checkpoint(path)
             torch.load(path, weights_only=True)
-            resumed, _ = two(
-                kind, [case.build(), *extra()], STATEFUL[kind], max_epochs=4, ckpt_path=path, **made(), **kwargs
-            )
+            resumed, _ = two(kind, [case.build(), *extra()], STATEFUL[kind], **goal, ckpt_path=path, **made(), **kwargs)
             assert torch.equal(weights(straight), weights(resumed)), (stop, plugins)
 
 

@@ -149,6 +149,31 @@ def resume_twice(case, tmp_path):
     assert torch.equal(weights(straight), weights(resumed))
 
 
+def resume_after_max_steps(case, tmp_path):
+    """A fit that ended inside an epoch, saved after, goes on in that epoch."""
+    kwargs = {"max_epochs": -1, "limit_val_batches": 0}
+    straight, _ = fit(_with_random_state(case), Stateful, max_steps=20, **kwargs)
+    _, stopped = fit(_with_random_state(case), Stateful, max_steps=11, **kwargs)
+    stopped.save_checkpoint(tmp_path / "after.ckpt")
+    resumed, _ = fit(_with_random_state(case), Stateful, max_steps=20, ckpt_path=tmp_path / "after.ckpt", **kwargs)
+    assert torch.equal(weights(straight), weights(resumed))
+
+
+def resume_with_short_epochs(case, tmp_path):
+    """`limit_train_batches` ends each epoch after 5 of 8 batches."""
+    kwargs = {"limit_train_batches": 5, "limit_val_batches": 0}
+    straight, _ = fit(_with_random_state(case), Stateful, max_epochs=3, **kwargs)
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=7, filename="inside", save_last=True)
+    callbacks = [*_with_random_state(case), checkpoint]
+    _, stopped = fit(callbacks, Stateful, max_epochs=2, enable_checkpointing=True, **kwargs)
+    stopped.save_checkpoint(tmp_path / "after.ckpt")
+    for name in ("inside", "last", "after"):
+        resumed, _ = fit(
+            _with_random_state(case), Stateful, max_epochs=3, ckpt_path=tmp_path / f"{name}.ckpt", **kwargs
+        )
+        assert torch.equal(weights(straight), weights(resumed)), name
+
+
 def _with_random_state(case):
     from forge_lightning.callbacks import RNGState
 
@@ -279,6 +304,8 @@ ROWS = [
     clipping,
     resume_at_epoch_end,
     resume_twice,
+    resume_after_max_steps,
+    resume_with_short_epochs,
     resume_mid_epoch,
     state_round_trip,
     checkpoints_cross,
