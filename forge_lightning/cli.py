@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,8 @@ def _usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command. Mistakes of the user end in one message and exit code 2, never in a traceback of ours."""
     argv = list(sys.argv[1:] if argv is None else argv)
+    # Lightning 2.6 on torch 2.13: nothing a user could act on
+    warnings.filterwarnings("ignore", message=r"`isinstance\(treespec, LeafSpec\)`", category=FutureWarning)
     try:
         if not argv or argv[0] in ("-h", "--help"):
             print(_usage())

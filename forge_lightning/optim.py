@@ -57,8 +57,8 @@ def _refuse(name: str, options: dict[str, Any]) -> None:
 class GrokfastAdamW(_Grokfast, AdamW):
     """`torch.optim.AdamW` whose gradients pass a Grokfast filter. Equal to it bit by bit for ``lamb=0``.
 
-    ``step()`` edits ``p.grad`` in place, so gradient clipping belongs after it or inside the closure's caller: to clip
-    what the filter made, use the `Grokfast` callback, or clip before as most loops do.
+    ``step()`` edits ``p.grad`` in place: call it once for each backward pass. What a loop clips before it is clipped
+    before the filter; the `Grokfast` callback filters first.
 
     Args:
         params: Parameters or parameter groups.

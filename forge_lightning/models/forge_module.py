@@ -24,8 +24,9 @@ class ForgeModule(LightningModule):
     The model is built in ``configure_model``, so that making the module is cheap and FSDP2 can shard it. Batches are
     ``{"input_ids", "attention_mask", "labels": (B, T)}``, labels not shifted, -100 where no loss is taken.
 
-    Steps return ``loss`` (mean over the batch's labelled tokens), and per example ``example_loss`` (mean over its own)
-    and ``example_success`` (1 where every labelled token is the likeliest one), ``(B,)``, detached.
+    Steps return ``loss`` (mean over the batch's labelled tokens; accumulated batches weigh alike, whatever they hold),
+    and per example ``example_loss`` (mean over its own) and ``example_success`` (1 where every labelled token is the
+    likeliest one), ``(B,)``, detached.
     Logs ``train/loss``, ``train/token_accuracy``; ``val/loss``, ``val/perplexity``, ``val/token_accuracy``,
     ``val/exact_match``; the same under ``test/``.
 

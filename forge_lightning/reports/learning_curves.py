@@ -5,6 +5,8 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 Series = tuple[list[int], list[float]]
 
 
@@ -61,10 +63,17 @@ def plot_learning_curves(
         mark = (marks or {}).get(f"val/{quantity}")
         if mark is not None:
             axis.axhline(mark, color="black", linewidth=0.8, linestyle=":", label=f"{mark:g}")
-        if "loss" in quantity or "perplexity" in quantity:
+        lines = [line for line in axis.get_lines() if line.get_label() in ("train", "val")]
+        if lines and _spans_decades([v for line in lines for v in np.asarray(line.get_ydata())]):
             axis.set_yscale("log")
-        axis.set(xlabel="optimizer step", title=quantity, xscale="log")
+        if lines and _spans_decades([v for line in lines for v in np.asarray(line.get_xdata())]):
+            axis.set_xscale("log")
+        axis.set(xlabel="optimizer step", title=quantity)
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
+
+
+def _spans_decades(values: list[float]) -> bool:
+    return min(values) > 0 and max(values) >= 30 * min(values)
