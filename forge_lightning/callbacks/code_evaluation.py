@@ -147,7 +147,7 @@ class CodeEvaluation(ForgeCallback):
             )
         programs = [problem.program(text) for problem, text in zip(tasks, completions, strict=True)]
         results = run_programs(programs, timeout=self.timeout, memory_mb=self.memory_mb, num_workers=self.num_workers)
-        passed = torch.tensor([result.passed for result in results], device=pl_module.device)
+        passed = torch.tensor([int(result.passed) for result in results], dtype=torch.long, device=pl_module.device)
         passed = passed.view(len(mine), self.num_samples).sum(1)
         timeouts = torch.tensor([float(result.status == "timeout") for result in results], device=pl_module.device)
         counts = torch.stack([timeouts.sum(), torch.tensor(float(len(results)), device=pl_module.device)])

@@ -63,7 +63,7 @@ CASES = [
         twin=lambda: callbacks.InterruptCheckpoint(name="second"),
     ),
     Case(
-        build=lambda: callbacks.CodeEvaluation(num_samples=2, temperature=1.0, max_new_tokens=4),
+        build=lambda: callbacks.CodeEvaluation(num_samples=2, temperature=1.0, limit_problems=1),
         id="code-evaluation",
         observer=True,
         twin=lambda: callbacks.CodeEvaluation(name="second", max_new_tokens=4),
