@@ -3,7 +3,10 @@
     python -m benchmarks.grokking [--seeds 0 1 2 3 4] [--only ema ma] [--max-iterations 2000]
 
 The task, the model's initial weights, the split and the order of batches are those of the authors' published code for
-each seed: its random stream is reproduced. Time is process CPU time of training and validation.
+each seed: its random stream is reproduced. Time is process CPU time of training and validation. "95 % for 10 epochs"
+is the end of the tenth epoch in a row. A median counts a run that did not get there as later than all that did.
+
+Every run is a line in grokking.jsonl. A run that stands there is not repeated: delete the file to measure afresh.
 """
 
 import argparse
@@ -159,15 +162,21 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=FOLDER / "grokking.md")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, list[dict]] = {}
+    kept = args.output.with_suffix(".jsonl")
+    lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    done = {(line["configuration"], line["seed"]) for line in lines}
     for name in args.only:
         _, optimizer, options, filter_options, limit = CONFIGURATIONS[name]
         for seed in args.seeds:
+            if (name, seed) in done:
+                continue
             result = run(seed, optimizer, options, filter_options, args.max_iterations or limit)
-            results.setdefault(name, []).append(result)
-            print(json.dumps({"configuration": name} | result), flush=True)
-    command = "python -m benchmarks.grokking"
-    text = report(results, command)
+            lines.append({"configuration": name} | result)
+            print(json.dumps(lines[-1]), flush=True)
+            with open(kept, "a") as file:
+                file.write(json.dumps(lines[-1]) + "\n")
+    results = {name: [line for line in lines if line["configuration"] == name] for name in CONFIGURATIONS}
+    text = report({name: runs for name, runs in results.items() if runs}, "python -m benchmarks.grokking")
     print(text)
     keep = "\n## What follows\n"
     old = args.output.read_text() if args.output.exists() else ""
