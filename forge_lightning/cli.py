@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import pickle
 import sys
 import warnings
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from forge_lightning import callbacks, data, models  # noqa: F401  imported, so that short names are known
 from forge_lightning.data.records import DataFileError
+from forge_lightning.models.forge_module import hugging_face_config
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -149,6 +151,12 @@ def check(argv: Sequence[str]) -> int:
     trainer = cli.config_init["fit"]["trainer"]
     if isinstance(cli.datamodule, data.CodeTasks):
         cli.datamodule.refuse_training()
+    for argument in ("path", "val_path", "test_path"):
+        value = getattr(cli.datamodule, argument, None)
+        if value is not None and not Path(value).is_file():
+            raise MisconfigurationException(f"`--data.{argument} {value}`: no such file.")
+    if isinstance(cli.model, models.ForgeModule) and cli.model.config is not None:
+        hugging_face_config(cli.model.config)
     found = trainer.get("callbacks") or []
     found = found if isinstance(found, list) else [found]
     keys = [callback.state_key for callback in found if _is_stateful(callback)]
@@ -192,8 +200,7 @@ def _load_run(run: Path, ckpt_path: Path | None) -> tuple[Any, Any]:
         found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
         if not found:
             raise MisconfigurationException(f"`--run {run}` holds no checkpoint. Name one with `--ckpt_path`.")
-        last = run / "checkpoints" / "last.ckpt"
-        ckpt_path = last if last in found else found[-1]
+        ckpt_path = found[-1]
     cli = _CheckCLI(["fit", "--config", str(config)])
     module, datamodule = cli.model, cli.datamodule
     if not isinstance(module, models.ForgeModule):
@@ -201,6 +208,7 @@ def _load_run(run: Path, ckpt_path: Path | None) -> tuple[Any, Any]:
             f"`--run {run}` trained {type(module).__name__}, which does not continue text: only ForgeModule does."
         )
     module.build(datamodule.tokenizer)
+    print(f"Weights: {ckpt_path}", file=sys.stderr)
     module.load_state_dict(torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"])
     return module.eval(), datamodule
 
@@ -210,7 +218,7 @@ def generate(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("forge-fit generate", description=generate.__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run directory, as the summary of a fit prints it")
     parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--ckpt_path", type=Path, help="checkpoint; default: the run's last")
+    parser.add_argument("--ckpt_path", type=Path, help="checkpoint; default: the run's newest")
     parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to add at most")
     parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
@@ -226,7 +234,7 @@ def export(argv: Sequence[str]) -> int:
     parser = argparse.ArgumentParser("forge-fit export", description=export.__doc__)
     parser.add_argument("--run", type=Path, required=True, help="run directory, as the summary of a fit prints it")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--ckpt_path", type=Path, help="checkpoint; default: the run's last")
+    parser.add_argument("--ckpt_path", type=Path, help="checkpoint; default: the run's newest")
     args = parser.parse_args(argv)
     module, _ = _load_run(args.run, args.ckpt_path)
     module.export(args.output)
@@ -265,6 +273,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SIGTERMException:
         return 143  # 128 + SIGTERM, as a shell says it
     except (MisconfigurationException, DataFileError, OSError) as error:
+        return _explain(str(error))
+    except pickle.UnpicklingError:
+        return _explain("The file given as checkpoint is none, or holds more than weights and plain settings.")
+    except ValueError as error:
+        if argv[0] not in COMMANDS:
+            raise
         return _explain(str(error))
     except RuntimeError as error:
         if "loading state_dict" not in str(error):

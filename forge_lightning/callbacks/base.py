@@ -1,6 +1,7 @@
 """What every callback of the suite shares."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -58,6 +59,13 @@ class ForgeCallback(Callback):
     def refuse(self, what: str, why: str, instead: str) -> MisconfigurationException:
         """The error for a trainer, module or wiring that this callback cannot serve; to be raised at start."""
         return MisconfigurationException(f"`{type(self).__name__}` cannot work with {what}: {why}. {instead}")
+
+
+def run_directory(trainer: Trainer) -> Path | None:
+    """Where the first logger writes; ``None`` without one. No collective, as ``trainer.log_dir`` is."""
+    logger = trainer.logger
+    directory = None if logger is None else logger.log_dir or logger.save_dir
+    return None if directory is None else Path(directory)
 
 
 def step_of_log(trainer: Trainer) -> int:

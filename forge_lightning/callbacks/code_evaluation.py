@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from forge_lightning.callbacks.base import ForgeCallback
+from forge_lightning.callbacks.base import ForgeCallback, run_directory
 from forge_lightning.components.pass_at_k import PassAtK
 from forge_lightning.protocols import SupportsGenerate, SupportsProblems
 from forge_lightning.sandbox import run_programs
@@ -34,7 +34,7 @@ class CodeEvaluation(ForgeCallback):
         num_samples: Programs to generate for each problem.
         temperature: Sampling temperature; 0 takes the likeliest token, and then all samples are the same.
         max_new_tokens: Tokens of a program at most.
-        limit_problems: Evaluate only that many problems, the first. Default: all.
+        limit_problems: Evaluate only that many problems in validation, the first. Testing takes all. Default: all.
         every_n_validations: Validations between evaluations.
         batch_size: Programs to generate at a time.
         timeout: Seconds of a program.
@@ -136,7 +136,8 @@ class CodeEvaluation(ForgeCallback):
     def _evaluate(self, trainer: Trainer, pl_module: Any, split: str) -> None:
         source = self._source(trainer, pl_module)
         assert source is not None, "`setup` refuses this"
-        problems = source.problems(split)[: 2 if getattr(trainer, "fast_dev_run", False) else self.limit_problems]
+        limit = self.limit_problems if split == "val" else None
+        problems = source.problems(split)[: 2 if getattr(trainer, "fast_dev_run", False) else limit]
         mine = problems[trainer.global_rank :: trainer.world_size]
         tasks = [problem for problem in mine for _ in range(self.num_samples)]
         completions: list[str] = []
@@ -159,8 +160,9 @@ class CodeEvaluation(ForgeCallback):
             quantities[f"pass_at_{k}"] = metric.compute()
         for quantity, value in quantities.items():
             pl_module.log(self.metric_name(quantity), value, on_step=False, on_epoch=True, rank_zero_only=False)
-        if trainer.is_global_zero and trainer.loggers and trainer.log_dir:
-            self._keep(Path(trainer.log_dir), trainer.global_step, split, tasks, completions, results)
+        folder = run_directory(trainer)
+        if trainer.is_global_zero and folder is not None:
+            self._keep(folder, trainer.global_step, split, tasks, completions, results)
 
     def _keep(
         self, folder: Path, step: int, split: str, tasks: Sequence[Any], completions: list[str], results: Sequence[Any]

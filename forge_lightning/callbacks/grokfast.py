@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 
 from forge_lightning.callbacks.base import ForgeCallback, is_logging_step
 from forge_lightning.components.grokfast import FilterName, GradientFilter, ScheduleName
+from forge_lightning.optim import GrokfastAdamW, GrokfastSGD
 
+_STEP_THESE = "Return the optimizer from `configure_optimizers`, and in manual optimization step `self.optimizers()`."
 _WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
@@ -59,8 +61,9 @@ class Grokfast(ForgeCallback):
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: At start, with LBFGS, DeepSpeed, FSDP1, a fused optimizer under fp16, or patterns
-            that match no parameter.
+        MisconfigurationException: At start, with LBFGS, DeepSpeed, FSDP1, a fused optimizer under fp16,
+            `GrokfastAdamW` or `GrokfastSGD`, or patterns that match no parameter; after an epoch in which no optimizer
+            step came by.
 
     References:
         Lee et al., `Grokfast: Accelerated Grokking by Amplifying Slow Gradients <https://arxiv.org/abs/2405.20233>`_,
@@ -134,6 +137,9 @@ class Grokfast(ForgeCallback):
                 raise self.refuse(
                     "LBFGS", "it evaluates the gradient several times per step", "Use a first-order method."
                 )
+            if isinstance(optimizer, GrokfastAdamW | GrokfastSGD):
+                name = type(optimizer).__name__
+                raise self.refuse(name, "the gradients would be filtered twice", "Use one of the two.")
             if scaler is not None and getattr(optimizer, "_step_supports_amp_scaling", False):
                 raise self.refuse(
                     "a fused optimizer in 16-mixed precision",
@@ -162,6 +168,8 @@ class Grokfast(ForgeCallback):
             self.log_metrics(trainer, metrics | {"skipped_steps": self.skipped_steps})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._off and not self._filters:
+            raise self.refuse("optimizers that are stepped past Lightning", "it saw no step of this epoch", _STEP_THESE)
         if self._by_stage and self._stage is None:
             self.read_metric(trainer, self.stage_monitor, "stage_monitor")
 

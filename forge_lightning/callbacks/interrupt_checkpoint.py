@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from forge_lightning.callbacks.base import ForgeCallback
+from forge_lightning.callbacks.base import ForgeCallback, run_directory
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -60,7 +60,8 @@ class InterruptCheckpoint(ForgeCallback):
             received = trainer.strategy.reduce_boolean_decision(received, all=False)
         if not received:
             return
-        path = Path(self.dirpath or Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints")
+        path = Path(self.dirpath or (run_directory(trainer) or Path(trainer.default_root_dir)) / "checkpoints")
+        path = trainer.strategy.broadcast(path)  # rank 0's, whose logger numbers the run
         trainer.save_checkpoint(path / "interrupted.ckpt")
         rank_zero_info(f"\nWrote {path / 'interrupted.ckpt'}. Continue with `--ckpt_path {path / 'interrupted.ckpt'}`.")
         raise SIGTERMException if self._received == signal.SIGTERM else KeyboardInterrupt

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from forge_lightning.callbacks.base import ForgeCallback
+from forge_lightning.callbacks.base import ForgeCallback, run_directory
 from forge_lightning.reports.learning_curves import plot_learning_curves, read_metrics
 
 
@@ -92,7 +92,7 @@ class RunSummary(ForgeCallback):
     def _finish(self, trainer: Trainer, status: str) -> None:
         if getattr(trainer, "fast_dev_run", False):
             return
-        directory = Path(trainer.log_dir) if trainer.loggers and trainer.log_dir else None
+        directory = run_directory(trainer)
         summary = self._summary(trainer, status, directory)
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """ForgeModule: any Hugging Face causal language model as a LightningModule."""
 
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ from torchmetrics.text import Perplexity
 from forge_lightning.components.tokens import IGNORED
 from forge_lightning.models.optimizers import optimizer_config, weight_decay_groups
 from forge_lightning.protocols import SupportsTokenizer
+
+_ALWAYS_KNOWN = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype"}
 
 
 class ForgeModule(LightningModule):
@@ -111,10 +114,9 @@ class ForgeModule(LightningModule):
             ) from None
 
     def _new_model(self, options: dict[str, Any]) -> Any:
-        from transformers import AutoConfig, AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM
 
         options = dict(options)
-        model_type = options.pop("model_type")
         if self.tokenizer is not None:
             known = {"vocab_size": len(self.tokenizer)}
             known |= {f"{kind}_token_id": getattr(self.tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
@@ -122,8 +124,7 @@ class ForgeModule(LightningModule):
         elif "vocab_size" not in options:
             raise MisconfigurationException("`ForgeModule(config=...)` needs 'vocab_size' where no tokenizer is known.")
         try:
-            config = AutoConfig.for_model(model_type, **options)
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(hugging_face_config(options))
         except ValueError as error:
             raise MisconfigurationException(f"`ForgeModule(config={self.config!r})`: {error}") from None
 
@@ -134,6 +135,12 @@ class ForgeModule(LightningModule):
 
     def _step(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Outputs, logits and targets, one forward pass; the self-model head will add its loss here."""
+        length, context = batch["input_ids"].shape[1], context_length(self.model)
+        if context is not None and length > context:
+            raise MisconfigurationException(
+                f"A batch is {length} tokens long, but the model has only {context} positions. Lower the data's length"
+                " (`max_length`, `block_size`), or give the model more positions."
+            )
         logits = self(batch["input_ids"], batch["attention_mask"])[:, :-1]
         target = batch["labels"][:, 1:]
         labelled = target != IGNORED
@@ -223,9 +230,39 @@ class ForgeModule(LightningModule):
 
     def export(self, folder: str | Path) -> None:
         """Write model and tokenizer as a Hugging Face folder, for ``from_pretrained``."""
+        if Path(folder).is_file():
+            raise MisconfigurationException(f"`{folder}` is a file. Name a folder to export to.")
         self.model.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
+
+
+def hugging_face_config(options: dict[str, Any]) -> Any:
+    """A model's config, of ``model_type`` and settings that it knows.
+
+    Raises:
+        MisconfigurationException: If the type or a setting is unknown, naming close ones; transformers takes any.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    options = dict(options)
+    model_type = options.pop("model_type")
+    if model_type not in CONFIG_MAPPING:
+        close = get_close_matches(str(model_type), list(CONFIG_MAPPING)) or ["gpt2", "llama", "qwen2"]
+        raise MisconfigurationException(f"`model_type={model_type!r}` is unknown to transformers. Close: {close}.")
+    default = AutoConfig.for_model(model_type)
+    known = {*default.to_dict(), *default.attribute_map, *_ALWAYS_KNOWN}
+    for name in options:
+        if name not in known:
+            close = get_close_matches(name, sorted(known))
+            raise MisconfigurationException(f"A {model_type} config has no {name!r}. Close: {close or sorted(known)}.")
+    return AutoConfig.for_model(model_type, **options)
+
+
+def context_length(model: Any) -> int | None:
+    """Positions that the model has, where it has a number of them."""
+    length: int | None = getattr(model.config, "max_position_embeddings", None)
+    return length
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

@@ -47,6 +47,14 @@ def test_intervals_and_limits():
     assert model.calls == 2
 
 
+def test_testing_takes_all_problems(tmp_path):
+    model = Answers()
+    callback = CodeEvaluation(limit_problems=1, timeout=0.5)
+    _, trainer = fit([callback], model, max_steps=0)
+    trainer.test(model, verbose=False)
+    assert model.calls == 4
+
+
 def test_a_module_that_cannot_complete_and_data_without_problems_are_refused():
     class Mute(LightningModule):
         train_dataloader = LossOnly.train_dataloader

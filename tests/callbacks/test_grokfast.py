@@ -7,6 +7,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, Single
 
 from forge_lightning.callbacks import Grokfast
 from forge_lightning.functional import ema_filter
+from forge_lightning.optim import GrokfastAdamW
 from tests.contract.modules import LossOnly, Plain, TwoOptimizers
 from tests.contract.rows import fit, weights
 
@@ -162,3 +163,33 @@ def test_a_name_tells_the_metrics_of_two_instances_apart():
     callback = Grokfast(name="head", include=["net.3.*"])
     _, trainer = fit([Grokfast(exclude=["net.3.*"]), callback], log_every_n_steps=1)
     assert {"forge/grokfast/lamb", "forge/grokfast/head/lamb"} <= set(trainer.callback_metrics)
+
+
+@pytest.mark.filterwarnings("ignore:.*this fit will run with no optimizer")
+def test_optimizers_that_lightning_does_not_see_are_refused():
+    """Nothing would be filtered, in silence."""
+
+    class Own(TwoOptimizers):
+        def configure_optimizers(self):
+            self.own = torch.optim.SGD(self.parameters(), 0.1)
+
+        def optimizers(self, *args, **kwargs):
+            return [self.own]
+
+    class Raw(TwoOptimizers):
+        def optimizers(self, *args, **kwargs):
+            return super().optimizers(use_pl_optimizer=False)
+
+    for module in (Own, Raw):
+        with pytest.raises(MisconfigurationException, match=r"stepped past Lightning.*step `self.optimizers\(\)`"):
+            fit([Grokfast()], module)
+
+
+def test_an_optimizer_with_the_filter_built_in_is_refused():
+    class Twice(LossOnly):
+        def configure_optimizers(self):
+            return GrokfastAdamW(self.parameters())
+
+    with pytest.raises(MisconfigurationException, match=r"cannot work with GrokfastAdamW: .* filtered twice"):
+        fit([Grokfast()], Twice)
+    fit((), Twice)

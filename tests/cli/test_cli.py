@@ -54,6 +54,7 @@ def test_list_prints_them(capsys):
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_config_is_valid(name, capsys, small_mbpp, monkeypatch):
     monkeypatch.setenv("FORGE_MBPP", small_mbpp)
+    Path("data.txt").write_text("named in grokfast_text.yaml")
     names = [name] if "/" not in name else ["grokfast_modular", "--config", name]
     if name == "callbacks/grokfast.yaml":  # adds what the base has already
         names = ["base.yaml", "--config", name]
@@ -150,7 +151,7 @@ def test_bad_types_ranges_and_keys_end_in_a_message(args, message, capsys):
 def explained(capsys, *args):
     assert main(list(args)) == 2
     err = capsys.readouterr().err
-    assert err.startswith("forge-fit: ")
+    assert "forge-fit: " in err
     assert "Traceback" not in err
     return err
 
@@ -168,6 +169,10 @@ def test_bad_input_is_explained(capsys, tmp_path, small_mbpp, monkeypatch):
     assert "local folder" in explained(capsys, *mbpp, f"--data.path={small_mbpp}", *no_model)
     assert "the hub cannot be reached" in explained(capsys, *mbpp)
     assert "holds no config.yaml" in explained(capsys, "generate", "--run", "absent", "--prompt", "x")
+    assert "no such file" in explained(capsys, "check", "grokfast_mbpp", "--data.path=absent.jsonl")
+    assert "Close: ['n_head'" in explained(capsys, "check", "grokfast_mbpp", "--model.config.n_haed=3")
+    modular = ["fit", "--config=grokfast_modular", "--trainer.enable_progress_bar=false"]
+    assert "given as checkpoint is none" in explained(capsys, *modular, "--ckpt_path=bad.jsonl")
 
 
 def test_an_unwritable_run_directory_is_explained(capsys, tmp_path):
@@ -230,6 +235,8 @@ def test_generate_and_export_read_a_run(small_mbpp, capsys, tmp_path):
     assert main(["generate", "--run", run, "--prompt", "def f", "--max_new_tokens", "4"]) == 0
     assert main(["generate", "--run", run, "--prompt", "def f", "--max_new_tokens", "4", "--temperature", "1"]) == 0
     assert main(["export", "--run", run, "--output", "exported"]) == 0
+    assert "at least 1" in explained(capsys, "generate", "--run", run, "--prompt", "x", "--max_new_tokens", "0")
+    assert "is a file" in explained(capsys, "export", "--run", run, "--output", f"{run}/config.yaml")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained("exported")
@@ -237,7 +244,7 @@ def test_generate_and_export_read_a_run(small_mbpp, capsys, tmp_path):
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     assert all(torch.equal(p, state[f"model.{name}"]) for name, p in model.named_parameters())
     assert len(AutoTokenizer.from_pretrained("exported")) == 384
-    assert "default: the run's last" in forge_fit("generate", "--help").stdout
+    assert "default: the run's newest" in forge_fit("generate", "--help").stdout
 
 
 def test_exit_codes_and_help():

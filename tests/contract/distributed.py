@@ -10,6 +10,7 @@ import warnings
 from pathlib import Path
 
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
@@ -68,8 +69,9 @@ def shards_the_batch(case, kind, folder):
 
 
 def ranks_agree(case, kind, folder):
-    """Different data on each rank, the same weights after."""
-    model, trainer = two(kind, [case.build()], STATEFUL[kind], max_epochs=2)
+    """Different data on each rank, the same weights after; a logger, which only the first rank has."""
+    logger = CSVLogger(folder, name="", version="")
+    model, trainer = two(kind, [case.build()], STATEFUL[kind], max_epochs=2, logger=logger)
     mine = weights(model)
     theirs = trainer.strategy.all_gather(mine)
     assert torch.equal(theirs[0], theirs[1])

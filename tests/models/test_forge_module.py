@@ -221,12 +221,29 @@ def test_bad_models_say_what_to_do():
         ForgeModule(config={"n_layer": 2})
     with pytest.raises(MisconfigurationException, match=r"pretrained='no/such'.* or give `config`"):
         ForgeModule(pretrained="no/such").build()
-    with pytest.raises(MisconfigurationException, match=r"`ForgeModule\(config=\{'model_type': 'gpt9'"):
+    with pytest.raises(MisconfigurationException, match=r"`model_type='gpt9'` is unknown to transformers"):
         ForgeModule(config={"model_type": "gpt9", "vocab_size": 9}).build()
+    with pytest.raises(MisconfigurationException, match=r"A gpt2 config has no 'n_haed'. Close: \['n_head'"):
+        ForgeModule(config={"model_type": "gpt2", "n_haed": 9, "vocab_size": 9}).build()
+    with pytest.raises(MisconfigurationException, match=r"`ForgeModule\(config=.*n_head': 5.*divisible"):
+        ForgeModule(config={"model_type": "gpt2", "n_head": 5, "n_embd": 32, "vocab_size": 9}).build()
     with pytest.raises(MisconfigurationException, match="needs 'vocab_size'"):
         ForgeModule(config={"model_type": "gpt2"}).build()
     with pytest.raises(MisconfigurationException, match="tokenizer has 384 tokens, but the model's vocabulary only 9"):
         ForgeModule(config={"model_type": "gpt2", "vocab_size": 9}).build(build_tokenizer("bytes"))
+
+
+def test_batches_longer_than_the_model_say_so(small_mbpp):
+    module = ForgeModule(config=SHAPES["gpt2"] | {"n_positions": 64})
+    with pytest.raises(MisconfigurationException, match=r"A batch is \d+ tokens long, but the model has only 64"):
+        fit(module, CodeTasks(path=small_mbpp))
+
+
+def test_export_needs_a_folder(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(MisconfigurationException, match="is a file. Name a folder"):
+        built("gpt2").export(tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_predict_writes_completions(small_mbpp):
