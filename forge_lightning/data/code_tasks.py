@@ -5,12 +5,11 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_warn
 
 from forge_lightning.data.records import read_jsonl
 from forge_lightning.data.stateful import StatefulDataLoader
-from forge_lightning.data.tokens import Example, ExampleDataset, build_tokenizer, encode_example
+from forge_lightning.data.tokens import Example, ExampleDataset, TokenDataModule, encode_example
 
 Benchmark = Literal["mbpp", "humaneval"]
 
@@ -73,7 +72,7 @@ def humaneval_problem(record: dict[str, Any]) -> Problem:
     return Problem(record["task_id"], record["prompt"], record["canonical_solution"], record["prompt"], tests, stops)
 
 
-class CodeTasks(LightningDataModule):
+class CodeTasks(TokenDataModule):
     """MBPP, split by task number as its authors do, or HumanEval, which is for evaluation only.
 
     Batches are ``{"input_ids", "attention_mask", "labels": (B, T), "sample_id": (B,)}``; the loss is on the completion
@@ -111,9 +110,7 @@ class CodeTasks(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
-        if batch_size < 1:
-            raise ValueError(f"`CodeTasks(batch_size={batch_size})` must be at least 1.")
+        super().__init__(tokenizer, batch_size, seed, num_workers)
         if max_length < 8:
             raise ValueError(f"`CodeTasks(max_length={max_length})` must be at least 8.")
         if "{text}" not in prompt_template or "{tests}" not in prompt_template:
@@ -122,22 +119,9 @@ class CodeTasks(LightningDataModule):
         self.path = path
         self.test_dataset = test_dataset or dataset
         self.test_path = test_path if test_dataset else test_path or path
-        self.tokenizer_name = tokenizer
-        self.batch_size = batch_size
         self.max_length = max_length
         self.prompt_template = prompt_template
-        self.seed = seed
-        self.num_workers = num_workers
-        self._tokenizer: Any = None
         self._records: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
-        self._sets: dict[str, ExampleDataset] = {}
-
-    @property
-    def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer, built on first use."""
-        if self._tokenizer is None:
-            self._tokenizer = build_tokenizer(self.tokenizer_name)
-        return self._tokenizer
 
     def refuse_training(self) -> None:
         """Raise if this data must not be trained on."""
@@ -187,23 +171,6 @@ class CodeTasks(LightningDataModule):
                 raise MisconfigurationException(f"`CodeTasks`: {message}. Raise `max_length`.")
             rank_zero_warn(f"{message} and are left out.")
         return ExampleDataset(encoded, self.tokenizer.pad_token_id)
-
-    def _loader(self, split: str) -> StatefulDataLoader:
-        dataset = self._sets[split]
-        return StatefulDataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=split == "train",
-            seed=self.seed,
-            num_workers=self.num_workers,
-            collate_fn=dataset.collate,
-        )
-
-    def train_dataloader(self) -> StatefulDataLoader:
-        return self._loader("train")
-
-    def val_dataloader(self) -> StatefulDataLoader:
-        return self._loader("val")
 
     def test_dataloader(self) -> StatefulDataLoader:
         return self._loader("test")

@@ -1,16 +1,13 @@
 """A user's own text, as a language model's training data."""
 
-from typing import Any
-
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule
 
 from forge_lightning.data.records import read_text
 from forge_lightning.data.stateful import StatefulDataLoader
-from forge_lightning.data.tokens import Example, ExampleDataset, build_tokenizer
+from forge_lightning.data.tokens import Example, ExampleDataset, TokenDataModule
 
 
-class TextData(LightningDataModule):
+class TextData(TokenDataModule):
     """Text files, or jsonl files with a ``text`` field, cut into blocks of tokens; the loss is on every token.
 
     Batches are ``{"input_ids", "attention_mask", "labels": (B, T), "sample_id": (B,)}``.
@@ -42,26 +39,13 @@ class TextData(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(tokenizer, batch_size, seed, num_workers)
         if not 0 < val_fraction < 1:
             raise ValueError(f"`TextData(val_fraction={val_fraction})` must be in (0, 1).")
         if block_size < 2:
             raise ValueError(f"`TextData(block_size={block_size})` must be at least 2.")
-        if batch_size < 1:
-            raise ValueError(f"`TextData(batch_size={batch_size})` must be at least 1.")
         self.path, self.val_path, self.val_fraction = path, val_path, val_fraction
-        self.tokenizer_name = tokenizer
-        self.block_size, self.batch_size = block_size, batch_size
-        self.seed, self.num_workers = seed, num_workers
-        self._tokenizer: Any = None
-        self._sets: dict[str, ExampleDataset] = {}
-
-    @property
-    def tokenizer(self) -> Any:
-        """The Hugging Face tokenizer, built on first use."""
-        if self._tokenizer is None:
-            self._tokenizer = build_tokenizer(self.tokenizer_name)
-        return self._tokenizer
+        self.block_size = block_size
 
     def setup(self, stage: str | None = None) -> None:
         if self._sets:
@@ -84,21 +68,7 @@ class TextData(LightningDataModule):
         starts = range(0, len(ids) - self.block_size + 1, self.block_size)
         return [Example(number, ids[start : start + self.block_size], 0) for number, start in enumerate(starts)]
 
-    def _loader(self, split: str) -> StatefulDataLoader:
-        dataset = self._sets[split]
-        return StatefulDataLoader(
-            dataset,
-            batch_size=self.batch_size,
-            shuffle=split == "train",
-            seed=self.seed,
-            num_workers=self.num_workers,
-            collate_fn=dataset.collate,
-        )
-
-    def train_dataloader(self) -> StatefulDataLoader:
-        return self._loader("train")
-
-    def val_dataloader(self) -> StatefulDataLoader:
+    def test_dataloader(self) -> StatefulDataLoader:
         return self._loader("val")
 
-    test_dataloader = predict_dataloader = val_dataloader
+    predict_dataloader = test_dataloader

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from forge_lightning.components.tokens import IGNORED, prompt_ids
+from forge_lightning.data.stateful import StatefulDataLoader
 
 
 def build_tokenizer(name: str) -> Any:
@@ -91,3 +93,49 @@ class ExampleDataset(Dataset[dict[str, Any]]):
             batch["attention_mask"][row, :end] = 1
             batch["labels"][row, example.num_prompt_tokens : end] = ids[example.num_prompt_tokens :]
         return batch | {"sample_id": torch.tensor([example.id for example in examples])}
+
+
+class TokenDataModule(LightningDataModule):
+    """What datamodules over token examples share: a tokenizer built on first use, and loaders that resume.
+
+    Args:
+        tokenizer: Hub name or local folder of a Hugging Face tokenizer, or "bytes".
+        batch_size: Examples a batch and process, at least 1.
+        seed: Seed of the order of training examples.
+        num_workers: Loader processes.
+    """
+
+    def __init__(self, tokenizer: str, batch_size: int, seed: int, num_workers: int) -> None:
+        super().__init__()
+        if batch_size < 1:
+            raise ValueError(f"`{type(self).__name__}(batch_size={batch_size})` must be at least 1.")
+        self.tokenizer_name = tokenizer
+        self.batch_size = batch_size
+        self.seed = seed
+        self.num_workers = num_workers
+        self._tokenizer: Any = None
+        self._sets: dict[str, ExampleDataset] = {}
+
+    @property
+    def tokenizer(self) -> Any:
+        """The Hugging Face tokenizer, built on first use."""
+        if self._tokenizer is None:
+            self._tokenizer = build_tokenizer(self.tokenizer_name)
+        return self._tokenizer
+
+    def _loader(self, split: str) -> StatefulDataLoader:
+        dataset = self._sets[split]
+        return StatefulDataLoader(
+            dataset,
+            batch_size=self.batch_size,
+            shuffle=split == "train",
+            seed=self.seed,
+            num_workers=self.num_workers,
+            collate_fn=dataset.collate,
+        )
+
+    def train_dataloader(self) -> StatefulDataLoader:
+        return self._loader("train")
+
+    def val_dataloader(self) -> StatefulDataLoader:
+        return self._loader("val")
