@@ -64,7 +64,8 @@ def plot_learning_curves(
         if mark is not None:
             axis.axhline(mark, color="black", linewidth=0.8, linestyle=":", label=f"{mark:g}")
         lines = [line for line in axis.get_lines() if line.get_label() in ("train", "val")]
-        if lines and _spans_decades([v for line in lines for v in np.asarray(line.get_ydata())]):
+        values = [v for line in lines for v in np.asarray(line.get_ydata())]
+        if values and max(values) > 1 and _spans_decades(values):  # accuracies and rates stay linear
             axis.set_yscale("log")
         if lines and _spans_decades([v for line in lines for v in np.asarray(line.get_xdata())]):
             axis.set_xscale("log")
