@@ -151,8 +151,7 @@ class GradientFilter:
                     f"The gradient of {name!r} is sparse, which the filter cannot take: build its layer with"
                     " `sparse=False`, or leave the parameter out with `exclude`."
                 )
-        squares = _sum_over_shards(F.squared_norms(list(shards.values())), grads)
-        square_before = float(squares.sum())
+        square_before = _global_square(grads, shards)
         if not math.isfinite(square_before):
             self.skipped_steps += 1
             return None
@@ -167,7 +166,7 @@ class GradientFilter:
 
         square_after = square_before
         if lamb and (measure or self.keep_norm):
-            square_after = float(_sum_over_shards(F.squared_norms(list(shards.values())), grads).sum())
+            square_after = _global_square(grads, shards)
             if self.keep_norm and 0 < square_after < math.inf:
                 torch._foreach_mul_(list(shards.values()), math.sqrt(square_before / square_after))
                 square_after = square_before
@@ -303,6 +302,13 @@ def _distribute_like(full: Tensor, grad: Tensor, *, shift: int) -> Tensor:
 def _shifted(grad: DTensor, shift: int) -> list[Any]:
     """Placements of a tensor with ``shift`` more leading dimensions."""
     return [Shard(p.dim + shift) if isinstance(p, Shard) else p for p in grad.placements]
+
+
+def _global_square(grads: Mapping[str, Tensor], shards: Mapping[str, Tensor]) -> float:
+    values = list(shards.values())
+    if any(isinstance(grad, DTensor) for grad in grads.values()):
+        return float(_sum_over_shards(F.squared_norms(values), grads).sum())
+    return float(F.squared_norm(values))
 
 
 def _sum_over_shards(values: Tensor, grads: Mapping[str, Tensor]) -> Tensor:

@@ -251,6 +251,13 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([norm.to(_state_dtype(norm)) for norm in torch._foreach_norm(list(tensors))]).square()
 
 
+def squared_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Squared L2 norm of all tensors together, a scalar. Inf or NaN where one of them holds one."""
+    small = [t.reshape(-1) for t in tensors if t.numel() <= _BLOCK]
+    large = [t for t in tensors if t.numel() > _BLOCK]
+    return squared_norms([torch.cat(small), *large] if small else large).sum()
+
+
 def _state_dtype(tensor: Tensor) -> torch.dtype:
     return torch.promote_types(tensor.dtype, torch.float32)
 

@@ -163,6 +163,9 @@ def test_moving_average_ring_equals_the_pure_filter(dtype):
 def test_squared_norms_show_what_is_not_finite():
     squares = F.squared_norms([torch.tensor([3.0, 4.0]), torch.tensor([1.0, torch.inf]), torch.tensor([torch.nan])])
     assert squares[0] == 25
+    parts = [torch.tensor([3.0]), torch.tensor([[4.0]], dtype=torch.float64), torch.ones(F._BLOCK + 1)]
+    assert F.squared_norm(parts).item() == pytest.approx(25 + F._BLOCK + 1)
+    assert not F.squared_norm([*parts, torch.tensor([torch.nan])]).isfinite()
     assert squares.isfinite().tolist() == [True, False, False]
 
 
