@@ -40,3 +40,20 @@ class SupportsGenerate(Protocol):
 
     def complete(self, prompts: list[str], **options: Any) -> list[str]:
         """One completion for each prompt."""
+
+
+@runtime_checkable
+class SupportsProbe(Protocol):
+    """A module that says how to run it on a batch for its activations alone."""
+
+    def probe_forward(self, batch: Any) -> Any:
+        """Run the layers; no loss, no logging."""
+
+
+@runtime_checkable
+class SupportsEvents(Protocol):
+    """A callback that finds events in training."""
+
+    @property
+    def events(self) -> Sequence[dict[str, Any]]:
+        """Plain records with ``step`` and ``kind``, oldest first."""

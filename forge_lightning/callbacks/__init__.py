@@ -1,9 +1,10 @@
 """Every enhancement is one callback: add it to any Trainer, in any Lightning project."""
 
 from forge_lightning.callbacks.code_evaluation import CodeEvaluation as CodeEvaluation
+from forge_lightning.callbacks.geometry_probe import GeometryProbe as GeometryProbe
 from forge_lightning.callbacks.grokfast import Grokfast as Grokfast
 from forge_lightning.callbacks.interrupt_checkpoint import InterruptCheckpoint as InterruptCheckpoint
 from forge_lightning.callbacks.rng_state import RNGState as RNGState
 from forge_lightning.callbacks.run_summary import RunSummary as RunSummary
 
-__all__ = ["CodeEvaluation", "Grokfast", "InterruptCheckpoint", "RNGState", "RunSummary"]
+__all__ = ["CodeEvaluation", "GeometryProbe", "Grokfast", "InterruptCheckpoint", "RNGState", "RunSummary"]

@@ -3,11 +3,14 @@
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+
+_logged: WeakKeyDictionary[Trainer, dict[str, tuple[int, float]]] = WeakKeyDictionary()
 
 
 class ForgeCallback(Callback):
@@ -40,6 +43,7 @@ class ForgeCallback(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(named, step=step_of_log(trainer))
         trainer.callback_metrics.update({key: torch.tensor(value) for key, value in named.items()})
+        _logged.setdefault(trainer, {}).update({key: (step_of_log(trainer), value) for key, value in named.items()})
 
     def read_metric(self, trainer: Trainer, monitor: str, argument: str) -> Tensor:
         """The latest value logged as ``monitor``, by the module or by any callback.
@@ -77,3 +81,18 @@ def is_logging_step(trainer: Trainer) -> bool:
     """Whether the coming or just finished optimizer step is one of ``log_every_n_steps``."""
     every: Any = getattr(trainer, "log_every_n_steps", 1)
     return bool(getattr(trainer, "fast_dev_run", False)) or (step_of_log(trainer) + 1) % max(1, every) == 0
+
+
+def logged_at_this_step(trainer: Trainer) -> dict[str, float]:
+    """What callbacks of the suite logged at the step that is being finished, by full name."""
+    step = step_of_log(trainer)
+    return {key: value for key, (at, value) in _logged.get(trainer, {}).items() if at == step}
+
+
+def loss_of_step(trainer: Trainer, outputs: Any) -> Tensor | None:
+    """The detached loss of one batch, as ``on_train_batch_end`` gets it; Lightning has divided it for accumulation."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    if not isinstance(loss, Tensor):
+        return None
+    automatic = trainer.lightning_module.automatic_optimization
+    return loss.detach().float().mean() * (trainer.accumulate_grad_batches if automatic else 1)

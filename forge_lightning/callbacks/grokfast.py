@@ -13,10 +13,10 @@ from torch.optim import Optimizer
 
 from forge_lightning.callbacks.base import ForgeCallback, is_logging_step
 from forge_lightning.components.grokfast import FilterName, GradientFilter, ScheduleName
+from forge_lightning.components.layers import plain_name
 from forge_lightning.optim import GrokfastAdamW, GrokfastSGD
 
 _STEP_THESE = "Return the optimizer from `configure_optimizers`, and in manual optimization step `self.optimizers()`."
-_WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 class Grokfast(ForgeCallback):
@@ -202,9 +202,7 @@ class Grokfast(ForgeCallback):
     def _map_names(self, pl_module: LightningModule) -> None:
         self._names = {}
         for name, param in pl_module.named_parameters():
-            for wrapper in _WRAPPERS:
-                name = name.replace(wrapper, "")
-            self._names[id(param)] = name
+            self._names[id(param)] = plain_name(name)
 
     def _is_filtered(self, name: str) -> bool:
         included = self.include is None or any(fnmatchcase(name, pattern) for pattern in self.include)

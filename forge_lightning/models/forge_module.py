@@ -14,6 +14,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
+from forge_lightning.components.layers import block_list
 from forge_lightning.components.tokens import IGNORED
 from forge_lightning.models.optimizers import optimizer_config, weight_decay_groups
 from forge_lightning.protocols import SupportsTokenizer
@@ -266,11 +267,11 @@ def context_length(model: Any) -> int | None:
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of blocks of a transformer, found by its structure: the module list that holds the most parameters."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
-    if not lists:
+    """The stack of blocks of a transformer."""
+    found = block_list(model)
+    if found is None:
         raise MisconfigurationException(f"{type(model).__name__} has no list of blocks (`nn.ModuleList`).")
-    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
+    return found
 
 
 def _shard(model: nn.Module, mesh: Any) -> None:

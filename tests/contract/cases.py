@@ -18,6 +18,7 @@ class Case:
     exempt: dict[str, str] = field(default_factory=dict)  # row -> why it does not apply
     logs: frozenset[str] = frozenset()  # every key that its docstring lists
     constant_logs: frozenset[str] = frozenset()  # of those, the ones that a healthy run holds constant
+    placeholders: dict[str, str] = field(default_factory=dict)  # pattern in a key -> what its docstring says for it
 
     def __str__(self) -> str:
         return self.id
@@ -38,6 +39,19 @@ def grokfast(id: str, **kwargs) -> Case:
         constant_logs=frozenset({"forge/grokfast/skipped_steps"})
         | (frozenset({"forge/grokfast/lamb"}) if "schedule" not in kwargs else frozenset()),
     )
+
+
+ESTIMATORS = ("two_nn", "participation_ratio")
+GEOMETRY_LOGS = frozenset(
+    f"forge/geometry/net.{layer}/{key}"
+    for layer in range(4)
+    for key in (*ESTIMATORS, *(f"{name}_se" for name in ESTIMATORS), "num_points")
+) | {"forge/geometry/overhead"}
+
+
+def geometry_probe(**kwargs):
+    """Cheap estimators, no limit on time: the models here take a millisecond a step."""
+    return callbacks.GeometryProbe(every_n_steps=2, num_points=8, estimators=ESTIMATORS, max_overhead=None, **kwargs)
 
 
 CASES = [
@@ -70,5 +84,14 @@ CASES = [
         logs=frozenset({"forge/code_evaluation/pass_at_1", "forge/code_evaluation/timeout_rate"}),
         constant_logs=frozenset({"forge/code_evaluation/timeout_rate"}),
         exempt={"fsdp2": "refuses sharded weights (test_code_evaluation)"},
+    ),
+    Case(
+        build=geometry_probe,
+        id="geometry-probe",
+        observer=True,
+        twin=lambda: geometry_probe(name="second"),
+        logs=GEOMETRY_LOGS,
+        constant_logs=frozenset(key for key in GEOMETRY_LOGS if key.endswith("num_points")),
+        placeholders={r"net\.\d": "<layer>", "two_nn|participation_ratio": "<estimator>"},
     ),
 ]

@@ -1,0 +1,447 @@
+"""GeometryProbe: the dimension of what layers put out, while training."""
+
+import inspect
+import math
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import median
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from forge_lightning.callbacks.base import ForgeCallback, loss_of_step
+from forge_lightning.components.activation_tap import ActivationTap, BatchFields, Positions, field_of
+from forge_lightning.components.change_detector import Change, ChangeDetector, LossHealth
+from forge_lightning.components.intrinsic_dimension import check_estimators, estimate, quantities
+from forge_lightning.components.layers import select_layers
+from forge_lightning.protocols import SupportsProbe
+
+_MOST_EVENTS = 1000
+_MOST_BATCHES = 64  # of a held-out probe
+
+
+class GeometryProbe(ForgeCallback):
+    """Measure the intrinsic dimension of layers while training, and find its phase transitions.
+
+    Hooks: forward hooks on the layers copy ``num_points`` sampled rows of a training batch (no extra forward pass); the
+    estimates are made after the optimizer step. Where a batch has fewer rows, those of the following ones are added.
+    On several ranks each gives its share of the rows; the layers are shared out among the ranks; all ranks log the
+    estimates of all rows. Memory: ``num_points × D`` numbers for each layer while a probe is under way.
+
+    Reads: activations; the loss, to leave out of the search for transitions what a spike of the loss does.
+    Changes: nothing.
+    Logs: every ``every_n_steps``, for each layer: ``forge/geometry/<layer>/<estimator>`` and
+    ``forge/geometry/<layer>/<estimator>_se`` (its standard error), ``forge/geometry/<layer>/num_points`` (different
+    points), and at a transition ``forge/geometry/<layer>/change`` (confidence in [0, 1], negative for a fall);
+    ``forge/geometry/overhead`` (share of the time between probes that one takes).
+
+    When it does not help: dimension led generalisation on small algorithmic tasks, on training points. Nothing is known
+    for the fine-tuning of language models; there the transitions are a description, not a forecast.
+
+    Args:
+        layers: "all", or names and patterns of modules, and fractions of the depth (0 the first layer, 1 the last).
+        every_n_steps: Optimizer steps between probes.
+        num_points: Rows of each layer, over all ranks. Estimates compare only at the same number.
+        estimators: "two_nn", "levina_bickel", "gride" (six scales), "correlation", "participation_ratio", "pca", or
+            "skdim:MLE" and the like for an estimator of scikit-dimension.
+        source: "batch" taps the training batches. "train" and "val" take examples drawn once from that data set, and
+            run them in evaluation mode: an extra forward pass.
+        positions: Which tokens count: "labelled" those with a label, "last" the last one, "all"; "auto" is "labelled"
+            where the batch has labels for each token. Padding never counts.
+        unique_tokens: Take each token at most once.
+        mask: Key or position in the batch of the attention mask, ``(B, T)``.
+        labels: Key or position of the labels.
+        tokens: Key or position of the token numbers, for ``unique_tokens``.
+        output: Key of the activation, where a layer puts out a mapping.
+        max_overhead: Largest share of training time; a costlier probe comes less often, with a warning. ``None`` for no
+            limit.
+        change_estimator: The estimator whose transitions are looked for; ``None`` for none. Default:
+            "levina_bickel" where it is among ``estimators``, else the first.
+        relative_change: Share by which a dimension must fall (or the rise that undoes it), in (0, 1).
+        seed: Seed of the sampling, which leaves the global random stream alone.
+        name: Tells two instances apart.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: At start, if a layer is not found; at the first probe, if a layer's output or the
+            data cannot be probed.
+
+    References:
+        Ansuini et al., `Intrinsic dimension of data representations in deep neural networks
+        <https://arxiv.org/abs/1905.12784>`_, 2019.
+    """
+
+    namespace: ClassVar[str] = "geometry"
+
+    def __init__(
+        self,
+        layers: list[float | str] | str = "all",
+        every_n_steps: int = 50,
+        num_points: int = 1024,
+        estimators: Sequence[str] = ("two_nn", "levina_bickel", "correlation", "participation_ratio"),
+        source: Literal["batch", "train", "val"] = "batch",
+        positions: Positions = "auto",
+        unique_tokens: bool = False,
+        mask: str | int = "attention_mask",
+        labels: str | int = "labels",
+        tokens: str | int = "input_ids",
+        output: str | None = None,
+        max_overhead: float | None = 0.02,
+        change_estimator: str | None = "auto",
+        relative_change: float = 0.25,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        for argument, value, least in (("every_n_steps", every_n_steps, 1), ("num_points", num_points, 3)):
+            if value < least:
+                raise ValueError(f"`GeometryProbe({argument}={value})` must be at least {least}.")
+        if max_overhead is not None and not max_overhead > 0:
+            raise ValueError(f"`GeometryProbe(max_overhead={max_overhead})` must be above 0, or None.")
+        if not estimators:
+            raise ValueError("`GeometryProbe(estimators=[])` must name at least one.")
+        check_estimators(estimators)
+        self.layers, self.every_n_steps, self.num_points = layers, every_n_steps, num_points
+        self.estimators, self.source, self.positions = list(estimators), source, positions
+        self.unique_tokens, self.output = unique_tokens, output
+        self.mask, self.labels, self.tokens = mask, labels, tokens
+        self.max_overhead, self.relative_change, self.seed = max_overhead, relative_change, seed
+        self._quantities = quantities(estimators)
+        if change_estimator == "auto":
+            change_estimator = "levina_bickel" if "levina_bickel" in self._quantities else self._quantities[0]
+        if change_estimator is not None and change_estimator not in self._quantities:
+            raise ValueError(
+                f"`GeometryProbe(change_estimator={change_estimator!r})` must be one of {self._quantities}."
+            )
+        self.change_estimator = change_estimator
+        ChangeDetector(relative_change)  # refuses it here, where it was written
+        self._interval = every_n_steps
+        self._next_due = every_n_steps
+        self._detectors: dict[str, ChangeDetector] = {}
+        self._health = LossHealth()
+        self._events: list[dict[str, Any]] = []
+        self._tap: ActivationTap | None = None
+        self._last_loss: Tensor | None
+        self._warned: set[str] = set()
+        self._reset_clock()
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        """Transitions, oldest first: step, layer, estimator, direction, level before and after, confidence."""
+        return list(self._events)
+
+    @property
+    def layer_names(self) -> list[str]:
+        """The layers that are probed, from input to output; known while fitting."""
+        return [] if self._tap is None else list(self._tap.modules)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()  # what a fit that failed may have left
+        try:
+            modules = select_layers(pl_module, self.layers)
+        except ValueError as error:
+            raise MisconfigurationException(f"`GeometryProbe(layers={self.layers!r})`: {error}") from None
+        if not modules:
+            raise MisconfigurationException(f"`GeometryProbe`: {type(pl_module).__name__} has no layers to probe.")
+        self._tap = ActivationTap(modules, self.positions, self.unique_tokens, self.output)
+        self._tap.attach()
+        self._reset_clock()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step_before = trainer.global_step
+        if self._tap is None or self.source != "batch" or not self._is_due(trainer):
+            return
+        self._collecting = True
+        self._tap.start(self._fields(batch), self._share(trainer), self._seed_of(trainer, batch_idx))
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        if self._tap is not None:
+            self._tap.stop()  # recomputed activations are not looked at
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._tap is None:
+            return
+        self._tap.stop()
+        loss = loss_of_step(trainer, outputs)
+        if loss is not None:
+            self._last_loss = loss
+        if trainer.global_step == self._step_before:
+            return  # accumulating
+        self._measure_step()
+        if self.source != "batch":
+            if not self._is_due(trainer):
+                return
+            self._collecting = True
+            start = time.perf_counter()
+            self._run_held_out(trainer, pl_module)
+            self._tap.seconds = time.perf_counter() - start
+        if not self._collecting:
+            return
+        over = trainer.global_step + 1 >= self._next_due + self._interval or bool(
+            getattr(trainer, "fast_dev_run", False)
+        )
+        if self.source == "batch" and not over:
+            enough = self._tap.num_rows() >= self._share(trainer)
+            if trainer.world_size > 1:
+                enough = trainer.strategy.reduce_boolean_decision(enough, all=True)
+            if not enough:
+                return
+        self._probe(trainer, pl_module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "next_due": self._next_due,
+            "interval": self._interval,
+            "health": self._health.state_dict(),
+            "detectors": {layer: detector.state_dict() for layer, detector in self._detectors.items()},
+            "events": [dict(event) for event in self._events],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._next_due, self._interval = state_dict["next_due"], state_dict["interval"]
+        self._health.load_state_dict(state_dict["health"])
+        self._detectors = {}
+        for layer, saved in state_dict["detectors"].items():
+            self._detectors[layer] = ChangeDetector(self.relative_change)
+            self._detectors[layer].load_state_dict(saved)
+        self._events = [dict(event) for event in state_dict["events"]]
+
+    def _leave(self) -> None:
+        if self._tap is not None:
+            self._tap.detach()
+            self._tap = None
+        self._collecting = False
+
+    def _reset_clock(self) -> None:
+        self._collecting = False
+        self._step_before = 0
+        self._last_loss = None
+        self._ended: float | None = None
+        self._step_seconds: deque[float] = deque(maxlen=50)
+        self._probe_seconds: deque[float] = deque(maxlen=3)
+
+    def _is_due(self, trainer: Trainer) -> bool:
+        done = trainer.global_step + (self.source == "batch")  # the step under way counts
+        return self._collecting or done >= self._next_due or bool(getattr(trainer, "fast_dev_run", False))
+
+    def _share(self, trainer: Trainer) -> int:
+        """Rows that this rank gives."""
+        return math.ceil(self.num_points / trainer.world_size)
+
+    def _seed_of(self, trainer: Trainer, batch_idx: int) -> int:
+        parts = (self.seed, trainer.global_step, batch_idx, trainer.global_rank)
+        return hash(parts) % 2**63  # of integers: the same in every process
+
+    def _fields(self, batch: Any) -> BatchFields:
+        return BatchFields(*(field_of(batch, key) for key in (self.mask, self.labels, self.tokens)))
+
+    def _measure_step(self) -> None:
+        now = time.perf_counter()
+        if self._ended is not None:
+            self._step_seconds.append(now - self._ended)
+        self._ended = now
+
+    def _probe(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._tap is not None
+        start = time.perf_counter()
+        try:
+            rows = [torch.cat(parts) if parts else None for parts in self._tap.rows.values()]
+            estimates = self._estimate(trainer, rows, pl_module.device)
+        finally:
+            copied = self._tap.seconds
+            self._tap.clear()
+            self._collecting = False
+        loss = self._last_loss
+        if loss is not None and trainer.world_size > 1:
+            loss = trainer.strategy.reduce(loss.to(pl_module.device).clone(), reduce_op="mean")
+        metrics = self._read(estimates)
+        metrics |= self._look_for_changes(trainer, metrics, math.nan if loss is None else float(loss))
+        self._probe_seconds.append(copied + time.perf_counter() - start)
+        self._plan_next(trainer)
+        self.log_metrics(trainer, metrics | {"overhead": self._overhead(self._interval)})
+        self._ended = time.perf_counter()  # the next step's time is its own
+
+    def _estimate(self, trainer: Trainer, rows: Sequence[Tensor | None], device: torch.device) -> Tensor:
+        """``(layers, 2 quantities + 1)``: values, standard errors, number of points."""
+        rank, world = trainer.global_rank, trainer.world_size
+        width = 2 * len(self._quantities) + 1
+        table = torch.zeros(len(rows), width, dtype=torch.float64)
+        gathered = [r if r is None else r.float() for r in rows] if world == 1 else self._gather(trainer, rows, device)
+        for index in range(rank, len(rows), world):
+            points = gathered[index]
+            if points is None:
+                self._warn_once(f"layer {self.layer_names[index]!r} was not called in the step that was probed")
+                table[index] = math.nan
+                continue
+            found = estimate(points, self.estimators)
+            for column, quantity in enumerate(self._quantities):
+                result = found[quantity]
+                table[index, column], table[index, len(self._quantities) + column] = result[:2]
+                if result.reason:
+                    self._warn_once(f"no {quantity} of layer {self.layer_names[index]!r}: {result.reason}")
+                table[index, -1] = result.num_points
+        if world > 1:
+            table = trainer.strategy.reduce(table.float().to(device), reduce_op="sum").cpu().double()
+        return table
+
+    def _gather(self, trainer: Trainer, rows: Sequence[Tensor | None], device: torch.device) -> list[Tensor | None]:
+        """Everybody's rows of every layer, in one exchange; ranks may have different numbers of them."""
+        share = self._share(trainer)
+        shapes = torch.tensor([[0, 0] if r is None else [min(len(r), share), r.shape[1]] for r in rows], device=device)
+        every = trainer.strategy.all_gather(shapes).cpu()  # (W, L, 2)
+        widths = every[:, :, 1].amax(0).tolist()
+        flat = torch.zeros(share * sum(widths), dtype=torch.float32, device=device)
+        offset = 0
+        for row, width in zip(rows, widths, strict=True):
+            if row is not None:
+                part = row[:share].float().flatten()
+                flat[offset : offset + len(part)] = part
+            offset += share * width
+        everything = trainer.strategy.all_gather(flat)
+        gathered: list[Tensor | None] = []
+        offset = 0
+        for index, width in enumerate(widths):
+            parts = []
+            for rank in range(trainer.world_size):
+                count = int(every[rank, index, 0])
+                parts.append(everything[rank, offset : offset + count * width].view(count, width or 1))
+            offset += share * width
+            gathered.append(torch.cat(parts) if width else None)
+        return gathered
+
+    def _read(self, table: Tensor) -> dict[str, float]:
+        metrics: dict[str, float] = {}
+        count = len(self._quantities)
+        for layer, row in zip(self.layer_names, table.tolist(), strict=True):
+            for column, quantity in enumerate(self._quantities):
+                metrics[f"{layer}/{quantity}"] = row[column]
+                if not quantity.startswith("skdim:"):
+                    metrics[f"{layer}/{quantity}_se"] = row[count + column]
+            metrics[f"{layer}/num_points"] = row[-1]
+        return metrics
+
+    def _look_for_changes(self, trainer: Trainer, metrics: Mapping[str, float], loss: float) -> dict[str, float]:
+        healthy = self._health.update(loss)
+        found: dict[str, float] = {}
+        if self.change_estimator is None:
+            return found
+        for layer in self.layer_names:
+            detector = self._detectors.setdefault(layer, ChangeDetector(self.relative_change))
+            change = detector.update(trainer.global_step, metrics[f"{layer}/{self.change_estimator}"], healthy)
+            if change is not None:
+                found[f"{layer}/change"] = change.confidence * (-1 if change.direction == "down" else 1)
+                self._events = [*self._events, self._event(layer, change)][-_MOST_EVENTS:]
+        return found
+
+    def _event(self, layer: str, change: Change) -> dict[str, Any]:
+        return {
+            "step": change.step,
+            "kind": "geometry",
+            "layer": layer,
+            "estimator": self.change_estimator,
+            "direction": change.direction,
+            "before": change.before,
+            "after": change.after,
+            "confidence": change.confidence,
+        }
+
+    def _overhead(self, interval: int) -> float:
+        if not self._step_seconds:
+            return math.nan
+        return min(self._probe_seconds) / (interval * median(self._step_seconds))
+
+    def _plan_next(self, trainer: Trainer) -> None:
+        """The next multiple of the interval, which a costly probe stretches; rank 0's clock decides."""
+        interval = self.every_n_steps
+        if self.max_overhead is not None and len(self._probe_seconds) > 1 and self._step_seconds:
+            share = self._overhead(interval)
+            if trainer.world_size > 1:
+                share = trainer.strategy.broadcast(share)
+            interval *= max(1, math.ceil(share / self.max_overhead))
+            if interval > self._interval and interval > self.every_n_steps:
+                rank_zero_warn(
+                    f"GeometryProbe: a probe takes {1000 * min(self._probe_seconds):.3g} ms and a step"
+                    f" {1000 * median(self._step_seconds):.3g} ms. It comes every {interval} steps from here on, not"
+                    f" every {self.every_n_steps}, to stay within `max_overhead={self.max_overhead}`. Probe fewer"
+                    " layers or points, or raise `max_overhead`."
+                )
+        self._interval = interval
+        self._next_due = (trainer.global_step // self.every_n_steps) * self.every_n_steps + interval
+
+    def _warn_once(self, message: str) -> None:
+        key = message.split(" of layer")[0]
+        if key not in self._warned:
+            self._warned.add(key)
+            rank_zero_warn(f"GeometryProbe: {message}. NaN is logged. This is said once.")
+
+    def _run_held_out(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Examples drawn once, in evaluation mode: activations are the only thing that comes of it."""
+        assert self._tap is not None
+        was_training = [(module, module.training) for module in pl_module.modules()]
+        share = self._share(trainer)
+        with isolate_rng(), torch.no_grad():
+            pl_module.eval()
+            try:
+                for number, batch in enumerate(self._held_out_batches(trainer)):
+                    enough = self._tap.num_rows() >= share
+                    if trainer.world_size > 1:
+                        enough = trainer.strategy.reduce_boolean_decision(enough, all=True)
+                    if enough:
+                        break
+                    batch = trainer.strategy.batch_to_device(batch)
+                    self._tap.start(self._fields(batch), share, self.seed + number)
+                    with trainer.precision_plugin.forward_context():
+                        self._forward(pl_module, trainer.precision_plugin.convert_input(batch))
+                    self._tap.stop()
+            finally:
+                self._tap.stop()
+                for module, training in was_training:
+                    module.training = training
+
+    def _held_out_batches(self, trainer: Trainer) -> Iterator[Any]:
+        loader: Any = trainer.train_dataloader if self.source == "train" else trainer.val_dataloaders
+        loader = loader[0] if isinstance(loader, list | tuple) and loader else loader
+        if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__getitem__"):
+            raise MisconfigurationException(
+                f"`GeometryProbe(source={self.source!r})` draws from a DataLoader over a data set with a length, and"
+                f" the {self.source} data is {type(loader).__name__}. Use `source='batch'`."
+            )
+        data: Any = loader.dataset
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        mine = order[trainer.global_rank :: trainer.world_size][: len(order) // trainer.world_size]
+        size = loader.batch_size or 1
+        for start in range(0, min(len(mine), _MOST_BATCHES * size), size):
+            yield loader.collate_fn([data[i] for i in mine[start : start + size]])
+
+    def _forward(self, pl_module: LightningModule, batch: Any) -> None:
+        if isinstance(pl_module, SupportsProbe):
+            pl_module.probe_forward(batch)
+            return
+        if type(pl_module).forward is LightningModule.forward:
+            raise MisconfigurationException(
+                f"`GeometryProbe(source={self.source!r})` runs the module on a batch, and {type(pl_module).__name__}"
+                " has no `forward`. Give it one, or `probe_forward(batch)`, or use `source='batch'`."
+            )
+        if isinstance(batch, Mapping):
+            takes = inspect.signature(pl_module.forward).parameters
+            pl_module(**{key: value for key, value in batch.items() if key in takes})
+        else:
+            pl_module(batch[0] if isinstance(batch, list | tuple) else batch)

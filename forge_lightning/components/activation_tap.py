@@ -1,0 +1,176 @@
+"""Keeping a few rows of what chosen layers put out, without keeping the rest alive."""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from forge_lightning.components.tokens import IGNORED
+
+Positions = Literal["auto", "labelled", "all", "last"]
+
+
+@dataclass(frozen=True)
+class BatchFields:
+    """What of a batch says which positions count; each ``(B, T)`` or absent."""
+
+    mask: Tensor | None = None
+    labels: Tensor | None = None
+    tokens: Tensor | None = None
+
+
+def field_of(batch: Any, key: str | int | None) -> Tensor | None:
+    """A batch's tensor by key, attribute or position."""
+    value: Any = None
+    if isinstance(batch, Mapping):
+        value = batch.get(key)
+    elif isinstance(key, str):
+        value = getattr(batch, key, None)
+    elif isinstance(key, int) and isinstance(batch, Sequence) and -len(batch) <= key < len(batch):
+        value = batch[key]
+    return value if isinstance(value, Tensor) else None
+
+
+class ActivationTap:
+    """Forward hooks that copy sampled rows of activations while switched on, once per layer and forward pass.
+
+    A layer's output may be a tensor, a tuple or list (its first tensor), or a mapping (``output_key``, else its first
+    tensor). ``(N, D)`` is rows; of ``(B, T, D)`` every chosen position is a row; anything with more dimensions is one
+    row per example. Rows are drawn by a generator of their own.
+
+    Args:
+        modules: Layers by name.
+        positions: Which of ``T`` count: "labelled" those with a label, "last" the last one that is not padding, "all"
+            every one that is not padding, "auto" the labelled ones where labels are ``(B, T)``, else all. Position 0 is
+            left out by "labelled" and "auto" where others remain: it is nearly the same for all texts.
+        unique_tokens: Take each token at most once: repeated tokens make a cloud look thinner than it is.
+        output_key: Entry of a mapping that is the activation.
+    """
+
+    def __init__(
+        self,
+        modules: Mapping[str, nn.Module],
+        positions: Positions = "auto",
+        unique_tokens: bool = False,
+        output_key: str | None = None,
+    ) -> None:
+        self.modules = dict(modules)
+        self.positions = positions
+        self.unique_tokens = unique_tokens
+        self.output_key = output_key
+        self.rows: dict[str, list[Tensor]] = {name: [] for name in self.modules}
+        self.seconds = 0.0
+        self._handles: list[Any] = []
+        self._active = False
+
+    def attach(self) -> None:
+        """Register the hooks; off until `start`."""
+        hooks = {name: self._hook(name) for name in self.modules}
+        self._handles = [module.register_forward_hook(hooks[name]) for name, module in self.modules.items()]
+
+    def detach(self) -> None:
+        """Remove the hooks and forget the rows."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self.stop()
+        self.clear()
+
+    def start(self, fields: BatchFields, limit: int, seed: int) -> None:
+        """Copy at most ``limit`` rows of each layer from the next forward pass."""
+        self._fields, self._limit, self._seed = fields, limit, seed
+        self._seen: set[str] = set()
+        self._index: dict[tuple[int, ...], Tensor] = {}
+        self._active = True
+
+    def stop(self) -> None:
+        """Copy no more, until the next `start`."""
+        self._active = False
+        self._fields, self._index = BatchFields(), {}
+
+    def clear(self) -> None:
+        """Forget the rows."""
+        self.rows = {name: [] for name in self.modules}
+        self.seconds = 0.0
+
+    def num_rows(self) -> int:
+        """Rows that every layer has."""
+        return min((sum(len(part) for part in parts) for parts in self.rows.values()), default=0)
+
+    def _hook(self, name: str) -> Any:
+        def copy_rows(module: nn.Module, args: Any, output: Any) -> None:
+            if self._active and name not in self._seen:
+                start = time.perf_counter()
+                self._seen.add(name)  # gradient checkpointing comes by twice
+                self._copy(name, output)
+                self.seconds += time.perf_counter() - start
+
+        return torch.compiler.disable(copy_rows)  # a compiled module breaks its graph here
+
+    @torch.no_grad()
+    def _copy(self, name: str, output: Any) -> None:
+        x = self._activation(name, output).detach()
+        if x.ndim < 2:
+            raise ValueError(f"Layer {name!r} puts out {tuple(x.shape)}; a probe needs (N, D), (B, T, D) or more.")
+        shape = tuple(x.shape[:2]) if x.ndim == 3 else (len(x),)
+        x = x.flatten(0, 1) if x.ndim == 3 else x.flatten(1)
+        if shape not in self._index:
+            self._index[shape] = self._choose(shape, x.device)
+        self.rows[name].append(x.index_select(0, self._index[shape]))
+
+    def _activation(self, name: str, output: Any) -> Tensor:
+        if isinstance(output, Mapping):
+            output = output[self.output_key] if self.output_key in output else tuple(output.values())
+        if isinstance(output, tuple | list):
+            output = next((value for value in output if isinstance(value, Tensor)), None)
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise ValueError(
+                f"Layer {name!r} puts out {type(output).__name__}, which holds no activations. Name another layer, or"
+                " the entry with `output_key`."
+            )
+        return output
+
+    def _choose(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
+        """Indices of the rows to keep, in the flattened activations."""
+        candidates = self._candidates(shape)
+        generator = torch.Generator().manual_seed(self._seed)
+        order = candidates[torch.randperm(len(candidates), generator=generator)]
+        tokens = self._fields.tokens
+        if self.unique_tokens and tokens is not None and tokens.numel() == math.prod(shape):
+            ids = tokens.detach().cpu().flatten()[order]
+            first: dict[int, int] = {}
+            for position, token in enumerate(ids.tolist()):
+                first.setdefault(token, position)
+            order = order[list(first.values())]
+        return order[: self._limit].to(device)
+
+    def _candidates(self, shape: tuple[int, ...]) -> Tensor:
+        everything = torch.arange(math.prod(shape))
+        mask, labels = (None if t is None else t.detach().cpu() for t in (self._fields.mask, self._fields.labels))
+        if len(shape) == 1:
+            return everything if mask is None or mask.numel() != shape[0] else everything[mask.flatten().bool()]
+        if shape[1] == 1:
+            return everything
+        valid = torch.ones(shape, dtype=torch.bool)
+        if mask is not None and tuple(mask.shape) == shape:
+            valid = mask.bool()
+        if self.positions == "last":
+            last = torch.where(valid, torch.arange(shape[1]), -1).amax(1)
+            return (torch.arange(shape[0]) * shape[1] + last)[last >= 0]
+        per_token = labels is not None and tuple(labels.shape) == shape
+        if self.positions == "labelled" and not per_token:
+            raise ValueError(
+                "`positions='labelled'` needs labels of shape (B, T) in the batch. Name them with `labels`, or set"
+                " `positions` to 'all' or 'last'."
+            )
+        if self.positions == "all" or not per_token:
+            return everything[valid.flatten()]
+        assert labels is not None
+        labelled = valid & (labels != IGNORED)
+        later = labelled.clone()
+        later[:, 0] = False
+        return everything[(later if bool(later.any()) else labelled).flatten()]
