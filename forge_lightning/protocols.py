@@ -57,3 +57,12 @@ class SupportsEvents(Protocol):
     @property
     def events(self) -> Sequence[dict[str, Any]]:
         """Plain records with ``step`` and ``kind``, oldest first."""
+
+
+@runtime_checkable
+class SupportsStage(Protocol):
+    """A callback that knows the stage of training."""
+
+    @property
+    def stage(self) -> str:
+        """Its name."""

@@ -6,5 +6,6 @@ from forge_lightning.callbacks.grokfast import Grokfast as Grokfast
 from forge_lightning.callbacks.interrupt_checkpoint import InterruptCheckpoint as InterruptCheckpoint
 from forge_lightning.callbacks.rng_state import RNGState as RNGState
 from forge_lightning.callbacks.run_summary import RunSummary as RunSummary
+from forge_lightning.callbacks.telemetry import Telemetry as Telemetry
 
-__all__ = ["CodeEvaluation", "GeometryProbe", "Grokfast", "InterruptCheckpoint", "RNGState", "RunSummary"]
+__all__ = ["CodeEvaluation", "GeometryProbe", "Grokfast", "InterruptCheckpoint", "RNGState", "RunSummary", "Telemetry"]

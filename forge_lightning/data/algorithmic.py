@@ -54,6 +54,7 @@ class AlgorithmicData(LightningDataModule):
         num_bits: Length of a "sparse_parity" input.
         num_relevant_bits: Bits that count, in [1, num_bits].
         num_examples: Examples of "sparse_parity", which cannot list all inputs.
+        random_labels: Shuffle the answers among the training examples: they can be memorised, and nothing generalises.
         seed: Seed of the split, of the order, and of random inputs.
         num_workers: Loader processes. 0 is the fastest for these tasks.
 
@@ -74,6 +75,7 @@ class AlgorithmicData(LightningDataModule):
         num_bits: int = 40,
         num_relevant_bits: int = 3,
         num_examples: int = 2000,
+        random_labels: bool = False,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -98,6 +100,7 @@ class AlgorithmicData(LightningDataModule):
         self.num_bits = num_bits
         self.num_relevant_bits = num_relevant_bits
         self.num_examples = num_examples
+        self.random_labels = random_labels
         self.seed = seed
         self.num_workers = num_workers
         self._splits: tuple[TokenDataset, TokenDataset] | None = None
@@ -154,7 +157,10 @@ class AlgorithmicData(LightningDataModule):
                 f"`AlgorithmicData(train_fraction={self.train_fraction})` leaves one side of the split empty:"
                 f" there are {len(rows)} examples."
             )
-        self._splits = TokenDataset(rows[order[:num_train]]), TokenDataset(rows[order[num_train:]])
+        train, val = rows[order[:num_train]], rows[order[num_train:]]
+        if self.random_labels:
+            train[:, -1] = train[torch.randperm(num_train, generator=torch.Generator().manual_seed(self.seed)), -1]
+        self._splits = TokenDataset(train), TokenDataset(val)
 
     def _loader(self, split: int, batch_size: int, shuffle: bool) -> StatefulDataLoader:
         assert self._splits is not None, "`setup` comes first"

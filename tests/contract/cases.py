@@ -54,6 +54,16 @@ def geometry_probe(**kwargs):
     return callbacks.GeometryProbe(every_n_steps=2, num_points=8, estimators=ESTIMATORS, max_overhead=None, **kwargs)
 
 
+TIMES = ("step", "data", "forward_backward", "optimizer", "callbacks", "other")
+TELEMETRY_LOGS = frozenset(
+    f"forge/telemetry/{key}"
+    for key in (
+        *("loss", "grad_norm_before", "grad_norm_after", "lr", "examples_per_second", "peak_memory"),
+        *(f"{part}_seconds" for part in TIMES),
+    )
+)
+
+
 CASES = [
     grokfast("grokfast-ema", alpha=0.9, lamb=2.0),
     grokfast("grokfast-ma", filter="ma", window_size=3, lamb=2.0),
@@ -93,5 +103,13 @@ CASES = [
         logs=GEOMETRY_LOGS,
         constant_logs=frozenset(key for key in GEOMETRY_LOGS if key.endswith("num_points")),
         placeholders={r"net\.\d": "<layer>", "two_nn|participation_ratio": "<estimator>"},
+    ),
+    Case(
+        build=callbacks.Telemetry,
+        id="telemetry",
+        observer=True,
+        twin=lambda: callbacks.Telemetry(name="second"),
+        logs=TELEMETRY_LOGS,
+        constant_logs=frozenset({"forge/telemetry/lr", "forge/telemetry/peak_memory"}),
     ),
 ]

@@ -1,0 +1,121 @@
+"""Whether phase transitions and stages are found in runs that grok, and only there.
+
+    python -m benchmarks.phases record [--only NAME ...]   # trains: about 20 CPU minutes
+    python -m benchmarks.phases report
+
+A one-layer decoder on arithmetic modulo 97 (40 % to train on), AdamW lr 1e-3, GeometryProbe every 20 steps on 512
+training points, validation every 24 steps. Runs that grok: weight decay 1, also with Grokfast-EMA. Runs that do not:
+the same on random labels, and Adam without weight decay. Settings of detector and classifier were chosen on the runs
+marked "tuning"; the others were looked at once they stood.
+"""
+
+import argparse
+import gzip
+import json
+import tempfile
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import CSVLogger
+
+from benchmarks.environment import FOLDER
+from forge_lightning.callbacks import GeometryProbe, Grokfast, Telemetry
+from forge_lightning.components.trace import read_rows
+from forge_lightning.data import AlgorithmicData
+from forge_lightning.models import AlgorithmicModule
+
+RECORDED = FOLDER.parent / "tests" / "recorded_runs"
+EMA = {"alpha": 0.98, "lamb": 2.0}
+
+RUNS = {
+    # name: (groks, operation, seed, weight decay, random labels, filter options, steps)
+    "grok_add_0": (True, "add", 0, 1.0, False, None, 4000),
+    "grok_add_1": (True, "add", 1, 1.0, False, None, 4000),
+    "grok_add_2": (True, "add", 2, 1.0, False, None, 4000),
+    "grok_add_3": (True, "add", 3, 1.0, False, None, 4000),
+    "grok_multiply_4": (True, "multiply", 4, 1.0, False, None, 4000),
+    "grok_multiply_5": (True, "multiply", 5, 1.0, False, None, 4000),
+    "grok_ema_6": (True, "add", 6, 1.0, False, EMA, 4000),
+    "random_0": (False, "add", 0, 1.0, True, None, 3000),
+    "random_1": (False, "add", 1, 1.0, True, None, 3000),
+    "random_2": (False, "multiply", 2, 1.0, True, None, 3000),
+    "random_3": (False, "add", 3, 1.0, True, None, 3000),
+    "no_decay_0": (False, "add", 0, 0.0, False, None, 3000),
+    "no_decay_1": (False, "add", 1, 0.0, False, None, 3000),
+    "no_decay_2": (False, "multiply", 2, 0.0, False, None, 3000),
+}
+
+
+class _StopOnceGeneralised(Callback):
+    """600 steps after validation accuracy has reached 99 %: what comes then is of interest too."""
+
+    def __init__(self) -> None:
+        self.reached: int | None = None
+
+    def on_validation_end(self, trainer: Trainer, pl_module: AlgorithmicModule) -> None:
+        if self.reached is None and trainer.callback_metrics["val/accuracy"] >= 0.99:
+            self.reached = trainer.global_step
+        if self.reached is not None and trainer.global_step >= self.reached + 600:
+            trainer.should_stop = True
+
+
+def record(name: str) -> None:
+    """Train, and keep what of the trace a classifier may look at."""
+    _, operation, seed, weight_decay, random_labels, filter_options, steps = RUNS[name]
+    seed_everything(seed, verbose=False)
+    data = AlgorithmicData(operation, train_fraction=0.4, random_labels=random_labels, seed=seed)
+
+    def optimizer(params: object) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, lr=1e-3, betas=(0.9, 0.98), weight_decay=weight_decay)
+
+    module = AlgorithmicModule(num_layers=1, optimizer=optimizer)
+    callbacks = [Grokfast(**filter_options)] if filter_options else []
+    callbacks += [
+        GeometryProbe(layers=[1.0], every_n_steps=20, num_points=512, positions="last", max_overhead=None),
+        Telemetry(every_n_steps=20),
+        _StopOnceGeneralised(),
+    ]
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            accelerator="cpu",
+            max_steps=steps,
+            max_epochs=-1,
+            check_val_every_n_epoch=3,
+            num_sanity_val_steps=0,
+            logger=CSVLogger(folder, name="", version=""),
+            callbacks=callbacks,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, data)
+        RECORDED.mkdir(parents=True, exist_ok=True)
+        with gzip.GzipFile(RECORDED / f"{name}.jsonl.gz", "wb", mtime=0) as file:
+            for row in read_rows(Path(folder) / "trace.jsonl"):
+                file.write((json.dumps(_kept(row), separators=(",", ":")) + "\n").encode())
+
+
+def _kept(row: dict) -> dict:
+    def wanted(key: str) -> bool:
+        return not key.startswith("forge/telemetry/") or key.endswith(("loss", "success", "norm_before", "norm_after"))
+
+    if "metrics" in row:
+        rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in row["metrics"].items() if wanted(k)}
+        row = {**row, "metrics": rounded}
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["record", "report"])
+    parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    for name in args.only:
+        record(name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,350 @@
+"""Telemetry: what each step did and where its time went, in every logger and in a trace on disk."""
+
+import math
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.profilers import Profiler
+from torch import Tensor
+from torch.optim import Optimizer
+
+from forge_lightning.callbacks.base import (
+    ForgeCallback,
+    is_logging_step,
+    logged_at_this_step,
+    loss_of_step,
+    run_directory,
+    step_of_log,
+)
+from forge_lightning.components.activation_tap import field_of
+from forge_lightning.components.step_timer import StepTimer
+from forge_lightning.components.trace import FILE_NAME, TraceWriter
+from forge_lightning.protocols import SupportsEvents, SupportsStage
+
+
+class Telemetry(ForgeCallback):
+    """Log what a step did, and write it with everything the other callbacks logged into a trace that survives a kill.
+
+    Hooks: the end of every optimizer step, and of every validation. Place it last in the list: it then sees what the
+    other callbacks logged at the step. The trace, ``trace.jsonl`` in the run directory, is one JSON object a line:
+    steps with the values of that step, validations with their metrics, events (transitions of the geometry, changes
+    of stage). A resumed run continues it without gap or repetition. `forge-fit analyze` draws it. Without a logger
+    there is no run directory, and no trace.
+
+    Reads: what ``training_step`` returns (``loss``; ``example_loss`` and ``example_success`` where it has them),
+    gradients, learning rate, the batch's ``attention_mask`` and ``input_ids``, what other callbacks log and find.
+    Changes: nothing.
+    Logs: every ``every_n_steps``, as means over ranks and accumulated batches: ``forge/telemetry/loss``,
+    ``forge/telemetry/success`` (share of examples), ``forge/telemetry/perplexity`` (of a module that returns
+    ``example_loss``), ``forge/telemetry/grad_norm_before`` (filter and clipping), ``forge/telemetry/grad_norm_after``,
+    ``forge/telemetry/lr``, ``forge/telemetry/examples_per_second``, ``forge/telemetry/tokens_per_second`` (without
+    padding), ``forge/telemetry/step_seconds``, and its parts ``forge/telemetry/data_seconds``,
+    ``forge/telemetry/forward_backward_seconds``, ``forge/telemetry/optimizer_seconds``,
+    ``forge/telemetry/callbacks_seconds``, ``forge/telemetry/other_seconds``; ``forge/telemetry/peak_memory`` (GiB, of
+    the accelerator, else of the process). Times are the host's, since the last logged step, without validation. What a
+    module does not tell is not logged.
+
+    When it does not help: on an accelerator work goes on after a call returns; the parts of a step then say where the
+    host waits.
+
+    Args:
+        every_n_steps: Optimizer steps between two records. Default: the Trainer's ``log_every_n_steps``.
+        trace: Write the trace.
+        max_rows: Records after which only every second one is written, then every fourth after twice as many, and so
+            on: the file grows with the logarithm of the steps. Rows with sparse values are all written.
+        name: Tells two instances apart; also in the trace's file name.
+
+    Raises:
+        ValueError: If ``every_n_steps`` or ``max_rows`` is below 1.
+    """
+
+    namespace: ClassVar[str] = "telemetry"
+
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        trace: bool = True,
+        max_rows: int = 100_000,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        for argument, value in (("every_n_steps", every_n_steps), ("max_rows", max_rows)):
+            if value is not None and value < 1:
+                raise ValueError(f"`Telemetry({argument}={value})` must be at least 1.")
+        self.every_n_steps = every_n_steps
+        self.trace = trace
+        self.max_rows = max_rows
+        self._writer: TraceWriter | None = None
+        self._earlier: Path | None = None
+        self._offered = 0
+        self._seen_events: dict[str, dict[str, Any]] = {}
+        self._seconds_before = 0.0
+        self._profiler: _TimedProfiler | None = None
+        self._started = 0.0
+        self._record, self._step_before, self._last_logged = False, -1, 0
+        self._sums: dict[str, tuple[Any, int]] = {}
+        self._norms: list[Tensor] = []
+        self._lr = math.nan
+        self._examples = 0
+        self._tokens: Tensor | None = None
+        self._known: dict[str, Tensor] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave(trainer)
+        self._begin_fit()
+        timed: Any = trainer
+        self._profiler = _TimedProfiler(timed.profiler)
+        timed.profiler = self._profiler
+        self._last_logged = trainer.global_step
+        directory = None if getattr(trainer, "fast_dev_run", False) else run_directory(trainer)
+        if self.trace and directory is not None and trainer.is_global_zero:
+            path = directory / (FILE_NAME if self.name is None else f"trace_{self.name}.jsonl")
+            earlier = self._earlier if self._earlier is not None and self._earlier.is_file() else path
+            header = {"module": type(pl_module).__name__, "world_size": trainer.world_size}
+            self._writer = TraceWriter(path, trainer.global_step, earlier, header, self.max_rows, self._offered)
+            self._earlier = path
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._profiler is not None:
+            self._profiler.timer.pause(True)
+            self._known = dict(trainer.callback_metrics)  # kept alive: a value is fresh if it is another object
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._profiler is None:
+            return
+        if self._writer is not None and not trainer.sanity_checking:
+            fresh = {k: float(v) for k, v in trainer.callback_metrics.items() if self._known.get(k) is not v}
+            row = self._row(trainer, "validation")
+            self._writer.write(row | {"metrics": fresh})
+            self._write_events(trainer)
+        self._known = {}
+        self._profiler.timer.pause(False)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._step_before != trainer.global_step:
+            self._step_before = trainer.global_step
+            self._record = self._is_recorded(trainer)
+
+    @torch.no_grad()
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        if self._record:
+            self._lr = float(trainer.optimizers[0].param_groups[0]["lr"])
+            self._norms.append(_grad_norm([optimizer]))
+
+    @torch.no_grad()
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._count(batch)
+        if self._record:
+            self._add_outputs(trainer, outputs)
+        if trainer.global_step == self._step_before or self._profiler is None:
+            return  # accumulating
+        if self._record:
+            metrics = self._reduced(trainer, pl_module)
+            self.log_metrics(trainer, metrics)
+            self._sums, self._norms = {}, []
+            self._examples, self._tokens, self._last_logged = 0, None, trainer.global_step
+        if self._writer is not None:
+            values = logged_at_this_step(trainer)
+            if values:
+                row = self._row(trainer, "step") | {"metrics": values}
+                sparse = any(not key.startswith(("forge/telemetry/", "forge/grokfast/")) for key in values)
+                (self._writer.write if sparse else self._writer.write_plain)(row)
+                self._offered = self._writer.offered
+            self._write_events(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._writer is not None:
+            self._write_events(trainer)
+        self._leave(trainer)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave(trainer)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "trace": None if self._earlier is None else str(self._earlier.absolute()),
+            "offered": self._offered,
+            "seen_events": {key: dict(event) for key, event in self._seen_events.items()},
+            "seconds": self._seconds(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._earlier = None if state_dict["trace"] is None else Path(state_dict["trace"])
+        self._offered = state_dict["offered"]
+        self._seen_events = {key: dict(event) for key, event in state_dict["seen_events"].items()}
+        self._seconds_before = state_dict["seconds"]
+
+    def _begin_fit(self) -> None:
+        self._started = time.perf_counter()
+        self._record, self._step_before, self._last_logged = False, -1, 0
+        self._sums, self._norms, self._lr = {}, [], math.nan
+        self._examples, self._tokens, self._known = 0, None, {}
+
+    def _leave(self, trainer: Trainer) -> None:
+        if self._profiler is not None:
+            self._seconds_before = self._seconds()
+            timed: Any = trainer
+            if timed.profiler is self._profiler:
+                timed.profiler = self._profiler.inner
+            self._profiler = None
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _seconds(self) -> float:
+        running = time.perf_counter() - self._started if self._profiler is not None else 0.0
+        return self._seconds_before + running
+
+    def _is_recorded(self, trainer: Trainer) -> bool:
+        if self.every_n_steps is None or getattr(trainer, "fast_dev_run", False):
+            return is_logging_step(trainer)
+        return (step_of_log(trainer) + 1) % self.every_n_steps == 0
+
+    def _count(self, batch: Any) -> None:
+        tokens = field_of(batch, "input_ids")
+        first = tokens if tokens is not None else _first_tensor(batch)
+        if first is not None and first.ndim:
+            self._examples += len(first)
+        if tokens is not None:
+            mask = field_of(batch, "attention_mask")
+            count = torch.tensor(tokens.numel()) if mask is None else mask.sum()
+            self._tokens = count if self._tokens is None else self._tokens + count
+
+    def _add_outputs(self, trainer: Trainer, outputs: Any) -> None:
+        found = {"loss": loss_of_step(trainer, outputs)}
+        if isinstance(outputs, Mapping):
+            for key, name in (("example_success", "success"), ("example_loss", "example_loss")):
+                value = outputs.get(key)
+                if isinstance(value, Tensor):
+                    found[name] = value.detach().float().nanmean()
+        for key, tensor in found.items():
+            if tensor is not None:
+                before, count = self._sums.get(key, (0.0, 0))
+                self._sums[key] = (before + tensor, count + 1)
+
+    def _reduced(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """This record's values; one exchange between ranks."""
+        assert self._profiler is not None
+        norm_after = self._norm_after(trainer, pl_module)
+        steps = max(1, trainer.global_step - self._last_logged)
+        seconds = {f"{key}_seconds": value / steps for key, value in self._profiler.timer.take().items()}
+        device = pl_module.device
+        values: dict[str, Any] = {
+            key: self._sums[key][0] / self._sums[key][1] if key in self._sums else math.nan
+            for key in ("loss", "success", "example_loss")
+        }
+        values["tokens"] = math.nan if self._tokens is None else self._tokens
+        values |= {"examples": float(self._examples), **seconds, "peak_memory": _peak_memory(device)}
+        row = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values.values()])
+        if trainer.world_size > 1:
+            there = ~row.isnan()
+            both = torch.cat([row.nan_to_num(), there.double()]).float().to(device)
+            sums, counts = trainer.strategy.reduce(both, reduce_op="sum").cpu().double().chunk(2)
+            row = sums / counts
+        read = dict(zip(values, row.tolist(), strict=True))
+        example_loss, tokens, examples = (read.pop(key) for key in ("example_loss", "tokens", "examples"))
+        total = sum(read[key] for key in seconds) * steps
+        metrics = {"loss": read.pop("loss"), "success": read.pop("success")}
+        if not math.isnan(example_loss):
+            metrics["perplexity"] = math.exp(metrics["loss"]) if metrics["loss"] < 700 else math.inf
+        if self._norms:
+            before = [v for k, v in logged_at_this_step(trainer).items() if k.endswith("/grad_norm_before")]
+            metrics["grad_norm_before"] = before[0] if before else float(torch.stack(self._norms).norm())
+            metrics["grad_norm_after"] = norm_after
+            metrics["lr"] = self._lr
+        metrics["examples_per_second"] = examples * trainer.world_size / total if total else math.nan
+        metrics["tokens_per_second"] = tokens * trainer.world_size / total if total else math.nan
+        metrics |= {"step_seconds": total / steps, **read}
+        told = {"loss": "loss" in self._sums, "success": "success" in self._sums}
+        told |= {"tokens_per_second": not math.isnan(tokens)}
+        return {key: value for key, value in metrics.items() if told.get(key, True)}
+
+    def _norm_after(self, trainer: Trainer, pl_module: LightningModule) -> float:
+        own_clipping = type(pl_module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
+        if trainer.gradient_clip_val is None and not own_clipping and pl_module.automatic_optimization:
+            return float(torch.stack(self._norms).norm()) if self._norms else math.nan
+        return float(_grad_norm(trainer.optimizers))
+
+    def _row(self, trainer: Trainer, kind: str) -> dict[str, Any]:
+        row = {"kind": kind, "step": trainer.global_step, "epoch": trainer.current_epoch}
+        row["seconds"] = round(self._seconds(), 4)
+        stages = [c.stage for c in trainer.callbacks if isinstance(c, SupportsStage)]  # type: ignore[attr-defined]
+        return row | ({"stage": stages[0]} if stages else {})
+
+    def _write_events(self, trainer: Trainer) -> None:
+        assert self._writer is not None
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if not isinstance(callback, SupportsEvents) or not callback.events:
+                continue
+            finder: Any = callback
+            key, events = finder.state_key, list(callback.events)
+            last = self._seen_events.get(key)
+            start = max((i + 1 for i, event in enumerate(events) if event == last), default=0)
+            for event in events[start:]:
+                self._writer.write({**event, "event": event["kind"], "kind": "event", "callback": key})
+            self._seen_events[key] = dict(events[-1])
+
+
+class _TimedProfiler(Profiler):
+    """Lightning's own marks around every part of a step, timed; handed on to the profiler that was there."""
+
+    def __init__(self, inner: Profiler) -> None:
+        super().__init__()
+        self.inner = inner
+        self.timer = StepTimer()
+
+    def start(self, action_name: str) -> None:
+        self.timer.start(action_name)
+        self.inner.start(action_name)
+
+    def stop(self, action_name: str) -> None:
+        self.inner.stop(action_name)
+        self.timer.stop()
+
+    def summary(self) -> str:
+        return self.inner.summary()
+
+    def describe(self) -> None:
+        self.inner.describe()
+
+    def setup(self, stage: str, local_rank: int | None = None, log_dir: str | None = None) -> None:
+        self.inner.setup(stage, local_rank, log_dir)
+
+    def teardown(self, stage: str | None) -> None:
+        self.inner.teardown(stage)
+
+
+def _grad_norm(optimizers: Any) -> Tensor:
+    """Global norm of the gradients, over shards too; on the CPU."""
+    grads = [p.grad for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
+    if not grads:
+        return torch.tensor(math.nan)
+    norm = torch.nn.utils.get_total_norm(grads)
+    full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return full.detach().float().cpu()
+
+
+def _first_tensor(batch: Any) -> Tensor | None:
+    if isinstance(batch, Tensor):
+        return batch
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next((found for value in values if (found := _first_tensor(value)) is not None), None)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30

@@ -1,0 +1,100 @@
+"""The trace of a run: one JSON object a line, appended as training goes."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+VERSION = 1
+FILE_NAME = "trace.jsonl"
+
+
+class TraceWriter:
+    """Append rows to a trace. Every row is written and handed to the system at once: a kill costs at most the last one.
+
+    The file grows with the logarithm of the number of rows: after each ``max_rows`` plain rows, only every second of
+    those that would have come is kept. Rows that hold sparse values are all kept.
+
+    Args:
+        path: File to write.
+        keep_until: Step that training goes on from. Rows of ``earlier`` up to it stay; later ones, which will come
+            again, do not.
+        earlier: Trace to continue; ``None`` starts a new one. May be ``path`` itself.
+        header: What to say in the first row of a new trace.
+        max_rows: Plain rows until rows are thinned out.
+        written: Plain rows written before, where a trace is continued.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        keep_until: int,
+        earlier: Path | None,
+        header: Mapping[str, Any],
+        max_rows: int,
+        written: int = 0,
+    ) -> None:
+        self.path = path
+        self.max_rows = max_rows
+        self.offered = written
+        rows = []
+        if earlier is not None and keep_until > 0:
+            rows = [row for row in read_rows(earlier) if row.get("step", 0) <= keep_until]
+        if not rows:
+            rows = [{"kind": "header", "version": VERSION, "step": keep_until, **header}]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".new")
+        temporary.write_text("".join(_line(row) for row in rows))
+        os.replace(temporary, path)
+        self._file: IO[str] = open(path, "a")  # noqa: SIM115  open as long as training goes
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Append a row."""
+        self._file.write(_line(row))
+        self._file.flush()
+
+    def write_plain(self, row: Mapping[str, Any]) -> None:
+        """Append a row that may be thinned out."""
+        stride = 2 ** (self.offered_doublings())
+        if self.offered % stride == 0:
+            self.write(row)
+        self.offered += 1
+
+    def offered_doublings(self) -> int:
+        """How often the stride has doubled: after ``max_rows`` rows, then after twice as many steps each time."""
+        return max(0, math.floor(math.log2(self.offered / self.max_rows + 1))) if self.offered else 0
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a trace that can be read; what a kill cut off, or is no object, is passed over."""
+    if not path.is_file():
+        return
+    with open(path, errors="replace") as file:
+        for line in file:
+            try:
+                row = json.loads(line)
+            except ValueError:
+                continue
+            if isinstance(row, dict):
+                yield row
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(_plain(row), separators=(",", ":")) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """JSON has no NaN: numbers that are not finite become text."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value
