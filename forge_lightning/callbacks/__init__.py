@@ -6,6 +6,18 @@ from forge_lightning.callbacks.grokfast import Grokfast as Grokfast
 from forge_lightning.callbacks.interrupt_checkpoint import InterruptCheckpoint as InterruptCheckpoint
 from forge_lightning.callbacks.rng_state import RNGState as RNGState
 from forge_lightning.callbacks.run_summary import RunSummary as RunSummary
+from forge_lightning.callbacks.stage_classifier import StageClassifier as StageClassifier
 from forge_lightning.callbacks.telemetry import Telemetry as Telemetry
+from forge_lightning.components.stage_classifier import TrainingStage as TrainingStage
 
-__all__ = ["CodeEvaluation", "GeometryProbe", "Grokfast", "InterruptCheckpoint", "RNGState", "RunSummary", "Telemetry"]
+__all__ = [
+    "CodeEvaluation",
+    "GeometryProbe",
+    "Grokfast",
+    "InterruptCheckpoint",
+    "RNGState",
+    "RunSummary",
+    "StageClassifier",
+    "Telemetry",
+    "TrainingStage",
+]

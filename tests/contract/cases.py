@@ -112,4 +112,12 @@ CASES = [
         logs=TELEMETRY_LOGS,
         constant_logs=frozenset({"forge/telemetry/lr", "forge/telemetry/peak_memory"}),
     ),
+    Case(
+        build=callbacks.StageClassifier,
+        id="stage-classifier",
+        observer=True,
+        twin=lambda: callbacks.StageClassifier(name="second"),
+        logs=frozenset({"forge/stage/number", "forge/stage/gap"}),
+        constant_logs=frozenset({"forge/stage/number"}),  # in three epochs; see test_stage_classifier
+    ),
 ]

@@ -1,0 +1,297 @@
+"""One machine that names the stage of training, from what a validation tells."""
+
+import math
+from collections import deque
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum
+from itertools import pairwise
+from statistics import median
+from typing import Any
+
+
+class TrainingStage(IntEnum):
+    """What training is doing. The numbers are those of ``Grokfast(stage_lambs=...)``."""
+
+    WARM_UP = 0
+    """Nothing is learned yet that shows."""
+    MEMORISATION = 1
+    """Training data is fitted, validation data is not."""
+    ONSET = 2
+    """Memorised, and a first sign that this will change: the dimension falls, or validation begins to improve."""
+    GENERALISATION = 3
+    """Validation improves: grokking, where memorisation came before."""
+    CONSOLIDATION = 4
+    """Training and validation are both solved."""
+    PLATEAU = 5
+    """Neither moves."""
+    DIVERGENCE = 6
+    """The loss is not finite, or has left for good what had been reached."""
+
+    @property
+    def label(self) -> str:
+        """The name in lower case."""
+        return self.name.lower()
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What is known at one validation. Losses in nats; successes are shares in [0, 1]; NaN where unknown."""
+
+    step: int
+    train_loss: float
+    val_loss: float = math.nan
+    train_success: float = math.nan
+    """``exp(-loss)`` where NaN."""
+    val_success: float = math.nan
+    cosine: float = math.nan
+    grad_norm: float = math.nan
+    fell: bool = False
+    """The geometry probe reported a fall of the last layer's dimension since the observation before."""
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A change of stage, and what it rests on."""
+
+    step: int
+    before: TrainingStage
+    after: TrainingStage
+    reason: str
+    evidence: dict[str, float] = field(default_factory=dict)
+
+    def as_event(self) -> dict[str, Any]:
+        """A plain record."""
+        return asdict(self) | {"kind": "stage", "before": self.before.label, "after": self.after.label}
+
+
+class StageClassifier:
+    """Stage by thresholds on successes and by robust trends, entered only after it was found several times in a row.
+
+    Trends are Theil-Sen slopes over ``window`` observations; one counts if it exceeds both a floor and its own noise
+    (the median absolute deviation of the differences). An observation whose training loss jumps far above its recent
+    median is a spike: the stage is held and the spike kept out of the trends.
+
+    Args:
+        window: Observations that a trend spans, at least 4.
+        patience: Observations in a row that must agree before the stage changes; twice as many to declare an onset that
+            rests on trends alone, to go back to an earlier stage, or to leave consolidation.
+        min_dwell: Observations that a stage lasts at least; divergence does not wait.
+        solved: Success from which data counts as solved, in (0, 1).
+    """
+
+    def __init__(self, window: int = 10, patience: int = 3, min_dwell: int = 3, solved: float = 0.95) -> None:
+        for argument, value, least in (("window", window, 4), ("patience", patience, 1), ("min_dwell", min_dwell, 0)):
+            if value < least:
+                raise ValueError(f"`{argument}={value}` must be at least {least}.")
+        if not 0 < solved < 1:
+            raise ValueError(f"`solved={solved}` must be in (0, 1).")
+        self.window, self.patience, self.min_dwell, self.solved = window, patience, min_dwell, solved
+        self.stage = TrainingStage.WARM_UP
+        self.evidence: dict[str, float] = {}
+        self._series: dict[str, deque[float]] = {key: deque(maxlen=4 * window) for key in _SERIES}
+        self._candidate, self._streak, self._dwell = -1, 0, 0
+        self._count, self._since_spike, self._spikes = 0, 99, 0
+        self._first_train, self._first_val = math.nan, math.nan
+        self._best_train, self._lost = 0.0, 0
+        self._peak_val_loss, self._floor_val = 0.0, math.nan
+        self._memorised, self._fell = False, False
+
+    def update(self, now: Observation) -> Transition | None:
+        """Take the next observation; returns the change of stage that it completes."""
+        train = now.train_success if math.isfinite(now.train_success) else _success(now.train_loss)
+        val = now.val_success if math.isfinite(now.val_success) else _success(now.val_loss)
+        blind = math.isnan(now.val_loss) and math.isnan(now.val_success)
+        if not math.isfinite(now.train_loss) or math.isinf(now.val_loss) or (math.isnan(now.val_loss) and not blind):
+            self.evidence = {"train_loss": now.train_loss, "val_loss": now.val_loss}
+            return self._move(now, TrainingStage.DIVERGENCE, "a loss is not finite", self.evidence, 1)
+        if self._is_spike(now.train_loss):
+            self._spikes, self._since_spike = self._spikes + 1, 0
+            if self._spikes < 3 * self.window:
+                return None  # the stage is held, and the series stay as they were
+        self._spikes, self._since_spike = max(0, self._spikes - 1), self._since_spike + 1
+        self._count += 1
+        self._dwell += 1
+        values = {"train_loss": _log(now.train_loss), "val_loss": _log(now.val_loss), "train": train, "val": val}
+        for key, value in values.items():
+            if math.isfinite(value):
+                self._series[key].append(value)
+        if self._count == 1:
+            self._first_train, self._first_val = train, val
+        train, val = self._recent("train"), self._recent("val")
+        candidate, reason, evidence = self._judge(now, train, val, blind)
+        evidence |= {"train_success": train, "val_success": val, "gap": train - val}
+        evidence |= {"cosine": now.cosine, "grad_norm": now.grad_norm}
+        self.evidence = evidence
+        needed = self.patience
+        back = candidate < self.stage <= TrainingStage.CONSOLIDATION
+        if back or (candidate == TrainingStage.ONSET and not self._fell) or self.stage == TrainingStage.CONSOLIDATION:
+            needed *= 2
+        return self._move(now, candidate, reason, evidence, needed)
+
+    def _judge(
+        self, now: Observation, train: float, val: float, blind: bool
+    ) -> tuple[TrainingStage, str, dict[str, float]]:
+        self._best_train = max(self._best_train, train)
+        self._lost = self._lost + 1 if train < self._best_train - 0.3 else 0
+        if self._lost >= 2 * self.window:
+            return TrainingStage.DIVERGENCE, "training success has left what it had reached", {}
+        if self._count <= self.patience:
+            return TrainingStage.WARM_UP, "the first observations", {}
+        d_train, n_train = self._trend("train_loss")
+        d_val, n_val = self._trend("val_loss")
+        d_success, n_success = self._trend("val")
+        d_fit, _ = self._trend("train")
+        trends = {"train_trend": d_train, "train_noise": n_train, "val_trend": d_val, "val_noise": n_val}
+        trends |= {"val_success_trend": d_success, "val_success_noise": n_success}
+        train_improves = d_train < -max(0.03, 0.5 * n_train) or d_fit > 0.03
+        if blind:
+            stage = TrainingStage.WARM_UP if train_improves else TrainingStage.PLATEAU
+            return stage, "no validation; training " + ("improves" if train_improves else "stands still"), trends
+        val_improves = d_val < -max(0.02, 0.5 * n_val)
+        val_worsens = d_val > max(0.02, 0.5 * n_val)
+        rises = d_success > max(0.02, 0.5 * n_success)
+        gap = train - val
+        if train >= self.solved and val >= self.solved:
+            return TrainingStage.CONSOLIDATION, f"training and validation success are at least {self.solved:g}", trends
+        if train >= 0.8 and gap > 0.3:
+            return self._judge_memorised(now, train, val, val_worsens, rises, trends)
+        if self._memorised and val >= 0.5 * train:
+            return TrainingStage.GENERALISATION, "the gap that memorisation left is closing", trends
+        if (rises or val_improves) and val > self._first_val + 0.03:
+            return TrainingStage.GENERALISATION, "validation improves with training", trends
+        if train_improves and train > self._first_train + 0.1 and not rises:
+            return TrainingStage.MEMORISATION, "training improves and validation does not", trends
+        if train_improves or val_improves:
+            return TrainingStage.WARM_UP, "little is learned yet", trends
+        return TrainingStage.PLATEAU, "neither training nor validation moves", trends
+
+    def _judge_memorised(
+        self, now: Observation, train: float, val: float, val_worsens: bool, rises: bool, trends: dict[str, float]
+    ) -> tuple[TrainingStage, str, dict[str, float]]:
+        if not self._memorised:
+            self._memorised, self._peak_val_loss, self._floor_val = True, -math.inf, val
+        level = self._recent("val_loss")
+        self._peak_val_loss = max(self._peak_val_loss, level) if math.isfinite(level) else self._peak_val_loss
+        self._floor_val = min(self._floor_val, val)
+        self._fell = self._fell or now.fell
+        below = 1 - math.exp(level - self._peak_val_loss) if math.isfinite(self._peak_val_loss) else 0.0
+        trends |= {"val_loss_below_peak": below, "fell": float(self._fell)}
+        if val >= 0.5 * train:
+            return TrainingStage.GENERALISATION, "validation success has passed half of training success", trends
+        if self._fell:
+            return TrainingStage.ONSET, "the dimension of the last layer has fallen", trends
+        if rises and val > self._floor_val + 0.1:
+            return TrainingStage.ONSET, "validation success rises", trends
+        if below > 0.15 and not val_worsens and self._since_spike > 5 and val > self._floor_val + 0.02:
+            return TrainingStage.ONSET, "validation loss has come down from its peak", trends
+        return TrainingStage.MEMORISATION, "training is fitted, validation is not", trends
+
+    def _move(
+        self, now: Observation, candidate: TrainingStage, reason: str, evidence: dict[str, float], needed: int
+    ) -> Transition | None:
+        self._streak = self._streak + 1 if candidate == self._candidate else 1
+        self._candidate = int(candidate)
+        waits = self._dwell < self.min_dwell and candidate != TrainingStage.DIVERGENCE
+        if candidate == self.stage or self._streak < needed or waits:
+            return None
+        transition = Transition(now.step, self.stage, candidate, reason, dict(evidence))
+        self.stage, self._dwell = candidate, 0
+        if candidate in (TrainingStage.WARM_UP, TrainingStage.PLATEAU):
+            self._memorised, self._fell = False, False
+        return transition
+
+    def _is_spike(self, loss: float) -> bool:
+        recent = list(self._series["train_loss"])[-self.window :]
+        if len(recent) < 4:
+            return False
+        middle = median(recent)
+        spread = 1.4826 * median(abs(x - middle) for x in recent) + 0.05
+        jump = _log(loss) - middle
+        return jump > max(6 * spread, math.log(2)) and loss > 0.1
+
+    def _recent(self, key: str) -> float:
+        last = list(self._series[key])[-3:]
+        return median(last) if last else math.nan
+
+    def _trend(self, key: str) -> tuple[float, float]:
+        """Change over the window by the median slope, and the noise of one difference."""
+        x = list(self._series[key])[-self.window :]
+        if len(x) < 4:
+            return 0.0, math.inf
+        slope = median((x[j] - x[i]) / (j - i) for i in range(len(x)) for j in range(i + 1, len(x)))
+        steps = [b - a for a, b in pairwise(x)]
+        middle = median(steps)
+        return slope * len(x), 1.4826 * math.sqrt(2) * median(abs(s - middle) for s in steps) + 1e-6
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists."""
+        return {
+            "stage": int(self.stage),
+            "series": {key: list(values) for key, values in self._series.items()},
+            "numbers": {key: getattr(self, key) for key in _NUMBERS},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.stage = TrainingStage(state["stage"])
+        for key, values in state["series"].items():
+            self._series[key].clear()
+            self._series[key].extend(values)
+        for key in _NUMBERS:
+            setattr(self, key, state["numbers"][key])
+
+
+_SERIES = ("train_loss", "val_loss", "train", "val")
+_NUMBERS = (
+    "_candidate", "_streak", "_dwell", "_count", "_since_spike", "_spikes", "_first_train", "_first_val",
+    "_best_train", "_lost", "_peak_val_loss", "_floor_val", "_memorised", "_fell",
+)  # fmt: skip
+
+
+def observations(rows: Iterable[Mapping[str, Any]], val_success: str = "val/accuracy") -> list[Observation]:
+    """What a classifier would have seen, from the rows of a trace.
+
+    Args:
+        rows: As `read_rows` gives them.
+        val_success: Validation metric that is the share of right answers.
+    """
+    found, losses, successes, fell = [], [], [], False
+    cosine = norm = math.nan
+    for row in rows:
+        metrics = {k: float(v) for k, v in row.get("metrics", {}).items()}
+        if row.get("kind") == "event":
+            fell = fell or (row.get("event") == "geometry" and row.get("direction") == "down")
+        elif row.get("kind") == "step":
+            losses += [metrics[k] for k in ("forge/telemetry/loss",) if k in metrics]
+            successes += [metrics[k] for k in ("forge/telemetry/success",) if k in metrics]
+            cosine = metrics.get("forge/grokfast/cosine", cosine)
+            norm = metrics.get("forge/telemetry/grad_norm_before", norm)
+        elif row.get("kind") == "validation" and metrics and losses:
+            found.append(
+                Observation(
+                    step=row["step"],
+                    train_loss=sum(losses) / len(losses),
+                    val_loss=metrics.get("val/loss", math.nan),
+                    train_success=sum(successes) / len(successes) if successes and val_success in metrics else math.nan,
+                    val_success=metrics.get(val_success, math.nan) if successes else math.nan,
+                    cosine=cosine,
+                    grad_norm=norm,
+                    fell=fell,
+                )
+            )
+            losses, successes, fell = losses[-1:], successes[-1:], False
+    return found
+
+
+def replay(rows: Iterable[Mapping[str, Any]], **options: Any) -> list[Transition]:
+    """The transitions of a recorded run, found again: as `StageClassifier` would have online, but for rounding."""
+    classifier = StageClassifier(**options)
+    return [t for now in observations(rows) if (t := classifier.update(now)) is not None]
+
+
+def _success(loss: float) -> float:
+    return math.exp(-loss) if math.isfinite(loss) and loss > -700 else math.nan
+
+
+def _log(loss: float) -> float:
+    return math.log(max(loss, 1e-6)) if math.isfinite(loss) else math.nan
