@@ -1,6 +1,7 @@
 """forge-fit: a LightningCLI with our callbacks, data and models by short name, and a few commands around it."""
 
 import argparse
+import json
 import os
 import pickle
 import sys
@@ -73,6 +74,15 @@ def _resolve(value: str) -> str:
     return value if ":" in value and "\n" in value else str(find_config(value))
 
 
+class _SaveConfig(SaveConfigCallback):
+    """Also hands the whole config to every logger that keeps hyperparameters, as W&B's page of a run shows them."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        config = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"config": config})
+
+
 class ForgeCLI(LightningCLI):
     """LightningCLI as this project wants it: explicit settings win over a checkpoint's, variables ``FORGE_...``."""
 
@@ -84,7 +94,7 @@ class ForgeCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             auto_configure_optimizers=False,
-            save_config_callback=SaveConfigCallback,
+            save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
             parser_kwargs={"default_env": True, "env_prefix": "FORGE"},
             args=args,
@@ -126,14 +136,6 @@ class _CheckCLI(ForgeCLI):
     def __init__(self, args: list[str]) -> None:
         sys.argv[1:] = args  # where the parent wants them
         super().__init__()
-
-    def instantiate_classes(self) -> None:
-        """What an ``__init__`` refuses is a mistake in the config: keep its words, drop the parser's around them."""
-        try:
-            super().instantiate_classes()
-        except ValueError as error:
-            reasons = [line.strip(" -") for line in str(error).splitlines() if line.strip().startswith("- `")]
-            raise MisconfigurationException("\n".join(reasons) or str(error)) from error
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         return None
@@ -242,7 +244,46 @@ def export(argv: Sequence[str]) -> int:
     return 0
 
 
-COMMANDS = {"list": list_configs, "check": check, "generate": generate, "export": export}
+def analyze(argv: Sequence[str]) -> int:
+    """Draw and sum up what runs recorded: one page, its pictures, and a JSON of the same numbers."""
+    from forge_lightning.reports.analysis import analyze as report
+    from forge_lightning.reports.analysis import analyze_checkpoint
+
+    parser = argparse.ArgumentParser("forge-fit analyze", description=analyze.__doc__)
+    parser.add_argument(
+        "runs",
+        type=Path,
+        nargs="*",
+        metavar="RUN",
+        help="run directory, or its trace.jsonl; several are compared, those with one parent directory as one group",
+    )
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a checkpoint alone, in place of runs")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where to write; default: `analysis` in the run,"
+        " beside the checkpoint, or for several runs in the working directory",
+    )
+    args = parser.parse_args(argv)
+    if bool(args.runs) == bool(args.checkpoint):
+        parser.error("name one or more runs, or a checkpoint with --checkpoint")
+    if args.checkpoint:
+        if not args.checkpoint.is_file():
+            raise MisconfigurationException(f"`--checkpoint {args.checkpoint}`: no such file.")
+        output = args.output or args.checkpoint.parent / f"{args.checkpoint.stem}_analysis"
+        page = analyze_checkpoint(args.checkpoint, output)
+    else:
+        for run in args.runs:
+            if not run.exists():
+                raise MisconfigurationException(f"`forge-fit analyze {run}`: no such file or directory.")
+        first = args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent
+        page = report(args.runs, args.output or (first if len(args.runs) == 1 else Path()) / "analysis")
+    print(f"Wrote {page}")
+    return 0
+
+
+COMMANDS = {"list": list_configs, "check": check, "analyze": analyze, "generate": generate, "export": export}
 
 
 def _usage() -> str:

@@ -31,7 +31,8 @@ class GeometryProbe(ForgeCallback):
     """Measure the intrinsic dimension of layers while training, and find its phase transitions.
 
     Hooks: forward hooks on the layers copy ``num_points`` sampled rows of a training batch (no extra forward pass); the
-    estimates are made after the optimizer step. Where a batch has fewer rows, those of the following ones are added.
+    estimates are made after the optimizer step. Where a batch has fewer rows, those of the following ones are added, or
+    the next one that has enough is taken.
     On several ranks each gives its share of the rows; the layers are shared out among the ranks; all ranks log the
     estimates of all rows. Memory: ``num_points × D`` numbers for each layer while a probe is under way.
 
@@ -186,6 +187,7 @@ class GeometryProbe(ForgeCallback):
             self._tap.seconds = time.perf_counter() - start
         if not self._collecting:
             return
+        self._tap.prefer_one_batch(self._share(trainer))
         over = trainer.global_step + 1 >= self._next_due + self._interval or bool(
             getattr(trainer, "fast_dev_run", False)
         )

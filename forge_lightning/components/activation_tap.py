@@ -97,6 +97,15 @@ class ActivationTap:
         self.rows = {name: [] for name in self.modules}
         self.seconds = 0.0
 
+    def prefer_one_batch(self, enough: int) -> None:
+        """Forget earlier rows where the last batch alone has ``enough``.
+
+        Rows of two steps lie on two clouds, and an example that comes twice is nearly a duplicate.
+        """
+        for parts in self.rows.values():
+            if len(parts) > 1 and len(parts[-1]) >= enough:
+                del parts[:-1]
+
     def num_rows(self) -> int:
         """Rows that every layer has."""
         return min((sum(len(part) for part in parts) for parts in self.rows.values()), default=0)

@@ -156,9 +156,11 @@ class StageClassifier:
             return TrainingStage.CONSOLIDATION, f"training and validation success are at least {self.solved:g}", trends
         if train >= 0.8 and gap > 0.3:
             return self._judge_memorised(now, train, val, val_worsens, rises, trends)
-        if self._memorised and val >= 0.5 * train:
+        if self._memorised and val >= 0.5 * self._best_train:
             return TrainingStage.GENERALISATION, "the gap that memorisation left is closing", trends
-        if (rises or val_improves) and val > self._first_val + 0.03:
+        if self._memorised and train < 0.8:
+            return self.stage, "a dip of what was fitted", trends
+        if (rises or val_improves) and val > max(self._first_val + 0.03, 0.5 * train):
             return TrainingStage.GENERALISATION, "validation improves with training", trends
         if train_improves and train > self._first_train + 0.1 and not rises:
             return TrainingStage.MEMORISATION, "training improves and validation does not", trends

@@ -1,0 +1,386 @@
+"""Pictures of runs, in a light and a dark version, with colours that the colour-blind tell apart."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from forge_lightning.components.step_timer import CATEGORIES
+from forge_lightning.reports.learning_curves import Series
+from forge_lightning.reports.trace import RunTrace, stage_spans
+
+# Okabe and Ito's palette; its black is the text's colour.
+BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW = (
+    "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442",
+)  # fmt: skip
+_ON_DARK = {BLUE: "#3d9be0", SKY: "#a5dcff"}  # their blue is too dark there
+COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW)
+STAGE_COLORS = {
+    "warm_up": "#999999",
+    "memorisation": ORANGE,
+    "onset": YELLOW,
+    "generalisation": SKY,
+    "consolidation": GREEN,
+    "plateau": PURPLE,
+    "divergence": RED,
+}
+_PAPER = "#ffffff"
+STEP = "optimizer step"
+MAIN_ESTIMATORS = {
+    "levina_bickel": "dimension (Levina–Bickel)",
+    "two_nn": "dimension (TwoNN)",
+    "participation_ratio": "participation ratio",
+    "correlation": "correlation dimension",
+    "gride_1": "dimension (Gride, 1 against 2)",
+    "pca": "principal components",
+}
+
+
+@contextmanager
+def theme(dark: bool) -> Iterator[None]:
+    """Colours of text, axes and background."""
+    import matplotlib as mpl
+
+    ink, paper, grid = ("#e6e6e6", "#16181d", "#3a3f4a") if dark else ("#1a1a1a", _PAPER, "#d9d9d9")
+    settings = {
+        "figure.facecolor": paper,
+        "savefig.facecolor": paper,
+        "axes.facecolor": paper,
+        "axes.edgecolor": grid,
+        "axes.labelcolor": ink,
+        "axes.titlecolor": ink,
+        "axes.titlesize": 11,
+        "axes.titlelocation": "left",
+        "axes.grid": True,
+        "axes.axisbelow": True,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "grid.color": grid,
+        "grid.linewidth": 0.6,
+        "text.color": ink,
+        "xtick.color": ink,
+        "ytick.color": ink,
+        "font.size": 10,
+        "legend.frameon": False,
+        "legend.fontsize": 9,
+        "lines.linewidth": 1.6,
+    }
+    with mpl.rc_context(settings):
+        yield
+
+
+def layers_of(run: RunTrace) -> list[str]:
+    """Probed layers, in the order in which they were recorded."""
+    names = (n.removeprefix("forge/geometry/").rsplit("/", 1) for n in run.series if n.startswith("forge/geometry/"))
+    return list(dict.fromkeys(parts[0] for parts in names if len(parts) == 2))
+
+
+def estimators_of(run: RunTrace) -> list[str]:
+    """What was estimated, without standard errors and counts."""
+    found = [n.rsplit("/", 1)[-1] for n in run.series if n.startswith("forge/geometry/") and n.count("/") > 2]
+    return [e for e in dict.fromkeys(found) if not e.endswith("_se") and e not in ("num_points", "change")]
+
+
+def overview(run: RunTrace) -> Any:
+    """Stages, success, loss and dimension over the steps, one above the other."""
+    from matplotlib.figure import Figure
+
+    estimator = next((e for e in MAIN_ESTIMATORS if e in estimators_of(run)), None)
+    success = _pairs(run, "forge/telemetry/success", ("val/accuracy", "val/exact_match"))
+    loss = _pairs(run, "forge/telemetry/loss", ("val/loss",))
+    panels = [kind for kind, there in (("success", success), ("loss", loss), ("dimension", estimator)) if there]
+    figure = Figure(figsize=(9, 0.7 + 2.3 * len(panels)), layout="constrained")
+    axes = figure.subplots(
+        1 + len(panels), 1, sharex=True, squeeze=False, height_ratios=[0.28, *(2.0 for _ in panels)]
+    )[:, 0]
+    _draw_stages(axes[0], run)
+    for axis, kind in zip(axes[1:], panels, strict=True):
+        for name, since, until in stage_spans(run):
+            axis.axvspan(since, until, color=STAGE_COLORS.get(name, "#999999"), alpha=0.10, linewidth=0)
+        if kind == "dimension":
+            assert estimator is not None
+            draw_dimension(axis, run, estimator)
+        else:
+            for (label, series), color in zip(
+                (success if kind == "success" else loss).items(), (ORANGE, BLUE), strict=False
+            ):
+                _draw(axis, series, label, color)
+            axis.set_ylabel("share right" if kind == "success" else "loss (nats)")
+            axis.set_title("Success" if kind == "success" else "Loss")
+            if kind == "success":
+                axis.set_ylim(-0.03, 1.03)
+            elif _spans_decades(loss.values()):
+                axis.set_yscale("log")
+            axis.legend(loc="best")
+    axes[-1].set_xlabel(STEP)
+    axes[-1].set_xlim(0, run.last_step)
+    return figure
+
+
+def draw_dimension(axis: Any, run: RunTrace, estimator: str) -> None:
+    """One line for each layer with a band of one standard error, and a mark at each transition."""
+    layers = layers_of(run)
+    for index, layer in enumerate(layers):
+        series = run.series.get(f"forge/geometry/{layer}/{estimator}")
+        if series is None:
+            continue
+        color = _layer_color(index, len(layers))
+        _draw(axis, series, layer, color)
+        errors = run.series.get(f"forge/geometry/{layer}/{estimator}_se")
+        if errors is not None and errors[0] == series[0]:
+            x, y, e = (np.asarray(v, dtype=float) for v in (series[0], series[1], errors[1]))
+            axis.fill_between(x, y - e, y + e, color=color, alpha=0.2, linewidth=0)
+    marked = False
+    for change in run.changes:
+        if change.get("estimator") == estimator and change.get("layer") in layers:
+            marker = "v" if change.get("direction") == "down" else "^"
+            color = _layer_color(layers.index(change["layer"]), len(layers))
+            axis.axvline(change["step"], color=color, linewidth=1, linestyle=":")
+            axis.plot(
+                [change["step"]],
+                [change["after"]],
+                marker=marker,
+                markersize=9,
+                color=color,
+                markeredgecolor=axis.get_facecolor(),
+                linestyle="",
+                label=None if marked else "transition",
+            )
+            marked = True
+    axis.set_ylabel(MAIN_ESTIMATORS.get(estimator, estimator))
+    axis.set_title("Dimension of the layers")
+    if len(layers) <= 8:
+        axis.legend(loc="best")
+    else:
+        axis.legend(handles=[axis.get_lines()[0], axis.get_lines()[len(layers) - 1]], loc="best")
+
+
+def dimensions(run: RunTrace) -> Any | None:
+    """All estimators, a panel each."""
+    from matplotlib.figure import Figure
+
+    found = estimators_of(run)
+    if not found:
+        return None
+    columns = min(2, len(found))
+    rows = math.ceil(len(found) / columns)
+    figure = Figure(figsize=(9, 2.7 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis, estimator in zip(axes, found, strict=False):
+        draw_dimension(axis, run, estimator)
+        axis.set_title("")
+        axis.set_xlabel(STEP)
+    for axis in axes[len(found) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def optimizer(run: RunTrace) -> Any | None:
+    """λ, cosine, gradient norms and learning rate."""
+    panels = [
+        ("Amplification", "λ", {"λ": run.find("forge/grokfast/lamb")}),
+        ("Gradient and slow gradient", "cosine", {"cosine": run.find("forge/grokfast/cosine")}),
+        (
+            "Gradient norm",
+            "global norm",
+            {
+                "before filter and clipping": run.find("forge/telemetry/grad_norm_before"),
+                "after": run.find("forge/telemetry/grad_norm_after"),
+            },
+        ),
+        ("Learning rate", "learning rate", {"lr": run.find("forge/telemetry/lr")}),
+    ]
+    return _panels(panels, {"Gradient norm"})
+
+
+def others(run: RunTrace) -> Any | None:
+    """What callbacks logged that no other picture shows, a panel for each callback."""
+    shown = ("telemetry", "grokfast", "geometry", "stage")
+    grouped: dict[str, dict[str, Series | None]] = {}
+    for name, series in run.series.items():
+        parts = name.split("/", 2)
+        if parts[0] == "forge" and len(parts) == 3 and parts[1] not in shown and len(series[0]) > 1:
+            grouped.setdefault(parts[1], {})[parts[2]] = series
+    return _panels([(name.replace("_", " "), "as logged", series) for name, series in grouped.items()], set())
+
+
+def step_time(run: RunTrace) -> Any | None:
+    """Parts of a step over the steps, and the speed."""
+    from matplotlib.figure import Figure
+
+    parts = {key: run.find(f"forge/telemetry/{key}_seconds") for key in CATEGORIES}
+    there = {key: series for key, series in parts.items() if series is not None}
+    if not there:
+        return None
+    figure = Figure(figsize=(9, 2.8), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
+    steps = next(iter(there.values()))[0]
+    heights = [1000 * np.nan_to_num(np.asarray(values)) for _, values in there.values()]
+    labels = [f"{key.replace('_', ' + ')}, {1000 * median(v):.3g} ms" for key, (_, v) in there.items()]
+    left.stackplot(steps, *heights, labels=labels, colors=_cycle(len(there)), alpha=0.85)
+    left.set(xlabel=STEP, ylabel="milliseconds a step", xlim=(0, run.last_step))
+    left.set_ylim(0, 1.35 * float(np.quantile(np.sum(heights, axis=0), 0.95)))
+    left.set_title("Where the time goes (medians)")
+    left.legend(loc="upper right", ncols=2)
+    for name, color in (("tokens", BLUE), ("examples", ORANGE)):
+        series = run.find(f"forge/telemetry/{name}_per_second")
+        if series is not None:
+            _draw(right, series, name, color)
+    right.set(xlabel=STEP, ylabel="a second", yscale="log")
+    right.set_title("Speed")
+    right.legend(loc="best")
+    return figure
+
+
+def comparison(runs: Sequence[RunTrace]) -> Any | None:
+    """Median and band over the runs of each group."""
+    from matplotlib.figure import Figure
+
+    groups: dict[str, list[RunTrace]] = {}
+    for run in runs:
+        groups.setdefault(run.group, []).append(run)
+    wanted = [
+        ("Training success", "share right", ("forge/telemetry/success",)),
+        ("Validation success", "share right", ("val/accuracy", "val/exact_match")),
+        ("Validation loss", "loss (nats)", ("val/loss",)),
+        ("Dimension of the last layer", "Levina–Bickel", tuple(_last_layer(runs, "levina_bickel"))),
+        ("Participation ratio of the last layer", "directions", tuple(_last_layer(runs, "participation_ratio"))),
+    ]
+    panels = [panel for panel in wanted if any(run.find(*panel[2]) for run in runs)]
+    if not panels:
+        return None
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(9, 2.9 * rows), layout="constrained")
+    axes = figure.subplots(rows, min(2, len(panels)), squeeze=False).flatten()
+    for axis, (title, label, names) in zip(axes, panels, strict=False):
+        for color, (group, members) in zip(_cycle(len(groups)), groups.items(), strict=True):
+            found = [series for run in members if (series := run.find(*names)) is not None]
+            if found:
+                grid, middle, low, high = band(found)
+                axis.plot(grid, middle, color=color, label=f"{group} ({len(found)})")
+                axis.fill_between(grid, low, high, color=color, alpha=0.18, linewidth=0)
+        axis.set(xlabel=STEP, ylabel=label)
+        axis.set_title(title)
+        axis.legend(loc="best")
+    for axis in axes[len(panels) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def band(found: Sequence[Series]) -> tuple[Any, Any, Any, Any]:
+    """Steps, median, least and largest over series, as far as all of them go."""
+    starts, ends = [s[0][0] for s in found], [s[0][-1] for s in found]
+    grid = np.unique(np.concatenate([s[0] for s in found]))
+    grid = grid[(grid >= max(starts)) & (grid <= min(ends))]
+    if not len(grid):
+        grid = np.unique(np.concatenate([s[0] for s in found]))
+    values = np.stack([np.interp(grid, s[0], s[1]) for s in found])
+    return grid, np.median(values, axis=0), values.min(axis=0), values.max(axis=0)
+
+
+def weights(rows: Sequence[Mapping[str, Any]]) -> Any | None:
+    """Effective rank of every matrix of a checkpoint, in the order of the model."""
+    from matplotlib.figure import Figure
+
+    if not rows:
+        return None
+    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    axis = figure.subplots()
+    positions = range(len(rows))
+    axis.bar(positions, [100 * row["effective_rank"] / row["full_rank"] for row in rows], color=_tone(BLUE))
+    axis.set_ylabel("effective rank, % of full")
+    axis.set_title("Weight matrices, from input to output")
+    if len(rows) <= 24:
+        axis.set_xticks(list(positions), [row["name"] for row in rows], rotation=60, ha="right", fontsize=8)
+    else:
+        axis.set_xlabel("matrix")
+    return figure
+
+
+def _panels(panels: Sequence[tuple[str, str, Mapping[str, Series | None]]], logarithmic: set[str]) -> Any | None:
+    from matplotlib.figure import Figure
+
+    there = [(title, label, {k: v for k, v in lines.items() if v is not None}) for title, label, lines in panels]
+    there = [panel for panel in there if panel[2]]
+    if not there:
+        return None
+    rows = math.ceil(len(there) / 2)
+    figure = Figure(figsize=(9, 2.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, min(2, len(there)), squeeze=False).flatten()
+    for axis, (title, label, lines) in zip(axes, there, strict=False):
+        for color, (name, series) in zip(_cycle(len(lines)), lines.items(), strict=True):
+            _draw(axis, series, name, color)
+        axis.set(xlabel=STEP, ylabel=label)
+        axis.set_title(title)
+        if len(lines) > 1:
+            axis.legend(loc="best")
+        if title in logarithmic and _spans_decades(lines.values()):
+            axis.set_yscale("log")
+    for axis in axes[len(there) :]:
+        axis.set_visible(False)
+    return figure
+
+
+def _draw_stages(axis: Any, run: RunTrace) -> None:
+    spans = stage_spans(run)
+    for name, since, until in spans:
+        axis.axvspan(since, until, color=STAGE_COLORS.get(name, "#999999"), linewidth=0)
+        if until - since > 0.07 * max(1, run.last_step):
+            text = name.replace("_", "-")
+            room = (until - since) / max(1, run.last_step) > 0.011 * len(text)
+            axis.text(
+                (since + until) / 2,
+                0.5,
+                text if room else text[:6] + ".",
+                ha="center",
+                va="center",
+                color="#111111",
+                fontsize=9,
+            )
+    axis.set_yticks([])
+    axis.grid(False)
+    axis.set_title(run.name + ("  (stages found afterwards)" if run.stages_replayed else ""))
+    for side in ("left", "bottom"):
+        axis.spines[side].set_visible(False)
+    axis.tick_params(bottom=False)
+
+
+def _pairs(run: RunTrace, train: str, val: tuple[str, ...]) -> dict[str, Series]:
+    found = {"training": run.find(train), "validation": run.find(*val)}
+    return {label: series for label, series in found.items() if series is not None}
+
+
+def _draw(axis: Any, series: Series, label: str, color: Any) -> None:
+    steps, values = series
+    axis.plot(steps, values, label=label, color=_tone(color), marker="." if len(steps) < 20 else "")
+
+
+def _layer_color(index: int, count: int) -> Any:
+    if count <= len(COLORS):
+        return _tone(COLORS[index])
+    import matplotlib as mpl
+
+    return mpl.colormaps["viridis"](0.1 + 0.8 * index / (count - 1))
+
+
+def _cycle(count: int) -> list[str]:
+    return [_tone(COLORS[i % len(COLORS)]) for i in range(count)]
+
+
+def _tone(color: Any) -> Any:
+    import matplotlib as mpl
+
+    dark = mpl.rcParams["figure.facecolor"] != _PAPER
+    return _ON_DARK.get(color, color) if dark and isinstance(color, str) else color
+
+
+def _last_layer(runs: Sequence[RunTrace], estimator: str) -> list[str]:
+    return [f"forge/geometry/{layers[-1]}/{estimator}" for run in runs if (layers := layers_of(run))]
+
+
+def _spans_decades(lines: Any) -> bool:
+    values = [v for _, series in lines for v in series if math.isfinite(v)]
+    return bool(values) and min(values) > 0 and max(values) > 20 * min(values)

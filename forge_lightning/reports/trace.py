@@ -1,0 +1,167 @@
+"""What a run left on disk, read as far as it goes."""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from forge_lightning.components.stage_classifier import replay
+from forge_lightning.components.trace import FILE_NAME, VERSION, read_rows
+from forge_lightning.reports.learning_curves import Series, read_metrics
+
+
+@dataclass
+class RunTrace:
+    """One run: its series, events and stages, and what there is to remark on them."""
+
+    path: Path
+    series: dict[str, Series] = field(default_factory=dict)
+    """``{metric: (steps, values)}``; values may be NaN."""
+    changes: list[dict[str, Any]] = field(default_factory=list)
+    """Transitions of the geometry."""
+    stages: list[dict[str, Any]] = field(default_factory=list)
+    """Changes of stage."""
+    stages_replayed: bool = False
+    """Found again from the trace, because the run had no `StageClassifier`."""
+    summary: dict[str, Any] = field(default_factory=dict)
+    """``summary.json``, where `RunSummary` wrote one."""
+    remarks: list[str] = field(default_factory=list)
+    """What is missing or odd, for the reader."""
+
+    @property
+    def name(self) -> str:
+        """Group and run, as in ``grokking/version_0``."""
+        return f"{self.group}/{self.path.name}" if self.path.parent.name else self.path.name
+
+    @property
+    def group(self) -> str:
+        """Runs of one name differ by seed or try, and are shown as one."""
+        return self.path.parent.name or self.path.name
+
+    @property
+    def last_step(self) -> int:
+        """The last step that anything is known of."""
+        return max((steps[-1] for steps, _ in self.series.values() if steps), default=0)
+
+    def find(self, *names: str) -> Series | None:
+        """The first of these series that the run has."""
+        return next((self.series[name] for name in names if name in self.series), None)
+
+
+def read_run(path: Path) -> RunTrace:
+    """A run directory, or a trace file.
+
+    Raises:
+        ValueError: If there is neither a trace nor metrics.
+    """
+    directory = path if path.is_dir() else path.parent
+    trace = path if path.is_file() else directory / FILE_NAME
+    run = RunTrace(path.resolve() if path.is_dir() else path.resolve().parent)
+    rows = list(read_rows(trace))
+    if rows:
+        _take_rows(run, rows, trace)
+    elif (directory / "metrics.csv").is_file():
+        run.remarks.append(
+            "There is no trace, only metrics.csv: step times and events are missing. Add `Telemetry` to the callbacks."
+        )
+        _take_metrics(run, directory / "metrics.csv")
+    if not run.series:
+        raise ValueError(
+            f"{path} holds neither a {FILE_NAME} nor a metrics.csv with anything in it: it is no run of Lightning with"
+            " `Telemetry` or `CSVLogger`, or the run ended before its first record."
+        )
+    if (directory / "summary.json").is_file():
+        try:
+            run.summary = json.loads((directory / "summary.json").read_text())
+        except ValueError:
+            run.remarks.append("summary.json cannot be read.")
+    if not run.stages:
+        found = replay(rows) if rows else replay(_rows_of(run))
+        run.stages = [t.as_event() for t in found]
+        run.stages_replayed = bool(run.stages)
+    _remark(run)
+    return run
+
+
+def _take_rows(run: RunTrace, rows: list[dict[str, Any]], trace: Path) -> None:
+    header = next((row for row in rows if row.get("kind") == "header"), {})
+    if header.get("version") != VERSION:
+        run.remarks.append(
+            f"The trace is of version {header.get('version', 'unknown')}, this package reads {VERSION}: what it could"
+            " not understand is left out."
+        )
+    with open(trace, "rb") as file:
+        lines = file.read().splitlines()
+    if len(lines) > len(rows):
+        run.remarks.append(f"{len(lines) - len(rows)} lines of the trace are cut off or broken, and were passed over.")
+    for row in rows:
+        if row.get("kind") == "event":
+            (run.stages if row.get("event") == "stage" else run.changes).append(row)
+            continue
+        metrics = row.get("metrics")
+        if not isinstance(metrics, Mapping) or not isinstance(row.get("step"), int):
+            continue
+        for name, value in metrics.items():
+            steps, values = run.series.setdefault(name, ([], []))
+            steps.append(row["step"])
+            values.append(_number(value))
+
+
+def _take_metrics(run: RunTrace, path: Path) -> None:
+    for name, (steps, values) in read_metrics(path).items():
+        run.series[name] = ([step + 1 for step in steps], values)
+    for train, ours in (("train/loss", "loss"), ("train/accuracy", "success")):
+        if train in run.series:
+            run.series.setdefault(f"forge/telemetry/{ours}", run.series[train])
+
+
+def _rows_of(run: RunTrace) -> list[dict[str, Any]]:
+    """The rows that a trace would have had, for the stages."""
+    rows: dict[tuple[int, str], dict[str, Any]] = {}
+    for name, (steps, values) in run.series.items():
+        kind = "validation" if name.startswith("val/") else "step"
+        for step, value in zip(steps, values, strict=True):
+            row = rows.setdefault((step, kind), {"kind": kind, "step": step, "metrics": {}})
+            row["metrics"][name] = value
+    return [rows[key] for key in sorted(rows)]
+
+
+def _remark(run: RunTrace) -> None:
+    status = run.summary.get("status")
+    if status is None:
+        run.remarks.append(f"No summary.json: the run was killed after step {run.last_step:,}, or has no `RunSummary`.")
+    elif status != "finished":
+        run.remarks.append(f"The run did not finish: {status}.")
+    missing = {
+        "geometry": not any("geometry/" in name for name in run.series),
+        "validation": not any(name.startswith("val") for name in run.series),
+    }
+    if missing["geometry"]:
+        run.remarks.append("No dimensions: add `GeometryProbe` to the callbacks.")
+    if missing["validation"]:
+        run.remarks.append("No validation metrics: memorisation and generalisation cannot be told apart.")
+    if not run.stages:
+        run.remarks.append("No change of stage: too few validations, or training stayed in warm-up.")
+    elif run.stages_replayed:
+        run.remarks.append(
+            "The run had no `StageClassifier`: its stages were found afterwards, from what was recorded."
+        )
+
+
+def stage_spans(run: RunTrace) -> list[tuple[str, int, int]]:
+    """``(stage, from step, to step)``, without gaps."""
+    spans, since, current = [], 0, "warm_up"
+    for change in run.stages:
+        spans.append((current, since, int(change["step"])))
+        since, current = int(change["step"]), str(change["after"])
+    spans.append((current, since, max(since, run.last_step)))
+    return [span for span in spans if span[2] > span[1]]
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
