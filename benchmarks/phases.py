@@ -5,8 +5,8 @@
 
 A one-layer decoder on arithmetic modulo 97 (40 % to train on), AdamW lr 1e-3, GeometryProbe every 20 steps on 512
 training points, validation every 24 steps. Runs that grok: weight decay 1, also with Grokfast-EMA. Runs that do not:
-the same on random labels, and Adam without weight decay. Settings of detector and classifier were chosen on the runs
-marked "tuning"; the others were looked at once they stood.
+the same on random labels, and without weight decay. Settings of detector and classifier were chosen on the runs whose
+names do not begin with "held_out"; those were trained and looked at once the settings stood.
 """
 
 import argparse
@@ -45,6 +45,16 @@ RUNS = {
     "no_decay_0": (False, "add", 0, 0.0, False, None, 3000),
     "no_decay_1": (False, "add", 1, 0.0, False, None, 3000),
     "no_decay_2": (False, "multiply", 2, 0.0, False, None, 3000),
+    "held_out_grok_add_10": (True, "add", 10, 1.0, False, None, 4000),
+    "held_out_random_10": (False, "add", 10, 1.0, True, None, 3000),
+    "held_out_grok_add_11": (True, "add", 11, 1.0, False, None, 4000),
+    "held_out_random_11": (False, "multiply", 11, 1.0, True, None, 3000),
+    "held_out_grok_multiply_12": (True, "multiply", 12, 1.0, False, None, 4000),
+    "held_out_random_12": (False, "subtract", 12, 1.0, True, None, 3000),
+    "held_out_grok_subtract_13": (True, "subtract", 13, 1.0, False, None, 4000),
+    "held_out_no_decay_13": (False, "subtract", 13, 0.0, False, None, 3000),
+    "held_out_grok_ema_14": (True, "add", 14, 1.0, False, EMA, 4000),
+    "held_out_no_decay_14": (False, "add", 14, 0.0, False, None, 3000),
 }
 
 

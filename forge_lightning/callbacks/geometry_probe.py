@@ -14,7 +14,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from forge_lightning.callbacks.base import ForgeCallback, loss_of_step
 from forge_lightning.components.activation_tap import ActivationTap, BatchFields, Positions, field_of
@@ -421,7 +421,7 @@ class GeometryProbe(ForgeCallback):
     def _held_out_batches(self, trainer: Trainer) -> Iterator[Any]:
         loader: Any = trainer.train_dataloader if self.source == "train" else trainer.val_dataloaders
         loader = loader[0] if isinstance(loader, list | tuple) and loader else loader
-        if not isinstance(loader, DataLoader) or not hasattr(loader.dataset, "__getitem__"):
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             raise MisconfigurationException(
                 f"`GeometryProbe(source={self.source!r})` draws from a DataLoader over a data set with a length, and"
                 f" the {self.source} data is {type(loader).__name__}. Use `source='batch'`."

@@ -131,7 +131,7 @@ class StageClassifier(ForgeCallback):
         self._observe(trainer, pl_module, known)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if sum(trainer.num_val_batches) or "train_loss" not in self._sums:
+        if trainer.enable_validation or "train_loss" not in self._sums:
             return
         if not self._warned:
             self._warned = True

@@ -107,8 +107,8 @@ class ActivationTap:
                 del parts[:-1]
 
     def num_rows(self) -> int:
-        """Rows that every layer has."""
-        return min((sum(len(part) for part in parts) for parts in self.rows.values()), default=0)
+        """Rows of the layer that has most: one that is never called must not keep the others waiting."""
+        return max((sum(len(part) for part in parts) for parts in self.rows.values()), default=0)
 
     def _hook(self, name: str) -> Any:
         def copy_rows(module: nn.Module, args: Any, output: Any) -> None:

@@ -21,7 +21,7 @@ class Change:
 
 
 class ChangeDetector:
-    """A change: the smoothed series is a quarter below its highest level, or a third above its lowest, three times.
+    """A change: the smoothed series is a quarter below its highest level, or a third above its lowest, twice running.
 
     One change is reported once; the next is measured from where the series has come to rest. Steps with an unhealthy
     loss must not enter: spikes of the loss pull every dimension down for a moment. Rates of detection and of false
@@ -35,7 +35,7 @@ class ChangeDetector:
     """
 
     def __init__(
-        self, relative_change: float = 0.25, smoothing: float = 0.3, patience: int = 3, warmup: int = 10
+        self, relative_change: float = 0.25, smoothing: float = 0.2, patience: int = 2, warmup: int = 10
     ) -> None:
         if not 0 < relative_change < 1:
             raise ValueError(f"`relative_change={relative_change}` must be in (0, 1).")

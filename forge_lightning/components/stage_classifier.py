@@ -120,6 +120,8 @@ class StageClassifier:
             self._first_train, self._first_val = train, val
         train, val = self._recent("train"), self._recent("val")
         candidate, reason, evidence = self._judge(now, train, val, blind)
+        if candidate == TrainingStage.CONSOLIDATION and self.stage < TrainingStage.GENERALISATION:
+            candidate = TrainingStage.GENERALISATION  # however quick it was
         evidence |= {"train_success": train, "val_success": val, "gap": train - val}
         evidence |= {"cosine": now.cosine, "grad_norm": now.grad_norm}
         self.evidence = evidence

@@ -28,6 +28,7 @@ STAGE_COLORS = {
     "divergence": RED,
 }
 _PAPER = "#ffffff"
+_SHORT = {"memorisation": "memor.", "generalisation": "general.", "consolidation": "consol.", "divergence": "div."}
 STEP = "optimizer step"
 MAIN_ESTIMATORS = {
     "levina_bickel": "dimension (Levina–Bickel)",
@@ -222,7 +223,7 @@ def step_time(run: RunTrace) -> Any | None:
     labels = [f"{key.replace('_', ' + ')}, {1000 * median(v):.3g} ms" for key, (_, v) in there.items()]
     left.stackplot(steps, *heights, labels=labels, colors=_cycle(len(there)), alpha=0.85)
     left.set(xlabel=STEP, ylabel="milliseconds a step", xlim=(0, run.last_step))
-    left.set_ylim(0, 1.35 * float(np.quantile(np.sum(heights, axis=0), 0.95)))
+    left.set_ylim(0, 1.7 * float(np.quantile(np.sum(heights, axis=0), 0.95)))
     left.set_title("Where the time goes (medians)")
     left.legend(loc="upper right", ncols=2)
     for name, color in (("tokens", BLUE), ("examples", ORANGE)):
@@ -311,12 +312,15 @@ def _panels(panels: Sequence[tuple[str, str, Mapping[str, Series | None]]], loga
     figure = Figure(figsize=(9, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, min(2, len(there)), squeeze=False).flatten()
     for axis, (title, label, lines) in zip(axes, there, strict=False):
-        for color, (name, series) in zip(_cycle(len(lines)), lines.items(), strict=True):
+        for index, (color, (name, series)) in enumerate(zip(_cycle(len(lines)), lines.items(), strict=True)):
             _draw(axis, series, name, color)
+            axis.get_lines()[-1].set_linestyle("-" if index % 2 == 0 else (0, (3, 2)))  # equal lines show both
         axis.set(xlabel=STEP, ylabel=label)
         axis.set_title(title)
         if len(lines) > 1:
             axis.legend(loc="best")
+        elif label == "learning rate":
+            axis.set_ylim(0, 1.1 * max(next(iter(lines.values()))[1]) or None)
         if title in logarithmic and _spans_decades(lines.values()):
             axis.set_yscale("log")
     for axis in axes[len(there) :]:

@@ -1,0 +1,347 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from forge_lightning.callbacks import GeometryProbe, RNGState
+from forge_lightning.components.intrinsic_dimension import estimate
+from forge_lightning.models import ForgeModule
+from tests.contract.modules import LossOnly, Plain, Stateful, examples, with_batches_of
+from tests.contract.rows import fit, weights
+
+ROOT = Path(__file__).parents[2]
+NAMES = ("two_nn", "levina_bickel", "correlation", "participation_ratio")
+
+
+class Collects(Callback):
+    """Everything that the probe logs, by step; place it behind."""
+
+    def __init__(self):
+        self.logged = {}
+
+    def on_train_batch_end(self, trainer, pl_module, *_):
+        found = {k: float(v) for k, v in trainer.callback_metrics.items() if "geometry" in k and "overhead" not in k}
+        if found and found not in self.logged.values():
+            self.logged[trainer.global_step] = found
+
+
+def probed(module=Plain, trainer=None, **options):
+    collects = Collects()
+    probe = GeometryProbe(**{"every_n_steps": 2, "num_points": 32, "max_overhead": None} | options)
+    model, _ = fit([probe, collects], module, **trainer or {})
+    return collects.logged, probe, model
+
+
+def close(a, b, tolerance=1e-4):
+    assert a.keys() == b.keys()
+    for step in a:
+        assert a[step].keys() == b[step].keys()
+        for key, value in a[step].items():
+            assert value == pytest.approx(b[step][key], rel=tolerance, nan_ok=True), (step, key)
+
+
+class Keeps(with_batches_of(64)):
+    """Keeps what its layers put out."""
+
+    kept = []
+
+    def training_step(self, batch, batch_idx):
+        self.kept.append(self.net[0](batch[0]).detach().clone())
+        return super().training_step(batch, batch_idx)
+
+
+def test_logs_the_estimates_of_the_tapped_rows():
+    Keeps.kept = []
+    options = {"num_points": 64, "every_n_steps": 1, "estimators": (*NAMES, "pca")}
+    logged, *_ = probed(Keeps, layers=["net.0"], trainer={"max_epochs": 2}, **options)
+    assert list(logged) == [1, 2]
+    for step, rows in zip(logged, Keeps.kept, strict=True):
+        for name, expected in estimate(rows, (*NAMES, "pca")).items():
+            key = f"forge/geometry/net.0/{name}"
+            assert logged[step][key] == pytest.approx(expected.dimension, rel=1e-5, nan_ok=True)
+            assert logged[step][key + "_se"] == pytest.approx(expected.standard_error, rel=1e-5, nan_ok=True)
+        assert logged[step]["forge/geometry/net.0/num_points"] == 64
+
+
+def test_rows_of_several_batches_add_up_until_there_are_enough():
+    logged, *_ = probed(with_batches_of(8), layers=["net.0"], num_points=24, every_n_steps=4)
+    assert list(logged) == [6]
+    assert logged[6]["forge/geometry/net.0/num_points"] == 24
+
+
+def test_accumulated_batches_are_one_step():
+    one, *_ = probed(with_batches_of(32), layers=["net.0"], every_n_steps=1)
+    two, *_ = probed(with_batches_of(16), layers=["net.0"], every_n_steps=1, trainer={"accumulate_grad_batches": 2})
+    close(one, two)
+
+
+def test_scikit_dimension_is_a_backend():
+    both = ("skdim:MLE", "levina_bickel")
+    logged, *_ = probed(with_batches_of(64), layers=["net.0"], num_points=64, estimators=both, every_n_steps=1)
+    values = logged[1]
+    ours = values["forge/geometry/net.0/levina_bickel"]
+    assert values["forge/geometry/net.0/skdim:MLE"] == pytest.approx(ours, rel=1e-4)
+
+
+def test_bf16_activations_give_about_the_same():
+    reference, *_ = probed(with_batches_of(32), layers=["net.0"])
+    bf16, *_ = probed(with_batches_of(32), layers=["net.0"], trainer={"precision": "bf16-mixed"})
+    for name in ("levina_bickel", "participation_ratio"):
+        key = f"forge/geometry/net.0/{name}"
+        assert bf16[2][key] == pytest.approx(reference[2][key], rel=0.05)
+
+
+def test_weight_averaging_does_not_disturb():
+    reference, *_ = probed(with_batches_of(32), trainer={"max_epochs": 2})
+    collects, probe = Collects(), GeometryProbe(every_n_steps=2, num_points=32, max_overhead=None)
+    fit([EMAWeightAveraging(), probe, collects], with_batches_of(32), max_epochs=2)
+    close(reference, collects.logged)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, where a hook breaks the graph
+def test_compiled_modules_are_probed_the_same():
+    reference, *_ = probed(with_batches_of(32))
+
+    class Compiled(with_batches_of(32)):
+        def __init__(self):
+            super().__init__()
+            self.net.compile(backend="eager")
+
+    compiled, *_ = probed(Compiled)
+    close(reference, compiled)
+
+
+def tiny(**options):
+    torch.manual_seed(0)
+    config = {"model_type": "gpt2", "n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 32, "vocab_size": 50}
+    return ForgeModule(config=config | {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}, **options)
+
+
+def texts(padding=0):
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(1, 50, (16, 16), generator=generator)
+    mask = torch.ones_like(ids)
+    if padding:
+        mask[:, -padding:] = 0
+    labels = torch.where(mask.bool(), ids, -100)
+    rows = [{"input_ids": i, "attention_mask": m, "labels": t} for i, m, t in zip(ids, mask, labels, strict=True)]
+    return DataLoader(rows, batch_size=8)
+
+
+def language_model(data=None, **options):
+    collects, probe = Collects(), GeometryProbe(every_n_steps=1, num_points=64, max_overhead=None)
+    seed_everything(0, verbose=False)
+    trainer = Trainer(
+        accelerator="cpu",
+        max_steps=2,
+        callbacks=[probe, collects],
+        logger=False,
+        limit_val_batches=1,
+        num_sanity_val_steps=0,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(tiny(**options), data or texts(), texts())
+    return collects.logged, probe
+
+
+def test_language_models_are_probed_by_block_and_gradient_checkpointing_changes_nothing():
+    logged, _ = language_model()
+    assert {key.split("/")[2] for key in logged[1]} == {"model.transformer.h.0", "model.transformer.h.1"}
+    assert all(math.isfinite(v) for v in logged[1].values())
+    close(logged, language_model(gradient_checkpointing=True)[0])
+
+
+def test_padding_changes_no_estimate():
+    """What stands in the padding is not looked at: other tokens there, the same dimensions."""
+    logged, _ = language_model(texts(padding=6))
+    loader = texts(padding=6)
+    for row in loader.dataset:
+        row["input_ids"][-6:] = 3
+    close(logged, language_model(loader)[0])
+    assert logged[1]["forge/geometry/model.transformer.h.0/num_points"] == 64
+
+
+def test_an_unknown_layer_lists_near_ones():
+    with pytest.raises(MisconfigurationException, match=r"No layer is called 'net\.7'. Close: \['net"):
+        probed(layers=["net.7"])
+
+
+def test_activations_that_are_not_finite_give_nan_and_one_warning():
+    class Breaks(Plain):
+        def loss(self, batch):
+            return self.net(batch[0] * math.nan).sum()
+
+    with pytest.warns(UserWarning, match="the points are not finite") as caught:
+        logged, *_ = probed(Breaks, estimators=("two_nn",), trainer={"max_epochs": 2})
+    assert sum("not finite" in str(w.message) for w in caught) == 1
+    (values, *_) = logged.values()
+    assert math.isnan(values["forge/geometry/net.0/two_nn"])
+
+
+class Forwards(Plain):
+    def forward(self, x):
+        assert not self.training
+        return self.net(x)
+
+
+def test_a_held_out_probe_is_the_same_points_each_time_in_evaluation_mode():
+    class Frozen(Forwards):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    for source in ("train", "val"):
+        logged, _, model = probed(Frozen, source=source, trainer={"max_epochs": 2})
+        assert len(logged) == 1  # never another value
+        assert model.training
+    logged, *_ = probed(Forwards, source="val", trainer={"max_epochs": 2})
+    assert len(logged) == 8
+
+
+def test_a_held_out_probe_leaves_training_as_it_was():
+    class Random(Stateful):
+        def forward(self, x):
+            return self.net(x + torch.rand_like(x))
+
+    plain, _ = fit([], Random, max_epochs=2)
+    _, _, observed = probed(Random, source="train", trainer={"max_epochs": 2})
+    assert torch.equal(weights(plain), weights(observed))
+
+
+def test_a_held_out_probe_says_what_it_needs():
+    with pytest.raises(MisconfigurationException, match="has no `forward`"):
+        probed(LossOnly, source="val")
+
+
+class _Stream(IterableDataset):
+    def __iter__(self):
+        return iter(examples())
+
+
+def test_a_stream_cannot_be_drawn_from():
+    class Streams(Forwards):
+        def val_dataloader(self):
+            return DataLoader(_Stream(), batch_size=8)
+
+    with pytest.raises(MisconfigurationException, match="Use `source='batch'`"):
+        probed(Streams, source="val")
+
+
+def test_a_module_may_say_how_it_is_probed():
+    class Says(Plain):
+        def probe_forward(self, batch):
+            self.net(batch[0])
+
+    logged, *_ = probed(Says, source="val")
+    assert logged
+
+
+def test_too_costly_a_probe_comes_less_often_and_says_so():
+    with pytest.warns(UserWarning, match=r"It comes every \d+ steps from here on, not every 2, to stay within"):
+        logged, probe, _ = probed(max_overhead=1e-3, estimators=("two_nn",), trainer={"max_epochs": 4})
+    assert probe._interval > 100
+    assert len(logged) < 8
+
+
+def test_a_cheap_probe_keeps_its_interval():
+    logged, *_ = probed(with_batches_of(32), max_overhead=1e3, trainer={"max_epochs": 2})
+    assert list(logged) == [2, 4]
+
+
+def test_resume_probes_what_would_have_been_probed(tmp_path):
+    def run(**kwargs):
+        options = {"layers": ["net.0"], "estimators": ("two_nn", "levina_bickel"), "max_overhead": None}
+        collects, probe = Collects(), GeometryProbe(every_n_steps=3, num_points=8, **options)
+        fit([probe, collects, RNGState(), *kwargs.pop("more", [])], Stateful, **kwargs)
+        return collects.logged, probe
+
+    straight, probe = run(max_epochs=3)
+    run(max_epochs=1, more=[ModelCheckpoint(tmp_path, save_last=True)], enable_checkpointing=True)
+    resumed, again = run(max_epochs=3, ckpt_path=tmp_path / "last.ckpt")
+    close({step: straight[step] for step in resumed}, resumed, tolerance=1e-9)
+    assert list(resumed) == [step for step in straight if step > 8]
+    assert again.state_dict()["detectors"] == probe.state_dict()["detectors"]
+
+
+def test_a_fall_of_the_dimension_is_an_event_that_survives():
+    """Activations that lose their directions one after another."""
+
+    class Collapses(with_batches_of(32)):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Identity(), nn.Linear(8, 2))
+
+        def loss(self, batch):
+            scale = torch.ones(8)
+            scale[1:] = 1.0 if self.global_step < 60 else 1e-3
+            return super().loss((batch[0] * scale, batch[1])) * (1.0 if self.global_step < 3 else 0.01)
+
+        def training_step(self, batch, batch_idx):
+            return self.loss(batch)
+
+    logged, probe, _ = probed(Collapses, layers=["net.0"], every_n_steps=1, trainer={"max_epochs": 50})
+    (event,) = probe.events
+    assert 60 < event["step"] <= 75
+    assert (event["layer"], event["direction"], event["kind"]) == ("net.0", "down", "geometry")
+    assert logged[event["step"]]["forge/geometry/net.0/change"] == pytest.approx(-event["confidence"])
+    fresh = GeometryProbe(every_n_steps=1)
+    fresh.load_state_dict(json.loads(json.dumps(probe.state_dict())))
+    assert fresh.events == probe.events
+
+
+def test_a_layer_that_is_not_called_gives_nan_and_is_named():
+    class Idle(with_batches_of(32)):
+        def __init__(self):
+            super().__init__()
+            self.idle = nn.Linear(8, 8)
+
+    with pytest.warns(UserWarning, match="'idle' was not called"):
+        logged, *_ = probed(Idle, layers=["net.0", "idle"])
+    assert math.isnan(logged[2]["forge/geometry/idle/two_nn"])
+    assert math.isfinite(logged[2]["forge/geometry/net.0/two_nn"])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"every_n_steps": 0}, "every_n_steps=0"),
+        ({"num_points": 2}, "num_points=2"),
+        ({"max_overhead": 0.0}, "max_overhead=0.0"),
+        ({"estimators": ()}, "at least one"),
+        ({"estimators": ("twonn",)}, "Close: .*two_nn"),
+        ({"estimators": ("skdim:Nothing",)}, "skdim:MLE"),
+        ({"change_estimator": "pca"}, "change_estimator='pca'"),
+        ({"relative_change": 1.0}, "relative_change=1.0"),
+    ],
+)
+def test_bad_arguments_are_named(options, says):
+    with pytest.raises(ValueError, match=says):
+        GeometryProbe(**options)
+
+
+def test_two_processes_give_the_estimates_of_one(tmp_path):
+    """The same rows, half of them on each rank: relative difference at most 1e-6, as one table on both ranks."""
+    one, *_ = probed(with_batches_of(32), num_points=32, every_n_steps=1)
+    process = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "tests.callbacks.geometry_two_processes", str(tmp_path)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    tables = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert tables[0] == tables[1]
+    close({int(step): values for step, values in tables[0].items()}, one, tolerance=2e-6)

@@ -1,0 +1,165 @@
+"""On recorded runs (`python -m benchmarks.phases record`), and on series made here."""
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from forge_lightning.components.change_detector import ChangeDetector, LossHealth
+from forge_lightning.components.stage_classifier import (
+    Observation,
+    StageClassifier,
+    TrainingStage,
+    observations,
+    replay,
+)
+
+RECORDED = sorted((Path(__file__).parents[1] / "recorded_runs").glob("*.jsonl.gz"))
+GROKS = [path for path in RECORDED if "grok" in path.name]
+NEVER = [path for path in RECORDED if "grok" not in path.name]
+LAYER = "forge/geometry/model.layers.0/levina_bickel"
+
+
+def read(path):
+    with gzip.open(path, "rt") as file:
+        return [json.loads(line) for line in file]
+
+
+def reaches(rows, level):
+    return next(r["step"] for r in rows if r["kind"] == "validation" and r["metrics"]["val/accuracy"] >= level)
+
+
+def changes(rows):
+    """The detector run over the recorded dimension, whatever the probe found when the run was recorded."""
+    detector, health, loss = ChangeDetector(), LossHealth(), math.nan
+    found = []
+    for row in rows:
+        metrics = row.get("metrics", {})
+        loss = float(metrics.get("forge/telemetry/loss", loss))
+        if LAYER in metrics:
+            healthy = health.update(loss)
+            found.append(detector.update(row["step"], float(metrics[LAYER]), healthy))
+    return [change for change in found if change is not None]
+
+
+def ids(path):
+    return path.name.split(".")[0]
+
+
+def test_there_are_runs_enough():
+    assert len(GROKS) >= 5
+    assert len(NEVER) >= 5
+
+
+@pytest.mark.parametrize("path", GROKS, ids=ids)
+def test_grokking_is_told_in_the_right_order(path):
+    rows = read(path)
+    found = replay(rows)
+    assert [t.after.label for t in found] == ["memorisation", "onset", "generalisation", "consolidation"]
+    assert found[1].step < reaches(rows, 0.5)
+    assert all(t.reason and t.evidence for t in found)
+
+
+@pytest.mark.parametrize("path", NEVER, ids=ids)
+def test_runs_that_never_grok_are_not_said_to(path):
+    stages = {t.after.label for t in replay(read(path))}
+    assert "memorisation" in stages
+    assert not stages & {"onset", "generalisation", "consolidation"}
+
+
+@pytest.mark.parametrize("path", GROKS, ids=ids)
+def test_the_dimension_falls_where_a_run_groks(path):
+    rows = read(path)
+    falls = [c.step for c in changes(rows) if c.direction == "down"]
+    assert falls
+    assert falls[0] <= reaches(rows, 0.5) + 100
+
+
+@pytest.mark.parametrize("path", NEVER, ids=ids)
+def test_the_dimension_does_not_fall_elsewhere(path):
+    assert [c for c in changes(read(path)) if c.direction == "down"] == []
+
+
+@pytest.mark.parametrize("path", GROKS[:2], ids=ids)
+@pytest.mark.parametrize("cut", [3, 20, 45])
+def test_state_goes_on_where_it_was(path, cut):
+    seen = observations(read(path))
+    first, second = StageClassifier(), StageClassifier()
+    found = [t for now in seen[:cut] if (t := first.update(now))]
+    second.load_state_dict(json.loads(json.dumps(first.state_dict())))
+    found += [t for now in seen[cut:] if (t := second.update(now))]
+    assert found == replay(read(path))
+
+
+def run(points, **options):
+    """``(train_loss, val_loss)`` or with successes, one observation each."""
+    classifier = StageClassifier(**options)
+    found = [classifier.update(Observation(step, *point)) for step, point in enumerate(points)]
+    return classifier, [t for t in found if t is not None]
+
+
+def test_a_loss_that_is_not_finite_is_divergence_at_once():
+    for bad in (math.nan, math.inf):
+        classifier, found = run([(1.0, 1.0)] * 3 + [(bad, 1.0)])
+        assert classifier.stage is TrainingStage.DIVERGENCE
+        assert found[-1].reason == "a loss is not finite"
+    classifier, _ = run([(1.0, 1.0)] * 3 + [(1.0, math.nan, 0.5, 0.5)])
+    assert classifier.stage is TrainingStage.DIVERGENCE
+
+
+def test_success_that_is_lost_for_good_is_divergence():
+    good, bad = (0.1, 0.2, 0.97, 0.5), (3.0, 3.0, 0.05, 0.05)
+    classifier, _ = run([good] * 12 + [bad] * 60)
+    assert classifier.stage is TrainingStage.DIVERGENCE
+
+
+def test_a_spike_changes_nothing():
+    calm = [(0.05, 6.0, 1.0, 0.02)] * 20
+    spike = [(4.0, 6.5, 0.1, 0.02)] * 3
+    assert run(calm + spike + calm)[1] == run(calm + calm)[1]
+
+
+def test_learning_without_memorisation_is_generalisation():
+    """Losses of a language model that falls on both sides."""
+    losses = [6 * math.exp(-0.05 * t) + 1.5 for t in range(40)]
+    classifier, found = run([(loss, loss + 0.05) for loss in losses])
+    assert [t.after.label for t in found][:1] == ["generalisation"]
+    classifier, found = run([(loss, loss + 0.05) for loss in losses] + [(1.6, 1.65)] * 30)
+    assert classifier.stage is TrainingStage.PLATEAU
+
+
+def test_overfitting_is_memorisation():
+    points = [(3 * math.exp(-0.1 * t), 2.5 + 0.05 * t) for t in range(40)]
+    assert run(points)[0].stage is TrainingStage.MEMORISATION
+
+
+def test_without_validation_only_training_is_judged():
+    falling = [(5 * math.exp(-0.05 * t),) for t in range(30)]
+    assert run(falling)[0].stage is TrainingStage.WARM_UP
+    assert run(falling + [(0.8,)] * 30)[0].stage is TrainingStage.PLATEAU
+
+
+def test_a_stage_must_be_seen_several_times():
+    solved, poor = (0.01, 0.01, 1.0, 1.0), (4.0, 4.0, 0.01, 0.01)
+    assert run([poor] * 5 + [solved] * 2 + [poor] * 5)[0].stage is not TrainingStage.CONSOLIDATION
+    short, long = (len(run([solved] * 12, patience=p)[1]) for p in (3, 12))
+    assert (short, long) == (2, 0)  # through generalisation, however quick
+
+
+def test_the_evidence_says_what_it_rests_on():
+    _, found = run([(0.05, 6.0, 1.0, 0.02, 0.3, 1.5)] * 12)
+    (transition,) = found
+    assert transition.evidence["gap"] == pytest.approx(0.98)
+    assert (transition.evidence["cosine"], transition.evidence["grad_norm"]) == (0.3, 1.5)
+    event = transition.as_event()
+    assert (event["kind"], event["before"], event["after"]) == ("stage", "warm_up", "memorisation")
+    json.dumps(event)
+
+
+@pytest.mark.parametrize("options", [{"window": 3}, {"patience": 0}, {"min_dwell": -1}, {"solved": 1.0}])
+def test_bad_arguments_are_named(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"{name}={value}"):
+        StageClassifier(**options)
