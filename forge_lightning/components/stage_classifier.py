@@ -9,6 +9,8 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+from forge_lightning.components.trace import number
+
 
 class TrainingStage(IntEnum):
     """What training is doing. The numbers are those of ``Grokfast(stage_lambs=...)``."""
@@ -259,13 +261,19 @@ def observations(rows: Iterable[Mapping[str, Any]], val_success: str = "val/accu
         rows: As `read_rows` gives them.
         val_success: Validation metric that is the share of right answers.
     """
-    found, losses, successes, fell = [], [], [], False
+    found: list[Observation] = []
+    losses: list[float] = []
+    successes: list[float] = []
+    fell, fresh = False, True
     cosine = norm = math.nan
     for row in rows:
-        metrics = {k: float(v) for k, v in row.get("metrics", {}).items()}
+        given = row.get("metrics")
+        metrics = {k: number(v) for k, v in given.items()} if isinstance(given, Mapping) else {}
         if row.get("kind") == "event":
             fell = fell or (row.get("event") == "geometry" and row.get("direction") == "down")
         elif row.get("kind") == "step":
+            if fresh and "forge/telemetry/loss" in metrics:
+                losses, successes, fresh = [], [], False  # those since the last validation, where there are any
             losses += [metrics[k] for k in ("forge/telemetry/loss",) if k in metrics]
             successes += [metrics[k] for k in ("forge/telemetry/success",) if k in metrics]
             cosine = metrics.get("forge/grokfast/cosine", cosine)
@@ -283,7 +291,7 @@ def observations(rows: Iterable[Mapping[str, Any]], val_success: str = "val/accu
                     fell=fell,
                 )
             )
-            losses, successes, fell = losses[-1:], successes[-1:], False
+            fell, fresh = False, True
     return found
 
 

@@ -85,6 +85,14 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
                 yield row
 
 
+def number(value: Any) -> float:
+    """A value of a row; NaN where it is none."""
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan
+
+
 def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(_plain(row), separators=(",", ":")) + "\n"
 

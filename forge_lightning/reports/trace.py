@@ -1,14 +1,13 @@
 """What a run left on disk, read as far as it goes."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from forge_lightning.components.stage_classifier import replay
-from forge_lightning.components.trace import FILE_NAME, VERSION, read_rows
+from forge_lightning.components.trace import FILE_NAME, VERSION, number, read_rows
 from forge_lightning.reports.learning_curves import Series, read_metrics
 
 
@@ -106,7 +105,7 @@ def _take_rows(run: RunTrace, rows: list[dict[str, Any]], trace: Path) -> None:
         for name, value in metrics.items():
             steps, values = run.series.setdefault(name, ([], []))
             steps.append(row["step"])
-            values.append(_number(value))
+            values.append(number(value))
 
 
 def _take_metrics(run: RunTrace, path: Path) -> None:
@@ -158,10 +157,3 @@ def stage_spans(run: RunTrace) -> list[tuple[str, int, int]]:
         since, current = int(change["step"]), str(change["after"])
     spans.append((current, since, max(since, run.last_step)))
     return [span for span in spans if span[2] > span[1]]
-
-
-def _number(value: Any) -> float:
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        return math.nan

@@ -1,0 +1,214 @@
+import gzip
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from forge_lightning.callbacks import GeometryProbe, Grokfast, RunSummary, StageClassifier, Telemetry
+from forge_lightning.reports import figures
+from forge_lightning.reports.analysis import analyze, analyze_checkpoint
+from forge_lightning.reports.trace import read_run, stage_spans
+from tests.contract.modules import Plain
+from tests.contract.rows import fit
+
+RECORDED = Path(__file__).parents[1] / "recorded_runs"
+
+
+def recorded(folder, name):
+    folder.mkdir(parents=True)
+    with gzip.open(RECORDED / f"{name}.jsonl.gz") as file:
+        (folder / "trace.jsonl").write_bytes(file.read())
+    return folder
+
+
+def written(output):
+    return json.loads((output / "analysis.json").read_text()), (output / "report.html").read_text()
+
+
+def test_a_run_that_groks(tmp_path):
+    run = recorded(tmp_path / "grok" / "version_0", "grok_add_0")
+    page = analyze([run], tmp_path / "out")
+    numbers, text = written(tmp_path / "out")
+    (found,) = numbers["runs"]
+    assert [stage["stage"] for stage in found["stages"]] == [
+        "warm_up", "memorisation", "onset", "generalisation", "consolidation",
+    ]  # fmt: skip
+    assert found["stages_found_afterwards"]
+    assert found["steps_to"]["0.5"] == 1248
+    assert found["transitions"][0]["direction"] == "down"
+    assert page.name == "report.html"
+    assert "memorisation → onset" in text
+    assert not re.findall(r"(?:src|href)=\"(?!data:)", text)  # nothing from elsewhere
+    for name in ("overview", "dimensions", "optimizer"):
+        for mode in ("light", "dark"):
+            assert (tmp_path / "out" / f"{name}_{mode}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def drawn(figure):
+    """Labels of axes and lines."""
+    axes = [axis for axis in figure.axes if axis.get_visible()]
+    titles = {axis.get_title(side) for axis in axes for side in ("left", "center")}
+    return titles | {axis.get_xlabel() for axis in axes} | {axis.get_ylabel() for axis in axes}
+
+
+def test_axes_are_labelled_and_show_what_was_recorded(tmp_path):
+    run = read_run(recorded(tmp_path / "run", "grok_add_0"))
+    figure = figures.overview(run)
+    assert {"optimizer step", "share right", "loss (nats)", "dimension (Levina–Bickel)"} <= drawn(figure)
+    stages, success, _, dimension = figure.axes
+    assert [t.get_text() for t in stages.texts][:3] == ["warm-up", "memorisation", "onset"]
+    validation = next(line for line in success.get_lines() if line.get_label() == "validation")
+    assert list(validation.get_ydata()) == run.series["val/accuracy"][1]
+    (line, *_) = dimension.get_lines()
+    assert list(line.get_ydata()) == run.series["forge/geometry/model.layers.0/levina_bickel"][1]
+    assert figures.step_time(run) is None  # recorded without times
+    assert figures.others(run) is None
+
+
+def test_light_and_dark_have_readable_colours():
+    def luminance(color):
+        import matplotlib as mpl
+
+        r, g, b = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in mpl.colors.to_rgb(color))
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    import matplotlib as mpl
+
+    for dark in (False, True):
+        with figures.theme(dark):
+            paper = luminance(mpl.rcParams["figure.facecolor"])
+            lines = [luminance(figures._tone(color)) for color in figures.COLORS[:4]]
+            text = luminance(mpl.rcParams["text.color"])
+        contrast = [(max(paper, ink) + 0.05) / (min(paper, ink) + 0.05) for ink in [text, *lines]]
+        assert contrast[0] > 7
+        assert min(contrast[1:]) > (2 if not dark else 3), contrast
+
+
+@pytest.fixture
+def fitted(tmp_path):
+    """A fit with every callback, its run directory, and its checkpoint."""
+    folder = tmp_path / "mine" / "version_0"
+    probe = GeometryProbe(every_n_steps=2, num_points=16, estimators=("two_nn", "levina_bickel"), max_overhead=None)
+    callbacks = [
+        probe, Grokfast(alpha=0.9), StageClassifier(), RunSummary(monitor="val/loss"), Telemetry(),
+        ModelCheckpoint(folder / "checkpoints", filename="last"),
+    ]  # fmt: skip
+    logger = CSVLogger(tmp_path, name="mine", version="version_0")
+    options = {"log_every_n_steps": 2, "max_epochs": 3, "enable_checkpointing": True}
+    fit(callbacks, Plain, logger=logger, **options)
+    return folder
+
+
+def test_a_short_run_with_everything(fitted):
+    analyze([fitted], fitted / "analysis")
+    numbers, text = written(fitted / "analysis")
+    (found,) = numbers["runs"]
+    assert found["status"] == "finished"
+    assert found["last_step"] == 24
+    assert "No change of stage" in text
+    assert found["median_step_seconds"]["step"] > 0
+    for name in ("overview", "dimensions", "optimizer", "step_time"):
+        assert (fitted / "analysis" / f"{name}_light.png").exists()
+    assert "λ" in drawn(figures.optimizer(read_run(fitted)))
+    assert "milliseconds a step" in drawn(figures.step_time(read_run(fitted)))
+
+
+def test_values_of_other_callbacks_get_a_panel(tmp_path):
+    rows = [{"kind": "header", "version": 1, "step": 0}]
+    rows += [{"kind": "step", "step": s, "metrics": {"forge/edge/difficulty": s / 9}} for s in range(1, 9)]
+    (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert "edge" in drawn(figures.others(read_run(tmp_path)))
+
+
+def test_a_killed_run_reports_what_there_is(fitted):
+    (fitted / "summary.json").unlink()
+    trace = fitted / "trace.jsonl"
+    trace.write_text(trace.read_text()[: len(trace.read_text()) * 2 // 3])
+    analyze([fitted], fitted / "analysis")
+    _, text = written(fitted / "analysis")
+    assert "the run was killed after step" in text
+    assert "1 lines of the trace are cut off or broken" in text
+
+
+def test_without_geometry_or_trace_it_says_what_is_missing(tmp_path):
+    fit([RunSummary(monitor="val/loss")], Plain, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=2)
+    analyze([tmp_path], tmp_path / "analysis")
+    _, text = written(tmp_path / "analysis")
+    for missing in ("There is no trace, only metrics.csv", "No dimensions: add `GeometryProbe`"):
+        assert missing in text
+    assert (tmp_path / "analysis" / "overview_light.png").exists()
+
+
+def test_stages_are_found_in_metrics_alone(tmp_path):
+    """As another project would leave them."""
+    run = read_run(recorded(tmp_path / "with_trace", "grok_add_1"))
+    lines = ["step,train/loss,train/accuracy,val/loss,val/accuracy"]
+    for name, column in (
+        ("forge/telemetry/loss", 1),
+        ("forge/telemetry/success", 2),
+        ("val/loss", 3),
+        ("val/accuracy", 4),
+    ):
+        for step, value in zip(*run.series[name], strict=True):
+            cells = [str(step - 1), "", "", "", ""]
+            cells[column] = str(value)
+            lines.append(",".join(cells))
+    (tmp_path / "metrics.csv").write_text("\n".join(lines))
+    stages = [name for name, *_ in stage_spans(read_run(tmp_path))]
+    assert stages == ["warm_up", "memorisation", "onset", "generalisation", "consolidation"]
+
+
+def test_a_trace_of_another_version_is_read_as_far_as_it_goes(tmp_path):
+    rows = [{"kind": "header", "version": 99}, {"kind": "new", "step": 1}, {"kind": "step", "step": "x", "metrics": {}}]
+    rows += [{"kind": "step", "step": 2, "metrics": {"forge/telemetry/loss": 1.0, "odd": [1]}}]
+    (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    run = read_run(tmp_path)
+    assert run.series["forge/telemetry/loss"] == ([2], [1.0])
+    assert any("of version 99, this package reads 1" in remark for remark in run.remarks)
+    analyze([tmp_path], tmp_path / "analysis")
+
+
+def test_several_runs_are_compared_by_group(tmp_path):
+    paths = [recorded(tmp_path / "grok" / f"version_{i}", f"grok_add_{i}") for i in range(3)]
+    paths.append(recorded(tmp_path / "control" / "version_0", "random_0"))
+    analyze(paths, tmp_path / "out")
+    numbers, text = written(tmp_path / "out")
+    assert [run["group"] for run in numbers["runs"]] == ["grok"] * 3 + ["control"]
+    assert "1,368 (1,248, 1,416, 1,368)" in text
+    assert "not reached (–)" in text
+    assert (tmp_path / "out" / "comparison_dark.png").exists()
+
+
+def test_the_band_is_median_and_extremes_over_common_steps():
+    grid, middle, low, high = figures.band(
+        [([0, 10, 20], [0.0, 1.0, 2.0]), ([0, 20], [0.0, 4.0]), ([0, 30], [0.0, 9.0])]
+    )
+    assert grid.tolist() == [0, 10, 20]
+    assert middle.tolist() == [0, 2, 4]
+    assert (low.tolist(), high.tolist()) == ([0, 1, 2], [0, 3, 6])
+
+
+def test_a_checkpoint_alone(fitted):
+    (path,) = (fitted / "checkpoints").glob("last*.ckpt")
+    analyze_checkpoint(path, fitted / "analysis")
+    numbers, text = written(fitted / "analysis")
+    assert numbers["step"] == 24
+    weight = torch.load(path, weights_only=True)["state_dict"]["net.0.weight"]
+    first = numbers["weights"][0]
+    assert first["name"] == "net.0.weight"
+    assert first["norm"] == pytest.approx(float(weight.norm()), rel=1e-5)
+    assert first["largest"] == pytest.approx(float(torch.linalg.matrix_norm(weight, 2)), rel=1e-4)
+    assert 1 <= first["effective_rank"] <= first["full_rank"] == 8
+    assert "StageClassifier" in text
+
+
+def test_what_is_no_run_is_explained(tmp_path):
+    with pytest.raises(ValueError, match=r"holds neither a trace.jsonl nor a metrics.csv"):
+        analyze([tmp_path], tmp_path / "out")
+    torch.save({"weights": torch.ones(2)}, tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="no checkpoint of Lightning"):
+        analyze_checkpoint(tmp_path / "other.pt", tmp_path / "out")
