@@ -42,7 +42,7 @@ class ForgeCallback(Callback):
         named = {self.metric_name(quantity): float(value) for quantity, value in metrics.items()}
         for logger in trainer.loggers:
             logger.log_metrics(named, step=step_of_log(trainer))
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in named.items()})
+        trainer.callback_metrics.update(zip(named, torch.tensor(list(named.values())).unbind(), strict=True))
         _logged.setdefault(trainer, {}).update({key: (step_of_log(trainer), value) for key, value in named.items()})
 
     def read_metric(self, trainer: Trainer, monitor: str, argument: str) -> Tensor:
@@ -95,4 +95,6 @@ def loss_of_step(trainer: Trainer, outputs: Any) -> Tensor | None:
     if not isinstance(loss, Tensor):
         return None
     automatic = trainer.lightning_module.automatic_optimization
-    return loss.detach().float().mean() * (trainer.accumulate_grad_batches if automatic else 1)
+    loss = loss.detach().float()
+    scale = trainer.accumulate_grad_batches if automatic else 1
+    return loss.mean() * scale if loss.ndim or scale > 1 else loss

@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch.optim import Optimizer
 
 from forge_lightning.callbacks.base import ForgeCallback, is_logging_step, loss_of_step
 from forge_lightning.components.stage_classifier import Observation, TrainingStage
@@ -16,6 +15,7 @@ from forge_lightning.components.stage_classifier import StageClassifier as Machi
 from forge_lightning.protocols import SupportsEvents
 
 _MOST_EVENTS = 1000
+_NORMS = ("forge/telemetry/grad_norm_before", "forge/grokfast/grad_norm_before")
 
 
 class StageClassifier(ForgeCallback):
@@ -29,7 +29,7 @@ class StageClassifier(ForgeCallback):
 
     Reads: the mean training loss and success between validations (``loss`` and ``example_success`` of
     ``training_step``), the validation metrics, transitions found by `GeometryProbe`, the cosine logged by `Grokfast`,
-    the gradient norm.
+    the gradient norm logged by it or by `Telemetry`.
     Changes: nothing.
     Logs: after every validation ``forge/stage/number`` and ``forge/stage/gap`` (training success minus validation
     success; where either is not known, of ``exp(-loss)``).
@@ -72,8 +72,7 @@ class StageClassifier(ForgeCallback):
         self.val_loss, self.val_success = val_loss, val_success
         self._events: list[dict[str, Any]] = []
         self._sums: dict[str, tuple[Any, int]] = {}
-        self._norm: Tensor | None = None
-        self._restored: tuple[dict[str, tuple[Any, int]], Tensor | None] = ({}, None)
+        self._restored: dict[str, tuple[Any, int]] = {}
         self._step_before, self._last_step = -1, -1
         self._warned = False
 
@@ -93,19 +92,12 @@ class StageClassifier(ForgeCallback):
         return list(self._events)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._sums, self._norm = self._restored
-        self._restored = ({}, None)
+        self._sums, self._restored = self._restored, {}
         self._step_before = -1
         self._publish(trainer)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_before = trainer.global_step
-
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
-        if is_logging_step(trainer):
-            grads = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-            norm: Any = torch.nn.utils.get_total_norm(grads)
-            self._norm = (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).detach().float()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -143,17 +135,14 @@ class StageClassifier(ForgeCallback):
 
     def state_dict(self) -> dict[str, Any]:
         sums = {key: [float(total), count] for key, (total, count) in self._sums.items()}
-        norm = None if self._norm is None else float(self._norm)
         machine, events = self._machine.state_dict(), [dict(event) for event in self._events]
-        return {"machine": machine, "events": events, "sums": sums, "norm": norm, "last_step": self._last_step}
+        return {"machine": machine, "events": events, "sums": sums, "last_step": self._last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._machine.load_state_dict(state_dict["machine"])
         self._events = [dict(event) for event in state_dict["events"]]
-        sums = {key: (total, count) for key, (total, count) in state_dict["sums"].items()}
-        norm = state_dict["norm"]
-        self._restored = (sums, None if norm is None else torch.tensor(norm))
-        self._sums, self._norm = self._restored
+        self._restored = {key: (total, count) for key, (total, count) in state_dict["sums"].items()}
+        self._sums = dict(self._restored)
         self._last_step = state_dict["last_step"]
 
     def _add(self, key: str, value: Tensor | None) -> None:
@@ -174,9 +163,9 @@ class StageClassifier(ForgeCallback):
 
     def _observe(self, trainer: Trainer, pl_module: LightningModule, known: dict[str, float]) -> None:
         known["train_loss"] = self._mean("train_loss")
-        known["grad_norm"] = math.nan if self._norm is None else float(self._norm)
-        cosine = trainer.callback_metrics.get("forge/grokfast/cosine")
-        known["cosine"] = math.nan if cosine is None else float(cosine)
+        logged = trainer.callback_metrics
+        for key, names in (("cosine", ("forge/grokfast/cosine",)), ("grad_norm", _NORMS)):
+            known[key] = float(next((logged[name] for name in names if name in logged), math.nan))
         known = self._on_all_ranks(trainer, pl_module, known)
         falls = [
             event

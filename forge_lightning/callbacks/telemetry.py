@@ -86,13 +86,15 @@ class Telemetry(ForgeCallback):
         self._seen_events: dict[str, dict[str, Any]] = {}
         self._seconds_before = 0.0
         self._profiler: _TimedProfiler | None = None
+        self._finders: list[Any] = []
+        self._stage_source: SupportsStage | None = None
         self._started = 0.0
         self._record, self._step_before, self._last_logged = False, -1, 0
         self._sums: dict[str, tuple[Any, int]] = {}
         self._norms: list[Tensor] = []
         self._lr = math.nan
         self._examples = 0
-        self._tokens: Tensor | None = None
+        self._tokens: Any = None
         self._known: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -102,6 +104,8 @@ class Telemetry(ForgeCallback):
         self._profiler = _TimedProfiler(timed.profiler)
         timed.profiler = self._profiler
         self._last_logged = trainer.global_step
+        self._finders = [callback for callback in timed.callbacks if isinstance(callback, SupportsEvents)]
+        self._stage_source = next((c for c in timed.callbacks if isinstance(c, SupportsStage)), None)
         directory = None if getattr(trainer, "fast_dev_run", False) else run_directory(trainer)
         if self.trace and directory is not None and trainer.is_global_zero:
             path = directory / (FILE_NAME if self.name is None else f"trace_{self.name}.jsonl")
@@ -218,7 +222,7 @@ class Telemetry(ForgeCallback):
             self._examples += len(first)
         if tokens is not None:
             mask = field_of(batch, "attention_mask")
-            count = torch.tensor(tokens.numel()) if mask is None else mask.sum()
+            count = tokens.numel() if mask is None else mask.sum()
             self._tokens = count if self._tokens is None else self._tokens + count
 
     def _add_outputs(self, trainer: Trainer, outputs: Any) -> None:
@@ -245,14 +249,13 @@ class Telemetry(ForgeCallback):
             for key in ("loss", "success", "example_loss")
         }
         values["tokens"] = math.nan if self._tokens is None else self._tokens
-        values |= {"examples": float(self._examples), **seconds, "peak_memory": _peak_memory(device)}
-        row = torch.stack([torch.as_tensor(v, dtype=torch.float64, device="cpu") for v in values.values()])
+        values |= {"examples": self._examples, **seconds, "peak_memory": _peak_memory(device)}
+        read = {key: float(value) for key, value in values.items()}
         if trainer.world_size > 1:
-            there = ~row.isnan()
-            both = torch.cat([row.nan_to_num(), there.double()]).float().to(device)
-            sums, counts = trainer.strategy.reduce(both, reduce_op="sum").cpu().double().chunk(2)
-            row = sums / counts
-        read = dict(zip(values, row.tolist(), strict=True))
+            row = torch.tensor(list(read.values()), device=device)
+            both = torch.cat([row.nan_to_num(), (~row.isnan()).to(row)])
+            sums, counts = trainer.strategy.reduce(both, reduce_op="sum").cpu().chunk(2)
+            read = dict(zip(values, (sums / counts).tolist(), strict=True))
         example_loss, tokens, examples = (read.pop(key) for key in ("example_loss", "tokens", "examples"))
         total = sum(read[key] for key in seconds) * steps
         metrics = {"loss": read.pop("loss"), "success": read.pop("success")}
@@ -279,16 +282,14 @@ class Telemetry(ForgeCallback):
     def _row(self, trainer: Trainer, kind: str) -> dict[str, Any]:
         row = {"kind": kind, "step": trainer.global_step, "epoch": trainer.current_epoch}
         row["seconds"] = round(self._seconds(), 4)
-        stages = [c.stage for c in trainer.callbacks if isinstance(c, SupportsStage)]  # type: ignore[attr-defined]
-        return row | ({"stage": stages[0]} if stages else {})
+        return row if self._stage_source is None else row | {"stage": self._stage_source.stage}
 
     def _write_events(self, trainer: Trainer) -> None:
         assert self._writer is not None
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if not isinstance(callback, SupportsEvents) or not callback.events:
+        for finder in self._finders:
+            key, events = finder.state_key, finder.events
+            if not events or events[-1] == self._seen_events.get(key):
                 continue
-            finder: Any = callback
-            key, events = finder.state_key, list(callback.events)
             last = self._seen_events.get(key)
             start = max((i + 1 for i, event in enumerate(events) if event == last), default=0)
             for event in events[start:]:

@@ -159,7 +159,7 @@ class StageClassifier:
         if train >= self.solved and val >= self.solved:
             return TrainingStage.CONSOLIDATION, f"training and validation success are at least {self.solved:g}", trends
         if train >= 0.8 and gap > 0.3:
-            return self._judge_memorised(now, train, val, val_worsens, rises, trends)
+            return self._judge_memorised(now, train, val, val_worsens, rises and val_improves, trends)
         if self._memorised and val >= 0.5 * self._best_train:
             return TrainingStage.GENERALISATION, "the gap that memorisation left is closing", trends
         if self._memorised and train < 0.8:
@@ -188,7 +188,7 @@ class StageClassifier:
         if self._fell:
             return TrainingStage.ONSET, "the dimension of the last layer has fallen", trends
         if rises and val > self._floor_val + 0.1:
-            return TrainingStage.ONSET, "validation success rises", trends
+            return TrainingStage.ONSET, "validation success rises and its loss falls", trends
         if below > 0.15 and not val_worsens and self._since_spike > 5 and val > self._floor_val + 0.02:
             return TrainingStage.ONSET, "validation loss has come down from its peak", trends
         return TrainingStage.MEMORISATION, "training is fitted, validation is not", trends

@@ -24,7 +24,7 @@ class StepTimer:
 
     def __init__(self) -> None:
         self._categories: dict[str, str] = {}
-        self._stack: list[str] = []
+        self._stack = ["other"]
         self._since = time.perf_counter()
         self.seconds = dict.fromkeys(CATEGORIES, 0.0)
         self.paused = False
@@ -36,13 +36,12 @@ class StepTimer:
         if category is None:
             category = self._categories[action] = category_of(action)
         # what a hook of a callback calls is still the callback's, and so are the optimizer's own parts
-        outer = self._stack[-1] if self._stack else "other"
-        self._stack.append(outer if category == "other" else category)
+        self._stack.append(self._stack[-1] if category == "other" else category)
 
     def stop(self) -> None:
         """The innermost action ends."""
         self._account()
-        if self._stack:
+        if len(self._stack) > 1:
             self._stack.pop()
 
     def take(self) -> dict[str, float]:
@@ -59,5 +58,5 @@ class StepTimer:
     def _account(self) -> None:
         now = time.perf_counter()
         if not self.paused:
-            self.seconds[self._stack[-1] if self._stack else "other"] += now - self._since
+            self.seconds[self._stack[-1]] += now - self._since
         self._since = now

@@ -94,7 +94,10 @@ def number(value: Any) -> float:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(_plain(row), separators=(",", ":")) + "\n"
+    try:
+        return json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n"
+    except ValueError:
+        return json.dumps(_plain(row), separators=(",", ":")) + "\n"
 
 
 def _plain(value: Any) -> Any:
