@@ -12,21 +12,26 @@ names do not begin with "held_out"; those were trained and looked at once the se
 import argparse
 import gzip
 import json
+import math
 import tempfile
 from pathlib import Path
+from statistics import median
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import CSVLogger
 
-from benchmarks.environment import FOLDER
+from benchmarks.environment import FOLDER, header, table
 from forge_lightning.callbacks import GeometryProbe, Grokfast, Telemetry
+from forge_lightning.components.change_detector import Change, ChangeDetector, LossHealth
+from forge_lightning.components.stage_classifier import replay
 from forge_lightning.components.trace import read_rows
 from forge_lightning.data import AlgorithmicData
 from forge_lightning.models import AlgorithmicModule
 
 RECORDED = FOLDER.parent / "tests" / "recorded_runs"
+SERIES = "forge/geometry/model.layers.0/levina_bickel"
 EMA = {"alpha": 0.98, "lamb": 2.0}
 
 RUNS = {
@@ -117,14 +122,76 @@ def _kept(row: dict) -> dict:
     return row
 
 
+def report() -> str:
+    """Everything found again from the recorded values, by the settings as they are now."""
+    rows, lags, found, alarms = [], [], 0, 0
+    for name, (groks, *_) in RUNS.items():
+        with gzip.open(RECORDED / f"{name}.jsonl.gz", "rt") as file:
+            trace = [json.loads(line) for line in file]
+        falls = [change.step for change in changes_of(trace) if change.direction == "down"]
+        stages = replay(trace)
+        memorised, half, solved = (_first(trace, key, level) for key, level in _LEVELS)
+        best = max(row["metrics"]["val/accuracy"] for row in trace if row["kind"] == "validation")
+        named = ", ".join(f"{t.after.label} {t.step:,}" for t in stages)
+        rows.append(
+            [
+                name,
+                *("–" if step is None else f"{step:,}" for step in (memorised, half, solved)),
+                f"{100 * best:.1f} %",
+                ", ".join(f"{step:,}" for step in falls) or "–",
+                f"{falls[0] - half:+,}" if falls and half else "–",
+                named,
+            ]
+        )
+        if groks and falls:
+            found, lags = found + 1, [*lags, falls[0] - half]
+        alarms += not groks and bool(falls)
+    columns = [
+        "run", "training 95 %", "validation 50 %", "validation 95 %", "best validation", "falls of the dimension",
+        "first fall after 50 %", "stages and the steps they were declared at",
+    ]  # fmt: skip
+    groks = sum(run[0] for run in RUNS.values())
+    summary = (
+        f"Falls found in {found} of {groks} runs that grok, {-median(lags):,.0f} steps (median) before validation"
+        f" accuracy reaches 50 % ({-max(lags):,} to {-min(lags):,}); false alarms in {alarms} of"
+        f" {len(RUNS) - groks} runs that do not."
+    )
+    about = __doc__.split("\n\n", 2)[2].strip()
+    command = "python -m benchmarks.phases record && python -m benchmarks.phases report"
+    return f"# Phases of training\n\n{header(command)}\n{about}\n\n{summary}\n\n{table(columns, rows)}"
+
+
+_LEVELS = (("forge/telemetry/success", 0.95), ("val/accuracy", 0.5), ("val/accuracy", 0.95))
+
+
+def changes_of(trace: list[dict]) -> list[Change]:
+    """The detector over the recorded Levina-Bickel dimension of the layer, gated by the recorded loss."""
+    detector, health, loss, found = ChangeDetector(), LossHealth(), math.nan, []
+    for row in trace:
+        metrics = row.get("metrics", {})
+        loss = float(metrics.get("forge/telemetry/loss", loss))
+        if SERIES in metrics:
+            found.append(detector.update(row["step"], float(metrics[SERIES]), health.update(loss)))
+    return [change for change in found if change is not None]
+
+
+def _first(trace: list[dict], key: str, level: float) -> int | None:
+    return next((row["step"] for row in trace if row.get("metrics", {}).get(key, 0) >= level), None)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("command", choices=["record", "report"])
     parser.add_argument("--only", nargs="+", choices=list(RUNS), default=list(RUNS))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    for name in args.only:
-        record(name)
+    if args.command == "record":
+        for name in args.only:
+            record(name)
+        return
+    text = report()
+    print(text)
+    (FOLDER / "phases.md").write_text(text)
 
 
 if __name__ == "__main__":

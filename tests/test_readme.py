@@ -82,12 +82,20 @@ def test_yaml(index, tmp_path):
     run([sys.executable, "-W", "ignore", "-m", "forge_lightning.cli", "check", str(path)], cwd=tmp_path)
 
 
-def test_notebook(tmp_path):
-    cells = json.loads((ROOT / "notebooks/grokfast.ipynb").read_text())["cells"]
+@pytest.mark.parametrize(
+    ("name", "long", "short", "leaves"),
+    [
+        ("grokfast", "steps = 200", "steps = 4", "learning_curves.png"),
+        ("01_grokking", "steps = 2400", "steps = 48", "grokking.png"),
+    ],
+)
+def test_notebook(tmp_path, name, long, short, leaves):
+    cells = json.loads((ROOT / f"notebooks/{name}.ipynb").read_text())["cells"]
     code = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
-    code = [source.replace("steps = 200", "steps = 4") for source in code if "IPython" not in source]
+    assert any(long in source for source in code)
+    code = [source.replace(long, short) for source in code if "IPython" not in source]
     run([sys.executable, "-W", "ignore", "-c", "\n".join(code)], cwd=tmp_path)
-    assert (tmp_path / "learning_curves.png").exists()
+    assert (tmp_path / leaves).read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_file_map_names_what_exists():

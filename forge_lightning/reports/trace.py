@@ -49,12 +49,13 @@ class RunTrace:
         return next((self.series[name] for name in names if name in self.series), None)
 
 
-def read_run(path: Path) -> RunTrace:
+def read_run(path: str | Path) -> RunTrace:
     """A run directory, or a trace file.
 
     Raises:
         ValueError: If there is neither a trace nor metrics.
     """
+    path = Path(path)
     directory = path if path.is_dir() else path.parent
     trace = path if path.is_file() else directory / FILE_NAME
     run = RunTrace(path.resolve() if path.is_dir() else path.resolve().parent)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from forge_lightning.components.change_detector import ChangeDetector, LossHealth
+from benchmarks.phases import changes_of
 from forge_lightning.components.stage_classifier import (
     Observation,
     StageClassifier,
@@ -19,7 +19,6 @@ from forge_lightning.components.stage_classifier import (
 RECORDED = sorted((Path(__file__).parents[1] / "recorded_runs").glob("*.jsonl.gz"))
 GROKS = [path for path in RECORDED if "grok" in path.name]
 NEVER = [path for path in RECORDED if "grok" not in path.name]
-LAYER = "forge/geometry/model.layers.0/levina_bickel"
 
 
 def read(path):
@@ -29,19 +28,6 @@ def read(path):
 
 def reaches(rows, level):
     return next(r["step"] for r in rows if r["kind"] == "validation" and r["metrics"]["val/accuracy"] >= level)
-
-
-def changes(rows):
-    """The detector run over the recorded dimension, whatever the probe found when the run was recorded."""
-    detector, health, loss = ChangeDetector(), LossHealth(), math.nan
-    found = []
-    for row in rows:
-        metrics = row.get("metrics", {})
-        loss = float(metrics.get("forge/telemetry/loss", loss))
-        if LAYER in metrics:
-            healthy = health.update(loss)
-            found.append(detector.update(row["step"], float(metrics[LAYER]), healthy))
-    return [change for change in found if change is not None]
 
 
 def ids(path):
@@ -72,14 +58,14 @@ def test_runs_that_never_grok_are_not_said_to(path):
 @pytest.mark.parametrize("path", GROKS, ids=ids)
 def test_the_dimension_falls_where_a_run_groks(path):
     rows = read(path)
-    falls = [c.step for c in changes(rows) if c.direction == "down"]
+    falls = [c.step for c in changes_of(rows) if c.direction == "down"]
     assert falls
     assert falls[0] <= reaches(rows, 0.5) + 100
 
 
 @pytest.mark.parametrize("path", NEVER, ids=ids)
 def test_the_dimension_does_not_fall_elsewhere(path):
-    assert [c for c in changes(read(path)) if c.direction == "down"] == []
+    assert [c for c in changes_of(read(path)) if c.direction == "down"] == []
 
 
 @pytest.mark.parametrize("path", GROKS[:2], ids=ids)
