@@ -335,9 +335,10 @@ def gride_dimension(
 
 def _gride(nearest: Tensor, n1: int, n2: int) -> tuple[float, float]:
     logs = (nearest[:, n2 - 1] / nearest[:, n1 - 1]).log()
-    logs = logs[logs.isfinite() & (logs > 0)]
-    if len(logs) < 2:
+    logs = logs[logs.isfinite()]
+    if len(logs) < 2 or float(logs.median()) <= 0:
         return math.nan, math.nan
+    logs = logs.clamp(min=1e-12)  # a tie after rounding is a point like any other
     ratios = logs.exp()
     q95, q50 = torch.quantile(ratios, torch.tensor([0.95, 0.5], dtype=ratios.dtype)).tolist()
     logs = logs[ratios < 20 * (q95 - q50) + q50]

@@ -133,6 +133,17 @@ def test_a_line_cancels_everywhere_and_is_still_right():
         assert ESTIMATORS[name](points).dimension == pytest.approx(expected[name], rel=tolerance), name
 
 
+def test_neighbors_that_rounding_makes_equally_far_still_count():
+    """One point of 500 would be 2e-3."""
+    points = draw()(500, 5)
+    tied, apart = PointCloud(points, 2), PointCloud(points, 2)
+    tied._nearest[7, 1] = tied._nearest[7, 0]
+    apart._nearest[7, 1] = apart._nearest[7, 0] * (1 + 1e-9)
+    for estimate in (gride_dimension, two_nn_dimension):
+        options = {"max_neighbors": 2} if estimate is gride_dimension else {}
+        assert estimate(tied, **options).dimension == pytest.approx(estimate(apart, **options).dimension, rel=1e-6)
+
+
 def test_near_duplicates_count_as_duplicates():
     points = draw()(400, 10)
     near = points[:40] + 1e-8 * draw(1)(40, 10)
