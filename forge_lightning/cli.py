@@ -14,6 +14,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from forge_lightning import callbacks, data, models  # noqa: F401  imported, so that short names are known
@@ -80,7 +81,8 @@ class _SaveConfig(SaveConfigCallback):
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         config = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
         for logger in trainer.loggers:
-            logger.log_hyperparams({"config": config})
+            if not isinstance(logger, CSVLogger):  # config.yaml lies beside its files
+                logger.log_hyperparams({"config": config})
 
 
 class ForgeCLI(LightningCLI):

@@ -44,8 +44,8 @@ def select_layers(model: nn.Module, layers: str | Sequence[float | str]) -> dict
 
     Args:
         model: Where to look.
-        layers: "all" for every block; else names or patterns of modules, as in ``"model.layers.*"``, and fractions of
-            the depth in [0, 1]: 0 the first block, 1 the last.
+        layers: "all" for every block; else names or patterns of modules, as in ``"model.layers.*"`` (a star stands for
+            one part of the name), and fractions of the depth in [0, 1]: 0 the first block, 1 the last.
 
     Returns:
         ``{name: module}``, from input to output for those that are blocks.
@@ -64,7 +64,7 @@ def select_layers(model: nn.Module, layers: str | Sequence[float | str]) -> dict
     chosen: dict[str, nn.Module] = {}
     for layer in [layers] if isinstance(layers, str) else layers:
         if isinstance(layer, str):
-            matched = {name: m for name, m in modules.items() if name == layer or fnmatchcase(name, layer)}
+            matched = {name: m for name, m in modules.items() if name == layer or _matches(name, layer)}
             if not matched:
                 close = get_close_matches(layer, modules, n=5, cutoff=0.3) or list(found) or list(modules)[:5]
                 raise ValueError(f"No layer is called {layer!r}. Close: {close}. Found by depth: {list(found)}.")
@@ -76,3 +76,8 @@ def select_layers(model: nn.Module, layers: str | Sequence[float | str]) -> dict
             raise ValueError(f"A layer given as fraction of the depth must be in [0, 1], not {layer}.")
     order = {name: position for position, name in enumerate(modules)}
     return dict(sorted(chosen.items(), key=lambda item: order.get(item[0], -1)))
+
+
+def _matches(name: str, pattern: str) -> bool:
+    parts, patterns = name.split("."), pattern.split(".")
+    return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))

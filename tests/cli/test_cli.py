@@ -56,7 +56,7 @@ def test_every_shipped_config_is_valid(name, capsys, small_mbpp, monkeypatch):
     monkeypatch.setenv("FORGE_MBPP", small_mbpp)
     Path("data.txt").write_text("named in grokfast_text.yaml")
     names = [name] if "/" not in name else ["grokfast_modular", "--config", name]
-    if name == "callbacks/grokfast.yaml":  # adds what the base has already
+    if name.startswith("callbacks/"):  # may add what the recipe has already
         names = ["base.yaml", "--config", name]
         Path("base.yaml").write_text("model: AlgorithmicModule\ndata: AlgorithmicData\ntrainer: {callbacks: []}\n")
     assert main(["check", *names]) == 0
@@ -280,3 +280,76 @@ def test_an_interrupted_fit_leaves_a_resumable_checkpoint(tmp_path, number, code
     assert f"--ckpt_path {path.relative_to(tmp_path)}" in output
     resumed = forge_fit(*arguments, f"--ckpt_path={path}", f"--trainer.max_steps={steps + 3}")
     assert resumed.returncode == 0, resumed.stderr
+
+
+def observed(tmp_path, *more):
+    """A second of the shipped recipe."""
+    small = ["--model.dim=16", "--model.num_heads=2", "--data.modulus=11", "--trainer.enable_progress_bar=false"]
+    small += ["--trainer.max_steps=120", "--trainer.log_every_n_steps=5", "--trainer.accelerator=cpu"]
+    return main(["fit", "--config=grokking_observed", *small, *more])
+
+
+@pytest.mark.filterwarnings("ignore:GeometryProbe. no correlation")  # 48 examples are few
+@pytest.mark.filterwarnings("ignore:GeometryProbe. a probe takes")  # the steps are short
+def test_an_observed_run_is_analysed(tmp_path, capsys):
+    assert observed(tmp_path) == 0
+    run = tmp_path / "runs/grokking_observed/version_0"
+    assert (run / "trace.jsonl").exists()
+    assert main(["analyze", str(run)]) == 0
+    assert str(run / "analysis/report.html") in capsys.readouterr().out
+    numbers = json.loads((run / "analysis/analysis.json").read_text())["runs"][0]
+    assert numbers["last_step"] == 120
+    assert any("geometry" in name for name in numbers["series"])
+    assert main(["analyze", "--checkpoint", str(run / "checkpoints/last.ckpt")]) == 0
+    assert (run / "checkpoints/last_analysis/report.html").exists()
+    assert main(["analyze", str(run), str(run / "trace.jsonl"), "--output", "both"]) == 0
+    assert (tmp_path / "both/comparison_light.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        (["nowhere"], "no such file or directory"),
+        (["empty"], "neither a trace.jsonl nor a metrics.csv"),
+        (["--checkpoint", "nowhere.ckpt"], "no such file"),
+        (["--checkpoint", "text.ckpt"], "is none, or holds more than weights"),
+    ],
+)
+def test_what_cannot_be_analysed_is_explained(args, says, tmp_path, capsys):
+    Path("empty").mkdir()
+    Path("text.ckpt").write_text("not a checkpoint")
+    assert main(["analyze", *args]) == 2
+    err = capsys.readouterr().err
+    assert says in err
+    assert "Traceback" not in err
+
+
+def test_analyze_needs_runs_or_a_checkpoint(capsys):
+    for args in ([], ["run", "--checkpoint", "file"]):
+        with pytest.raises(SystemExit) as stop:
+            main(["analyze", *args])
+        assert stop.value.code == 2
+    assert "name one or more runs" in capsys.readouterr().err
+
+
+def test_a_misspelt_layer_is_explained(tmp_path, capsys):
+    Path("layer.yaml").write_text(
+        "trainer: {callbacks+: [{class_path: GeometryProbe, init_args: {layers: [model.layer.0], name: mine}}]}"
+    )
+    assert observed(tmp_path, "--config=layer.yaml") == 2
+    assert "Close: ['model.layers.0'" in capsys.readouterr().err
+
+
+def test_weights_and_biases_gets_config_tags_and_name(tmp_path, monkeypatch):
+    """Offline: what it wrote to disk."""
+    import wandb
+
+    wandb.finish()  # of another test
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    more = ["--trainer.logger.name=my_run"]
+    assert small_modular(tmp_path, "--config=loggers/wandb", *more, "--trainer.max_steps=4") == 0
+    wandb.finish()
+    (written,) = (tmp_path / "runs/wandb").glob("offline-run-*/*.wandb")
+    text = written.read_bytes()
+    for expected in (b"my_run", b"forge-lightning", b"AlgorithmicData", b"modulus"):
+        assert expected in text

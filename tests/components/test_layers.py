@@ -43,6 +43,12 @@ def test_selection_comes_in_the_order_of_the_model(layers, expected):
     assert all(found[name] is model.get_submodule(name) for name in found)
 
 
+def test_a_star_is_one_part_of_a_name():
+    model = nn.Sequential(nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "b": nn.Linear(2, 2)}))
+    assert list(select_layers(model, "0.*")) == ["0.a", "0.b"]
+    assert list(select_layers(model, "0.*.*")) == ["0.a.0", "0.a.1"]
+
+
 def test_names_are_free_of_wrappers():
     compiled = nn.ModuleDict({"model": torch.compile(Transformer(), backend="eager")})
     assert list(select_layers(compiled, [1.0])) == ["model.layers.4"]
