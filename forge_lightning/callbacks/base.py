@@ -1,5 +1,6 @@
 """What every callback of the suite shares."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,6 +25,7 @@ class ForgeCallback(Callback):
 
     def __init__(self, name: str | None = None) -> None:
         self.name = name
+        self._metric_names: dict[str, str] = {}
 
     @property
     def state_key(self) -> str:
@@ -32,18 +34,25 @@ class ForgeCallback(Callback):
 
     def metric_name(self, quantity: str) -> str:
         """``forge/<callback>/[<name>/]<quantity>``."""
-        return "/".join(part for part in ("forge", self.namespace, self.name, quantity) if part)
+        named = self._metric_names.get(quantity)
+        if named is None:
+            named = "/".join(part for part in ("forge", self.namespace, self.name, quantity) if part)
+            self._metric_names[quantity] = named
+        return named
 
-    def log_metrics(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+    def log_metrics(self, trainer: Trainer, metrics: Mapping[str, float], monitor: bool = True) -> None:
         """Log at this optimizer step only, to every logger, and where `EarlyStopping(monitor=...)` looks.
 
-        `LightningModule.log` would repeat a sparse value at every later logging step.
+        `LightningModule.log` would repeat a sparse value at every later logging step. Without ``monitor`` only to the
+        loggers: at every step the other costs more.
         """
         named = {self.metric_name(quantity): float(value) for quantity, value in metrics.items()}
         for logger in trainer.loggers:
             logger.log_metrics(named, step=step_of_log(trainer))
-        trainer.callback_metrics.update(zip(named, torch.tensor(list(named.values())).unbind(), strict=True))
-        _logged.setdefault(trainer, {}).update({key: (step_of_log(trainer), value) for key, value in named.items()})
+        if monitor:
+            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in named.items()})
+        step = step_of_log(trainer)
+        _logged.setdefault(trainer, {}).update({key: (step, value) for key, value in named.items()})
 
     def read_metric(self, trainer: Trainer, monitor: str, argument: str) -> Tensor:
         """The latest value logged as ``monitor``, by the module or by any callback.
@@ -87,6 +96,12 @@ def logged_at_this_step(trainer: Trainer) -> dict[str, float]:
     """What callbacks of the suite logged at the step that is being finished, by full name."""
     step = step_of_log(trainer)
     return {key: value for key, (at, value) in _logged.get(trainer, {}).items() if at == step}
+
+
+def last_logged(trainer: Trainer, *names: str) -> float:
+    """The value that callbacks of the suite logged last under the first of these full names; NaN without one."""
+    logged = _logged.get(trainer, {})
+    return next((logged[name][1] for name in names if name in logged), math.nan)
 
 
 def loss_of_step(trainer: Trainer, outputs: Any) -> Tensor | None:

@@ -9,13 +9,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from forge_lightning.callbacks.base import ForgeCallback, is_logging_step, loss_of_step
+from forge_lightning.callbacks.base import ForgeCallback, is_logging_step, last_logged, loss_of_step
 from forge_lightning.components.stage_classifier import Observation, TrainingStage
 from forge_lightning.components.stage_classifier import StageClassifier as Machine
 from forge_lightning.protocols import SupportsEvents
 
 _MOST_EVENTS = 1000
-_NORMS = ("forge/telemetry/grad_norm_before", "forge/grokfast/grad_norm_before")
 
 
 class StageClassifier(ForgeCallback):
@@ -102,15 +101,16 @@ class StageClassifier(ForgeCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._add("train_loss", loss_of_step(trainer, outputs))
+        loss = loss_of_step(trainer, outputs)
+        if loss is not None:
+            self._add("train_loss", loss)
         success = outputs.get("example_success") if isinstance(outputs, Mapping) else None
         if isinstance(success, Tensor):
-            self._add("train_success", success.detach().float().nanmean())
+            self._add("train_success", success.detach().float().mean())
         if trainer.global_step != self._step_before and is_logging_step(trainer):
-            known = {"train_loss": self._mean("train_loss")}
-            read = self._on_all_ranks(trainer, pl_module, known)
-            if "train_loss" in self._sums and not math.isfinite(read["train_loss"]):
-                self._update(trainer, Observation(trainer.global_step, read["train_loss"]))
+            read = self._on_all_ranks(trainer, pl_module, {"train_loss": self._mean("train_loss")})["train_loss"]
+            if "train_loss" in self._sums and not math.isfinite(read):
+                self._update(trainer, Observation(trainer.global_step, read))
                 self._sums = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -145,10 +145,9 @@ class StageClassifier(ForgeCallback):
         self._sums = dict(self._restored)
         self._last_step = state_dict["last_step"]
 
-    def _add(self, key: str, value: Tensor | None) -> None:
-        if value is not None:
-            total, count = self._sums.get(key, (0.0, 0))
-            self._sums[key] = (total + value, count + 1)
+    def _add(self, key: str, value: Tensor) -> None:
+        total, count = self._sums.get(key, (0.0, 0))
+        self._sums[key] = (total + value, count + 1)
 
     def _mean(self, key: str) -> float:
         total, count = self._sums.get(key, (math.nan, 1))
@@ -163,9 +162,8 @@ class StageClassifier(ForgeCallback):
 
     def _observe(self, trainer: Trainer, pl_module: LightningModule, known: dict[str, float]) -> None:
         known["train_loss"] = self._mean("train_loss")
-        logged = trainer.callback_metrics
-        for key, names in (("cosine", ("forge/grokfast/cosine",)), ("grad_norm", _NORMS)):
-            known[key] = float(next((logged[name] for name in names if name in logged), math.nan))
+        known["cosine"] = last_logged(trainer, "forge/grokfast/cosine")
+        known["grad_norm"] = last_logged(trainer, "forge/grokfast/grad_norm_before", "forge/telemetry/grad_norm_before")
         known = self._on_all_ranks(trainer, pl_module, known)
         falls = [
             event

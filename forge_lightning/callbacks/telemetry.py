@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.profilers import Profiler
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import PassThroughProfiler, Profiler
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -87,6 +87,7 @@ class Telemetry(ForgeCallback):
         self._seconds_before = 0.0
         self._profiler: _TimedProfiler | None = None
         self._finders: list[Any] = []
+        self._is_last, self._tells_perplexity = True, False
         self._stage_source: SupportsStage | None = None
         self._started = 0.0
         self._record, self._step_before, self._last_logged = False, -1, 0
@@ -105,6 +106,8 @@ class Telemetry(ForgeCallback):
         timed.profiler = self._profiler
         self._last_logged = trainer.global_step
         self._finders = [callback for callback in timed.callbacks if isinstance(callback, SupportsEvents)]
+        later = timed.callbacks[timed.callbacks.index(self) + 1 :]
+        self._is_last = not any(_changes_gradients(callback) for callback in later)
         self._stage_source = next((c for c in timed.callbacks if isinstance(c, SupportsStage)), None)
         directory = None if getattr(trainer, "fast_dev_run", False) else run_directory(trainer)
         if self.trace and directory is not None and trainer.is_global_zero:
@@ -112,6 +115,7 @@ class Telemetry(ForgeCallback):
             earlier = self._earlier if self._earlier is not None and self._earlier.is_file() else path
             header = {"module": type(pl_module).__name__, "world_size": trainer.world_size}
             self._writer = TraceWriter(path, trainer.global_step, earlier, header, self.max_rows, self._offered)
+            self._seconds_before = max(self._seconds_before, self._writer.seconds)
             self._earlier = path
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,6 +131,7 @@ class Telemetry(ForgeCallback):
             row = self._row(trainer, "validation")
             self._writer.write(row | {"metrics": fresh})
             self._write_events(trainer)
+            self._writer.flush()
         self._known = {}
         self._profiler.timer.pause(False)
 
@@ -152,7 +157,7 @@ class Telemetry(ForgeCallback):
             return  # accumulating
         if self._record:
             metrics = self._reduced(trainer, pl_module)
-            self.log_metrics(trainer, metrics)
+            self.log_metrics(trainer, metrics, monitor=False)
             self._sums, self._norms = {}, []
             self._examples, self._tokens, self._last_logged = 0, None, trainer.global_step
         if self._writer is not None:
@@ -176,6 +181,8 @@ class Telemetry(ForgeCallback):
         self._leave(trainer)
 
     def state_dict(self) -> dict[str, Any]:
+        if self._writer is not None:
+            self._writer.flush()  # what a resumed run will not write again
         return {
             "trace": None if self._earlier is None else str(self._earlier.absolute()),
             "offered": self._offered,
@@ -226,27 +233,29 @@ class Telemetry(ForgeCallback):
             self._tokens = count if self._tokens is None else self._tokens + count
 
     def _add_outputs(self, trainer: Trainer, outputs: Any) -> None:
-        found = {"loss": loss_of_step(trainer, outputs)}
+        found: dict[str, tuple[Any, int]] = {}
+        loss = loss_of_step(trainer, outputs)
+        if loss is not None:
+            found["loss"] = (loss, 1)
         if isinstance(outputs, Mapping):
-            for key, name in (("example_success", "success"), ("example_loss", "example_loss")):
-                value = outputs.get(key)
-                if isinstance(value, Tensor):
-                    found[name] = value.detach().float().nanmean()
-        for key, tensor in found.items():
-            if tensor is not None:
-                before, count = self._sums.get(key, (0.0, 0))
-                self._sums[key] = (before + tensor, count + 1)
+            success = outputs.get("example_success")
+            if isinstance(success, Tensor):
+                found["success"] = (success.detach().float().mean(), 1)
+            self._tells_perplexity = "example_loss" in outputs
+        for key, (value, count) in found.items():
+            before = self._sums.get(key)
+            self._sums[key] = (value, count) if before is None else (before[0] + value, before[1] + count)
 
     def _reduced(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """This record's values; one exchange between ranks."""
         assert self._profiler is not None
-        norm_after = self._norm_after(trainer, pl_module)
+        norm = math.sqrt(sum(float(norm) ** 2 for norm in self._norms)) if self._norms else None
         steps = max(1, trainer.global_step - self._last_logged)
         seconds = {f"{key}_seconds": value / steps for key, value in self._profiler.timer.take().items()}
         device = pl_module.device
         values: dict[str, Any] = {
             key: self._sums[key][0] / self._sums[key][1] if key in self._sums else math.nan
-            for key in ("loss", "success", "example_loss")
+            for key in ("loss", "success")
         }
         values["tokens"] = math.nan if self._tokens is None else self._tokens
         values |= {"examples": self._examples, **seconds, "peak_memory": _peak_memory(device)}
@@ -256,15 +265,15 @@ class Telemetry(ForgeCallback):
             both = torch.cat([row.nan_to_num(), (~row.isnan()).to(row)])
             sums, counts = trainer.strategy.reduce(both, reduce_op="sum").cpu().chunk(2)
             read = dict(zip(values, (sums / counts).tolist(), strict=True))
-        example_loss, tokens, examples = (read.pop(key) for key in ("example_loss", "tokens", "examples"))
+        tokens, examples = read.pop("tokens"), read.pop("examples")
         total = sum(read[key] for key in seconds) * steps
         metrics = {"loss": read.pop("loss"), "success": read.pop("success")}
-        if not math.isnan(example_loss):
+        if self._tells_perplexity:
             metrics["perplexity"] = math.exp(metrics["loss"]) if metrics["loss"] < 700 else math.inf
-        if self._norms:
+        if norm is not None:
             before = [v for k, v in logged_at_this_step(trainer).items() if k.endswith("/grad_norm_before")]
-            metrics["grad_norm_before"] = before[0] if before else float(torch.stack(self._norms).norm())
-            metrics["grad_norm_after"] = norm_after
+            metrics["grad_norm_before"] = before[0] if before else norm
+            metrics["grad_norm_after"] = self._norm_after(trainer, pl_module, norm)
             metrics["lr"] = self._lr
         metrics["examples_per_second"] = examples * trainer.world_size / total if total else math.nan
         metrics["tokens_per_second"] = tokens * trainer.world_size / total if total else math.nan
@@ -273,10 +282,15 @@ class Telemetry(ForgeCallback):
         told |= {"tokens_per_second": not math.isnan(tokens)}
         return {key: value for key, value in metrics.items() if told.get(key, True)}
 
-    def _norm_after(self, trainer: Trainer, pl_module: LightningModule) -> float:
+    def _norm_after(self, trainer: Trainer, pl_module: LightningModule, norm: float) -> float:
         own_clipping = type(pl_module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
-        if trainer.gradient_clip_val is None and not own_clipping and pl_module.automatic_optimization:
-            return float(torch.stack(self._norms).norm()) if self._norms else math.nan
+        if (
+            trainer.gradient_clip_val is None
+            and not own_clipping
+            and pl_module.automatic_optimization
+            and self._is_last
+        ):
+            return norm
         return float(_grad_norm(trainer.optimizers))
 
     def _row(self, trainer: Trainer, kind: str) -> dict[str, Any]:
@@ -304,13 +318,19 @@ class _TimedProfiler(Profiler):
         super().__init__()
         self.inner = inner
         self.timer = StepTimer()
+        self._hands_on = not isinstance(inner, PassThroughProfiler)
+
+    def profile(self, action_name: str) -> Any:
+        return super().profile(action_name) if self._hands_on else _Span(self.timer, action_name)
 
     def start(self, action_name: str) -> None:
         self.timer.start(action_name)
-        self.inner.start(action_name)
+        if self._hands_on:
+            self.inner.start(action_name)
 
     def stop(self, action_name: str) -> None:
-        self.inner.stop(action_name)
+        if self._hands_on:
+            self.inner.stop(action_name)
         self.timer.stop()
 
     def summary(self) -> str:
@@ -326,14 +346,39 @@ class _TimedProfiler(Profiler):
         self.inner.teardown(stage)
 
 
+class _Span:
+    """One action; a class is quicker here than a generator."""
+
+    __slots__ = ("action", "timer")
+
+    def __init__(self, timer: StepTimer, action: str) -> None:
+        self.timer, self.action = timer, action
+
+    def __enter__(self) -> str:
+        self.timer.start(self.action)
+        return self.action
+
+    def __exit__(self, *_: object) -> None:
+        self.timer.stop()
+
+
+def _changes_gradients(callback: Callback) -> bool:
+    hooks = ("on_before_optimizer_step", "on_after_backward")
+    return any(getattr(type(callback), hook) is not getattr(Callback, hook) for hook in hooks)
+
+
 def _grad_norm(optimizers: Any) -> Tensor:
     """Global norm of the gradients, over shards too; on the CPU."""
     grads = [p.grad for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
     if not grads:
         return torch.tensor(math.nan)
-    norm = torch.nn.utils.get_total_norm(grads)
-    full = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return full.detach().float().cpu()
+    norm: Any
+    if all(type(g) is Tensor and g.device == grads[0].device for g in grads):
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=torch.float32)))
+    else:  # shards
+        norm = torch.nn.utils.get_total_norm(grads)
+    full: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+    return full.detach()
 
 
 def _first_tensor(batch: Any) -> Tensor | None:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -12,7 +13,7 @@ FILE_NAME = "trace.jsonl"
 
 
 class TraceWriter:
-    """Append rows to a trace. Every row is written and handed to the system at once: a kill costs at most the last one.
+    """Append rows to a trace. They are handed to the system every second and by `flush`: a kill costs no more.
 
     The file grows with the logarithm of the number of rows: after each ``max_rows`` plain rows, only every second of
     those that would have come is kept. Rows that hold sparse values are all kept.
@@ -44,16 +45,25 @@ class TraceWriter:
             rows = [row for row in read_rows(earlier) if row.get("step", 0) <= keep_until]
         if not rows:
             rows = [{"kind": "header", "version": VERSION, "step": keep_until, **header}]
+        self.seconds = max((number(row.get("seconds", 0.0)) for row in rows), default=0.0)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".new")
         temporary.write_text("".join(_line(row) for row in rows))
         os.replace(temporary, path)
-        self._file: IO[str] = open(path, "a")  # noqa: SIM115  open as long as training goes
+        self._waiting: list[Mapping[str, Any]] = []
+        self._flushed = time.monotonic()
+        self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115  open as long as training goes
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row."""
-        self._file.write(_line(row))
-        self._file.flush()
+        self._waiting.append(row)
+        if time.monotonic() - self._flushed > 1:
+            self.flush()
+
+    def flush(self) -> None:
+        """Hand what was appended to the system."""
+        self._file.write("".join(map(_line, self._waiting)).encode())
+        self._waiting, self._flushed = [], time.monotonic()
 
     def write_plain(self, row: Mapping[str, Any]) -> None:
         """Append a row that may be thinned out."""
@@ -67,7 +77,8 @@ class TraceWriter:
         return max(0, math.floor(math.log2(self.offered / self.max_rows + 1))) if self.offered else 0
 
     def close(self) -> None:
-        """Close the file."""
+        """Flush, and close the file."""
+        self.flush()
         self._file.close()
 
 

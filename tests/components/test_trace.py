@@ -1,4 +1,5 @@
 import json
+import time
 from itertools import pairwise
 
 import pytest
@@ -28,9 +29,23 @@ def row(step):
     return {"kind": "step", "step": step, "metrics": {"loss": 1.0}}
 
 
-def test_rows_are_on_disk_at_once(tmp_path, writer):
+def test_rows_are_on_disk_within_a_second_or_when_flushed(tmp_path, writer, monkeypatch):
+    trace = writer(tmp_path / "trace.jsonl")
+    trace.write(row(0))
+    assert steps(tmp_path / "trace.jsonl") == []
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 1.1)
+    trace.write(row(1))
+    assert steps(tmp_path / "trace.jsonl") == [0, 1]
+    trace.write(row(2))
+    trace.flush()
+    assert steps(tmp_path / "trace.jsonl") == [0, 1, 2]
+
+
+def test_the_first_row_says_what_the_trace_is(tmp_path, writer):
     trace = writer(tmp_path / "trace.jsonl")
     trace.write(row(1))
+    trace.flush()
     header, first = read_rows(tmp_path / "trace.jsonl")
     assert (header["version"], header["module"], first) == (VERSION, "Test", row(1))
 
@@ -40,10 +55,12 @@ def test_a_cut_last_row_is_passed_over_and_replaced(tmp_path, writer):
     trace = writer(path)
     for step in range(1, 4):
         trace.write(row(step))
+    trace.flush()
     path.write_text(path.read_text()[:-9])
     assert steps(path) == [1, 2]
     again = writer(path, keep_until=1, earlier=path)
     again.write(row(2))
+    again.flush()
     assert steps(path) == [1, 2]
     assert all(json.loads(line) for line in path.read_text().splitlines())
 
@@ -52,15 +69,19 @@ def test_a_trace_continues_in_another_folder_without_the_rows_that_will_come_aga
     first = writer(tmp_path / "a" / "trace.jsonl")
     for step in range(1, 6):
         first.write(row(step))
+    first.flush()
     second = writer(tmp_path / "b" / "trace.jsonl", keep_until=3, earlier=tmp_path / "a" / "trace.jsonl")
     second.write(row(4))
+    second.flush()
     assert steps(tmp_path / "b" / "trace.jsonl") == [1, 2, 3, 4]
     assert steps(tmp_path / "a" / "trace.jsonl") == [1, 2, 3, 4, 5]
 
 
 def test_a_new_run_starts_a_new_trace(tmp_path, writer):
     path = tmp_path / "trace.jsonl"
-    writer(path).write(row(1))
+    first = writer(path)
+    first.write(row(1))
+    first.flush()
     writer(path, keep_until=0, earlier=path)
     assert steps(path) == []
 
@@ -70,6 +91,7 @@ def test_rows_are_thinned_to_the_logarithm_of_the_steps(tmp_path, writer):
     trace = writer(tmp_path / "trace.jsonl", max_rows=100)
     for step in range(2000):
         trace.write_plain(row(step))
+    trace.flush()
     kept = steps(tmp_path / "trace.jsonl")
     assert kept[:100] == list(range(100))
     assert len(kept) < 450
@@ -78,12 +100,14 @@ def test_rows_are_thinned_to_the_logarithm_of_the_steps(tmp_path, writer):
     resumed = writer(tmp_path / "trace.jsonl", 1999, tmp_path / "trace.jsonl", 100, trace.offered)
     for step in range(2000, 2100):
         resumed.write_plain(row(step))
+    resumed.flush()
     assert len(steps(tmp_path / "trace.jsonl")) <= len(kept) + 8
 
 
 def test_numbers_that_are_not_finite_stay_readable_json(tmp_path, writer):
     trace = writer(tmp_path / "trace.jsonl")
     trace.write({"kind": "step", "step": 1, "metrics": {"loss": float("nan"), "norm": float("inf")}})
+    trace.flush()
     assert "NaN" not in (tmp_path / "trace.jsonl").read_text()
     *_, last = read_rows(tmp_path / "trace.jsonl")
     assert [float(v) for v in last["metrics"].values()][1] == float("inf")
