@@ -75,10 +75,17 @@ class ForgeCallback(Callback):
 
 
 def run_directory(trainer: Trainer) -> Path | None:
-    """Where the first logger writes; ``None`` without one. No collective, as ``trainer.log_dir`` is."""
+    """Where the first logger writes; ``None`` without one. No collective, as ``trainer.log_dir`` is.
+
+    Of a logger without a folder for each run, where Lightning puts its checkpoints.
+    """
     logger = trainer.logger
-    directory = None if logger is None else logger.log_dir or logger.save_dir
-    return None if directory is None else Path(directory)
+    if logger is None or not (logger.log_dir or logger.save_dir):
+        return None
+    if logger.log_dir:
+        return Path(logger.log_dir)
+    parts = (logger.save_dir, logger.name, logger.version)
+    return Path(*(str(part) for part in parts if part))
 
 
 def step_of_log(trainer: Trainer) -> int:

@@ -271,11 +271,11 @@ class GeometryProbe(ForgeCallback):
             copied = self._tap.seconds
             self._tap.clear()
             self._collecting = False
-        loss = self._last_loss
-        if loss is not None and trainer.world_size > 1:
+        loss = torch.tensor(math.nan) if self._last_loss is None else self._last_loss
+        if trainer.world_size > 1:
             loss = trainer.strategy.reduce(loss.to(pl_module.device).clone(), reduce_op="mean")
         metrics = self._read(estimates)
-        metrics |= self._look_for_changes(trainer, metrics, math.nan if loss is None else float(loss))
+        metrics |= self._look_for_changes(trainer, metrics, float(loss))
         self._probe_seconds.append(copied + time.perf_counter() - start)
         self._plan_next(trainer)
         self.log_metrics(trainer, metrics | {"overhead": self._overhead(self._interval)})

@@ -263,3 +263,26 @@ def test_bad_arguments_are_named():
         Telemetry(every_n_steps=0)
     with pytest.raises(ValueError, match="max_rows=0"):
         Telemetry(max_rows=0)
+
+
+def test_a_logger_without_a_folder_for_each_run_gets_one(tmp_path):
+    class Shared(CSVLogger):
+        """As `WandbLogger` is."""
+
+        log_dir = None
+
+        @property
+        def save_dir(self):
+            return str(tmp_path)
+
+        @property
+        def experiment(self):
+            return self
+
+        def log_metrics(self, *args, **kwargs):
+            pass
+
+        save = log_hparams = finalize = log_metrics
+
+    fit([Telemetry()], Plain, logger=Shared(tmp_path, name="project", version="abc"), log_every_n_steps=1)
+    assert (tmp_path / "project" / "abc" / "trace.jsonl").exists()
