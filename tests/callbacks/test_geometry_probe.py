@@ -344,4 +344,4 @@ def test_two_processes_give_the_estimates_of_one(tmp_path):
     assert process.returncode == 0, process.stderr[-3000:]
     tables = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert tables[0] == tables[1]
-    close({int(step): values for step, values in tables[0].items()}, one, tolerance=2e-6)
+    close({int(step): values for step, values in tables[0].items()}, one, tolerance=1e-6)
