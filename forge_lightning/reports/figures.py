@@ -85,7 +85,7 @@ def estimators_of(run: RunTrace) -> list[str]:
     return [e for e in dict.fromkeys(found) if not e.endswith("_se") and e not in ("num_points", "change")]
 
 
-def overview(run: RunTrace) -> Any:
+def overview(run: RunTrace) -> Any | None:
     """Stages, success, loss and dimension over the steps, one above the other."""
     from matplotlib.figure import Figure
 
@@ -93,6 +93,8 @@ def overview(run: RunTrace) -> Any:
     success = _pairs(run, "forge/telemetry/success", ("val/accuracy", "val/exact_match"))
     loss = _pairs(run, "forge/telemetry/loss", ("val/loss",))
     panels = [kind for kind, there in (("success", success), ("loss", loss), ("dimension", estimator)) if there]
+    if not panels:
+        return None
     figure = Figure(figsize=(9, 0.7 + 2.3 * len(panels)), layout="constrained")
     axes = figure.subplots(
         1 + len(panels), 1, sharex=True, squeeze=False, height_ratios=[0.28, *(2.0 for _ in panels)]
@@ -117,7 +119,7 @@ def overview(run: RunTrace) -> Any:
                 axis.set_yscale("log")
             axis.legend(loc="best")
     axes[-1].set_xlabel(STEP)
-    axes[-1].set_xlim(0, run.last_step)
+    axes[-1].set_xlim(0, max(1, run.last_step))
     return figure
 
 
@@ -222,17 +224,19 @@ def step_time(run: RunTrace) -> Any | None:
     heights = [1000 * np.nan_to_num(np.asarray(values)) for _, values in there.values()]
     labels = [f"{key.replace('_', ' + ')}, {1000 * median(v):.3g} ms" for key, (_, v) in there.items()]
     left.stackplot(steps, *heights, labels=labels, colors=_cycle(len(there)), alpha=0.85)
-    left.set(xlabel=STEP, ylabel="milliseconds a step", xlim=(0, run.last_step))
-    left.set_ylim(0, 1.7 * float(np.quantile(np.sum(heights, axis=0), 0.95)))
+    left.set(xlabel=STEP, ylabel="milliseconds a step", xlim=(0, max(1, run.last_step)))
+    left.set_ylim(0, 1.7 * float(np.quantile(np.sum(heights, axis=0), 0.95)) or None)
     left.set_title("Where the time goes (medians)")
     left.legend(loc="upper right", ncols=2)
-    for name, color in (("tokens", BLUE), ("examples", ORANGE)):
-        series = run.find(f"forge/telemetry/{name}_per_second")
-        if series is not None:
-            _draw(right, series, name, color)
-    right.set(xlabel=STEP, ylabel="a second", yscale="log")
+    speeds = {name: run.find(f"forge/telemetry/{name}_per_second") for name in ("tokens", "examples")}
+    told = {name: series for name, series in speeds.items() if series is not None}
+    for name, series in told.items():
+        _draw(right, series, name, BLUE if name == "tokens" else ORANGE)
+    right.set(xlabel=STEP, ylabel="a second")
+    right.set_ylim(bottom=0)
     right.set_title("Speed")
-    right.legend(loc="best")
+    if told:
+        right.legend(loc="best")
     return figure
 
 
@@ -359,6 +363,7 @@ def _pairs(run: RunTrace, train: str, val: tuple[str, ...]) -> dict[str, Series]
 
 def _draw(axis: Any, series: Series, label: str, color: Any) -> None:
     steps, values = series
+    values = [value if math.isfinite(value) else math.nan for value in values]
     axis.plot(steps, values, label=label, color=_tone(color), marker="." if len(steps) < 20 else "")
 
 

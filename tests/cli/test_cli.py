@@ -340,15 +340,12 @@ def test_a_misspelt_layer_is_explained(tmp_path, capsys):
     assert "Close: ['model.layers.0'" in capsys.readouterr().err
 
 
-def test_weights_and_biases_gets_config_tags_and_name(tmp_path, monkeypatch):
+def test_weights_and_biases_gets_config_tags_and_name(tmp_path):
     """Offline: what it wrote to disk."""
-    import wandb
-
-    wandb.finish()  # of another test
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    more = ["--trainer.logger.name=my_run"]
-    assert small_modular(tmp_path, "--config=loggers/wandb", *more, "--trainer.max_steps=4") == 0
-    wandb.finish()
+    small = ["--model.dim=16", "--model.num_heads=2", "--data.modulus=11", "--trainer.max_steps=4", *QUICK]
+    add_on = ["--config=loggers/wandb", "--trainer.logger.name=my_run", "--trainer.enable_progress_bar=false"]
+    result = forge_fit("fit", "--config=grokfast_modular", *add_on, *small, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     (written,) = (tmp_path / "runs/wandb").glob("offline-run-*/*.wandb")
     text = written.read_bytes()
     for expected in (b"my_run", b"forge-lightning", b"AlgorithmicData", b"modulus"):

@@ -2,7 +2,6 @@
 
 import math
 import re
-import warnings
 
 import numpy as np
 import pytest
@@ -106,16 +105,6 @@ def test_equals_scikit_dimension_also_with_duplicates(name, n):
     assert found.scales == tuple(scales.scales_)
     assert found.dimensions == pytest.approx(scales.dimension_scales_, rel=1e-4)
     assert found.standard_errors == pytest.approx(scales.error_scales_, rel=1e-4)
-
-
-def test_scikit_dimension_itself_fails_on_duplicates():
-    """Why duplicates go first; a version that mends it may drop this test."""
-    points = SETS["ball of 10"](512, draw())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        repeated = skdim.id.MLE().fit(torch.cat([points, points[:1]]).numpy(), comb="mle").dimension_
-    assert repeated == 0
-    assert levina_bickel_dimension(torch.cat([points, points[:1]])).dimension > 5
 
 
 def test_more_points_than_distances_are_kept_for():

@@ -172,6 +172,23 @@ def test_a_trace_of_another_version_is_read_as_far_as_it_goes(tmp_path):
     analyze([tmp_path], tmp_path / "analysis")
 
 
+@pytest.mark.parametrize(
+    "metrics",
+    [
+        {"forge/telemetry/lr": 0.1},
+        {"forge/telemetry/lr": 0.0, "forge/telemetry/loss": "inf", "forge/telemetry/success": "nan"},
+        {"forge/geometry/a.b/two_nn": "nan", "forge/geometry/a.b/two_nn_se": "nan", "forge/geometry/a.b/num_points": 3},
+        {"forge/geometry/second/a.b/skdim:MLE": 3.0, "forge/telemetry/coarse/loss": 2.0},
+        {"forge/telemetry/data_seconds": 0.0, "forge/telemetry/tokens_per_second": 0.0},
+    ],
+)
+@pytest.mark.parametrize("steps", [(0,), (1, 2)])
+def test_odd_values_are_drawn_without_a_warning(tmp_path, metrics, steps):
+    rows = [{"kind": "step", "step": step, "metrics": metrics} for step in steps]
+    (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert analyze([tmp_path], tmp_path / "analysis").exists()
+
+
 def test_several_runs_are_compared_by_group(tmp_path):
     paths = [recorded(tmp_path / "grok" / f"version_{i}", f"grok_add_{i}") for i in range(3)]
     paths.append(recorded(tmp_path / "control" / "version_0", "random_0"))
