@@ -254,13 +254,13 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-def observations(rows: Iterable[Mapping[str, Any]], val_success: str = "val/accuracy") -> list[Observation]:
-    """What a classifier would have seen, from the rows of a trace.
+VAL_LOSS = ("val/loss", "val_loss")
+VAL_SUCCESS = ("val/accuracy", "val_accuracy", "val/acc", "val_acc")
+"""Names that reports know, ours first."""
 
-    Args:
-        rows: As `read_rows` gives them.
-        val_success: Validation metric that is the share of right answers.
-    """
+
+def observations(rows: Iterable[Mapping[str, Any]]) -> list[Observation]:
+    """What a classifier would have seen, from the rows of a trace, as `read_rows` gives them."""
     found: list[Observation] = []
     losses: list[float] = []
     successes: list[float] = []
@@ -279,13 +279,15 @@ def observations(rows: Iterable[Mapping[str, Any]], val_success: str = "val/accu
             cosine = metrics.get("forge/grokfast/cosine", cosine)
             norm = metrics.get("forge/telemetry/grad_norm_before", norm)
         elif row.get("kind") == "validation" and metrics and losses:
+            val_loss, val = (next((metrics[k] for k in n if k in metrics), math.nan) for n in (VAL_LOSS, VAL_SUCCESS))
+            both = bool(successes) and not math.isnan(val)
             found.append(
                 Observation(
                     step=row["step"],
                     train_loss=sum(losses) / len(losses),
-                    val_loss=metrics.get("val/loss", math.nan),
-                    train_success=sum(successes) / len(successes) if successes and val_success in metrics else math.nan,
-                    val_success=metrics.get(val_success, math.nan) if successes else math.nan,
+                    val_loss=val_loss,
+                    train_success=sum(successes) / len(successes) if both else math.nan,
+                    val_success=val if both else math.nan,
                     cosine=cosine,
                     grad_norm=norm,
                     fell=fell,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from forge_lightning.components.stage_classifier import VAL_LOSS
 from forge_lightning.components.step_timer import CATEGORIES
 from forge_lightning.reports import figures
 from forge_lightning.reports.trace import RunTrace, read_run, stage_spans
@@ -144,15 +145,16 @@ def _section(run: RunTrace, output: Path, prefix: str) -> str:
         ("steps", f"{run.last_step:,}"),
         ("stage at the end", stage_spans(run)[-1][0].replace("_", "-") if stage_spans(run) else "unknown"),
     ]
-    success = run.find("val/accuracy", "val/exact_match")
+    success = run.find(*figures.SUCCESS)
     if success:
         facts.append(("last validation success", f"{success[1][-1]:.4g}"))
         for level, step in numbers["steps_to"].items():
             facts.append(
                 (f"validation success first ≥ {float(level):g}", "not reached" if step is None else f"{step:,}")
             )
-    if run.find("val/loss"):
-        facts.append(("last validation loss", f"{run.series['val/loss'][1][-1]:.4g} nats"))
+    loss = run.find(*VAL_LOSS)
+    if loss:
+        facts.append(("last validation loss", f"{loss[1][-1]:.4g} nats"))
     time = numbers["median_step_seconds"].get("step")
     if time is not None:
         facts.append(("time of a step, median", f"{1000 * time:.3g} ms"))
@@ -175,7 +177,7 @@ def _comparison_table(runs: Sequence[RunTrace]) -> str:
     rows = []
     for group in dict.fromkeys(run.group for run in runs):
         members = [run for run in runs if run.group == group]
-        last = [s[1][-1] for run in members if (s := run.find("val/accuracy", "val/exact_match"))]
+        last = [s[1][-1] for run in members if (s := run.find(*figures.SUCCESS))]
         times = [t for run in members if (t := _median(run, "forge/telemetry/step_seconds")) is not None]
         rows.append(
             (
@@ -198,7 +200,7 @@ def _reached(steps: Sequence[int | None]) -> str:
 
 
 def _first_step(run: RunTrace, level: float) -> int | None:
-    steps, values = run.find("val/accuracy", "val/exact_match") or ([], [])
+    steps, values = run.find(*figures.SUCCESS) or ([], [])
     return next((step for step, value in zip(steps, values, strict=True) if value >= level), None)
 
 

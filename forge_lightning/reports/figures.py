@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from forge_lightning.components.stage_classifier import VAL_LOSS, VAL_SUCCESS
 from forge_lightning.components.step_timer import CATEGORIES
 from forge_lightning.reports.learning_curves import Series
 from forge_lightning.reports.trace import RunTrace, stage_spans
@@ -28,6 +29,7 @@ STAGE_COLORS = {
     "divergence": RED,
 }
 _PAPER = "#ffffff"
+SUCCESS = (*VAL_SUCCESS, "val/exact_match")
 _SHORT = {"memorisation": "memor.", "generalisation": "general.", "consolidation": "consol.", "divergence": "div."}
 STEP = "optimizer step"
 MAIN_ESTIMATORS = {
@@ -90,8 +92,8 @@ def overview(run: RunTrace) -> Any | None:
     from matplotlib.figure import Figure
 
     estimator = next((e for e in MAIN_ESTIMATORS if e in estimators_of(run)), None)
-    success = _pairs(run, "forge/telemetry/success", ("val/accuracy", "val/exact_match"))
-    loss = _pairs(run, "forge/telemetry/loss", ("val/loss",))
+    success = _pairs(run, "forge/telemetry/success", SUCCESS)
+    loss = _pairs(run, "forge/telemetry/loss", VAL_LOSS)
     panels = [kind for kind, there in (("success", success), ("loss", loss), ("dimension", estimator)) if there]
     if not panels:
         return None
@@ -249,8 +251,8 @@ def comparison(runs: Sequence[RunTrace]) -> Any | None:
         groups.setdefault(run.group, []).append(run)
     wanted = [
         ("Training success", "share right", ("forge/telemetry/success",)),
-        ("Validation success", "share right", ("val/accuracy", "val/exact_match")),
-        ("Validation loss", "loss (nats)", ("val/loss",)),
+        ("Validation success", "share right", SUCCESS),
+        ("Validation loss", "loss (nats)", VAL_LOSS),
         ("Dimension of the last layer", "Levina–Bickel", tuple(_last_layer(runs, "levina_bickel"))),
         ("Participation ratio of the last layer", "directions", tuple(_last_layer(runs, "participation_ratio"))),
     ]
@@ -356,7 +358,7 @@ def _draw_stages(axis: Any, run: RunTrace) -> None:
     axis.tick_params(bottom=False)
 
 
-def _pairs(run: RunTrace, train: str, val: tuple[str, ...]) -> dict[str, Series]:
+def _pairs(run: RunTrace, train: str, val: Sequence[str]) -> dict[str, Series]:
     found = {"training": run.find(train), "validation": run.find(*val)}
     return {label: series for label, series in found.items() if series is not None}
 

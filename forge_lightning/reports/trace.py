@@ -112,16 +112,17 @@ def _take_rows(run: RunTrace, rows: list[dict[str, Any]], trace: Path) -> None:
 def _take_metrics(run: RunTrace, path: Path) -> None:
     for name, (steps, values) in read_metrics(path).items():
         run.series[name] = ([step + 1 for step in steps], values)
-    for train, ours in (("train/loss", "loss"), ("train/accuracy", "success")):
-        if train in run.series:
-            run.series.setdefault(f"forge/telemetry/{ours}", run.series[train])
+    for ours, names in (("loss", ("train/loss", "train_loss")), ("success", ("train/accuracy", "train_acc"))):
+        series = run.find(*names)
+        if series is not None:
+            run.series.setdefault(f"forge/telemetry/{ours}", series)
 
 
 def _rows_of(run: RunTrace) -> list[dict[str, Any]]:
     """The rows that a trace would have had, for the stages."""
     rows: dict[tuple[int, str], dict[str, Any]] = {}
     for name, (steps, values) in run.series.items():
-        kind = "validation" if name.startswith("val/") else "step"
+        kind = "validation" if name.startswith(("val/", "val_")) else "step"
         for step, value in zip(steps, values, strict=True):
             row = rows.setdefault((step, kind), {"kind": kind, "step": step, "metrics": {}})
             row["metrics"][name] = value

@@ -162,6 +162,16 @@ def test_stages_are_found_in_metrics_alone(tmp_path):
     assert stages == ["warm_up", "memorisation", "onset", "generalisation", "consolidation"]
 
 
+def test_names_of_other_projects_are_known(tmp_path):
+    with gzip.open(RECORDED / "grok_add_1.jsonl.gz", "rt") as file:
+        text = file.read().replace("val/loss", "val_loss").replace("val/accuracy", "val_acc")
+    (tmp_path / "trace.jsonl").write_text(text)
+    run = read_run(tmp_path)
+    assert [name for name, *_ in stage_spans(run)][-1] == "consolidation"
+    labels = {line.get_label() for axis in figures.overview(run).axes for line in axis.get_lines()}
+    assert "validation" in labels
+
+
 def test_a_trace_of_another_version_is_read_as_far_as_it_goes(tmp_path):
     rows = [{"kind": "header", "version": 99}, {"kind": "new", "step": 1}, {"kind": "step", "step": "x", "metrics": {}}]
     rows += [{"kind": "step", "step": 2, "metrics": {"forge/telemetry/loss": 1.0, "odd": [1]}}]
