@@ -160,6 +160,8 @@ class GeometryProbe(ForgeCallback):
         if self._tap is None or self.source != "batch" or not self._is_due(trainer):
             return
         self._collecting = True
+        if self._tap.num_rows() >= self._share(trainer):
+            return  # enough from this step's earlier batches
         self._tap.start(self._fields(batch), self._share(trainer), self._seed_of(trainer, batch_idx))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -172,6 +174,7 @@ class GeometryProbe(ForgeCallback):
         if self._tap is None:
             return
         self._tap.stop()
+        self._tap.prefer_one_batch(self._share(trainer))
         loss = loss_of_step(trainer, outputs)
         if loss is not None:
             self._last_loss = loss
@@ -187,7 +190,6 @@ class GeometryProbe(ForgeCallback):
             self._tap.seconds = time.perf_counter() - start
         if not self._collecting:
             return
-        self._tap.prefer_one_batch(self._share(trainer))
         over = trainer.global_step + 1 >= self._next_due + self._interval or bool(
             getattr(trainer, "fast_dev_run", False)
         )
@@ -265,7 +267,8 @@ class GeometryProbe(ForgeCallback):
         assert self._tap is not None
         start = time.perf_counter()
         try:
-            rows = [torch.cat(parts) if parts else None for parts in self._tap.rows.values()]
+            share = self._share(trainer)
+            rows = [torch.cat(parts)[:share] if parts else None for parts in self._tap.rows.values()]
             estimates = self._estimate(trainer, rows, pl_module.device)
         finally:
             copied = self._tap.seconds
@@ -358,6 +361,8 @@ class GeometryProbe(ForgeCallback):
             "step": change.step,
             "kind": "geometry",
             "layer": layer,
+            "last_layer": layer == self.layer_names[-1],
+            "probe": self.name,
             "estimator": self.change_estimator,
             "direction": change.direction,
             "before": change.before,

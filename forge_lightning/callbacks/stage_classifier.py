@@ -170,7 +170,8 @@ class StageClassifier(ForgeCallback):
             for callback in trainer.callbacks  # type: ignore[attr-defined]
             if isinstance(callback, SupportsEvents)
             for event in callback.events
-            if event["kind"] == "geometry" and event["direction"] == "down" and event["step"] > self._last_step
+            if event["kind"] == "geometry" and event["direction"] == "down" and event["last_layer"]
+            if event["step"] > self._last_step
         ]
         self._update(trainer, Observation(trainer.global_step, fell=bool(falls), **known))
         self._last_step = trainer.global_step

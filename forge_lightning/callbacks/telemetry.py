@@ -320,6 +320,9 @@ class _TimedProfiler(Profiler):
         self.timer = StepTimer()
         self._hands_on = not isinstance(inner, PassThroughProfiler)
 
+    def __del__(self) -> None:
+        """Not the end of the inner one, which goes on: the base class would tear it down."""
+
     def profile(self, action_name: str) -> Any:
         return super().profile(action_name) if self._hands_on else _Span(self.timer, action_name)
 
@@ -372,6 +375,7 @@ def _grad_norm(optimizers: Any) -> Tensor:
     grads = [p.grad for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
     if not grads:
         return torch.tensor(math.nan)
+    grads = [g.coalesce().values() if g.is_sparse else g for g in grads]
     norm: Any
     if all(type(g) is Tensor and g.device == grads[0].device for g in grads):
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=torch.float32)))

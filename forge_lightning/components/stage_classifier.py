@@ -270,7 +270,9 @@ def observations(rows: Iterable[Mapping[str, Any]]) -> list[Observation]:
         given = row.get("metrics")
         metrics = {k: number(v) for k, v in given.items()} if isinstance(given, Mapping) else {}
         if row.get("kind") == "event":
-            fell = fell or (row.get("event") == "geometry" and row.get("direction") == "down")
+            fell = fell or (
+                row.get("event") == "geometry" and row.get("direction") == "down" and row.get("last_layer", True)
+            )
         elif row.get("kind") == "step":
             if fresh and "forge/telemetry/loss" in metrics:
                 losses, successes, fresh = [], [], False  # those since the last validation, where there are any
@@ -278,7 +280,7 @@ def observations(rows: Iterable[Mapping[str, Any]]) -> list[Observation]:
             successes += [metrics[k] for k in ("forge/telemetry/success",) if k in metrics]
             cosine = metrics.get("forge/grokfast/cosine", cosine)
             norm = metrics.get("forge/telemetry/grad_norm_before", norm)
-        elif row.get("kind") == "validation" and metrics and losses:
+        elif row.get("kind") == "validation" and metrics and losses and isinstance(row.get("step"), int):
             val_loss, val = (next((metrics[k] for k in n if k in metrics), math.nan) for n in (VAL_LOSS, VAL_SUCCESS))
             both = bool(successes) and not math.isnan(val)
             found.append(

@@ -7,6 +7,7 @@ the median distance from the mean) are removed first.
 """
 
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
@@ -138,6 +139,7 @@ class PointCloud:
             self.moments.zero_()
             self._squares = None
             found = [_smallest(block, k) for _, block in self._distance_blocks()]
+        self._budget = sys.maxsize  # later passes repair what this one did
         return torch.cat(found).double().cpu().clamp_(min=0).sqrt_()
 
     def _distance_blocks(self) -> Iterator[tuple[int, Tensor]]:

@@ -77,13 +77,14 @@ def theme(dark: bool) -> Iterator[None]:
 
 def layers_of(run: RunTrace) -> list[str]:
     """Probed layers, in the order in which they were recorded."""
-    names = (n.removeprefix("forge/geometry/").rsplit("/", 1) for n in run.series if n.startswith("forge/geometry/"))
-    return list(dict.fromkeys(parts[0] for parts in names if len(parts) == 2))
+    start, end = "forge/geometry/", "/num_points"
+    return [n.removeprefix(start).removesuffix(end) for n in run.series if n.startswith(start) and n.endswith(end)]
 
 
 def estimators_of(run: RunTrace) -> list[str]:
     """What was estimated, without standard errors and counts."""
-    found = [n.rsplit("/", 1)[-1] for n in run.series if n.startswith("forge/geometry/") and n.count("/") > 2]
+    layers = tuple(f"forge/geometry/{layer}/" for layer in layers_of(run))
+    found = [n.rsplit("/", 1)[-1] for n in run.series if layers and n.startswith(layers)]
     return [e for e in dict.fromkeys(found) if not e.endswith("_se") and e not in ("num_points", "change")]
 
 
@@ -127,22 +128,24 @@ def overview(run: RunTrace) -> Any | None:
 
 def draw_dimension(axis: Any, run: RunTrace, estimator: str) -> None:
     """One line for each layer with a band of one standard error, and a mark at each transition."""
-    layers = layers_of(run)
+    layers, drawn = layers_of(run), []
     for index, layer in enumerate(layers):
         series = run.series.get(f"forge/geometry/{layer}/{estimator}")
         if series is None:
             continue
         color = _layer_color(index, len(layers))
         _draw(axis, series, layer, color)
+        drawn.append(axis.get_lines()[-1])
         errors = run.series.get(f"forge/geometry/{layer}/{estimator}_se")
         if errors is not None and errors[0] == series[0]:
             x, y, e = (np.asarray(v, dtype=float) for v in (series[0], series[1], errors[1]))
             axis.fill_between(x, y - e, y + e, color=color, alpha=0.2, linewidth=0)
     marked = False
     for change in run.changes:
-        if change.get("estimator") == estimator and change.get("layer") in layers:
+        layer = "/".join(str(part) for part in (change.get("probe"), change.get("layer")) if part)
+        if change.get("estimator") == estimator and layer in layers:
             marker = "v" if change.get("direction") == "down" else "^"
-            color = _layer_color(layers.index(change["layer"]), len(layers))
+            color = _layer_color(layers.index(layer), len(layers))
             axis.axvline(change["step"], color=color, linewidth=1, linestyle=":")
             axis.plot(
                 [change["step"]],
@@ -157,10 +160,10 @@ def draw_dimension(axis: Any, run: RunTrace, estimator: str) -> None:
             marked = True
     axis.set_ylabel(MAIN_ESTIMATORS.get(estimator, estimator))
     axis.set_title("Dimension of the layers")
-    if len(layers) <= 8:
+    if len(drawn) > 8:
+        axis.legend(handles=[drawn[0], drawn[-1]], loc="best")
+    elif drawn:
         axis.legend(loc="best")
-    else:
-        axis.legend(handles=[axis.get_lines()[0], axis.get_lines()[len(layers) - 1]], loc="best")
 
 
 def dimensions(run: RunTrace) -> Any | None:
@@ -326,7 +329,8 @@ def _panels(panels: Sequence[tuple[str, str, Mapping[str, Series | None]]], loga
         if len(lines) > 1:
             axis.legend(loc="best")
         elif label == "learning rate":
-            axis.set_ylim(0, 1.1 * max(next(iter(lines.values()))[1]) or None)
+            largest = max((v for v in next(iter(lines.values()))[1] if math.isfinite(v)), default=0.0)
+            axis.set_ylim(0, 1.1 * largest or None)
         if title in logarithmic and _spans_decades(lines.values()):
             axis.set_yscale("log")
     for axis in axes[len(there) :]:

@@ -79,6 +79,15 @@ def test_rows_of_several_batches_add_up_until_there_are_enough():
     assert logged[6]["forge/geometry/net.0/num_points"] == 24
 
 
+@pytest.mark.parametrize(("size", "accumulated"), [(24, 1), (16, 4)])
+def test_there_are_never_more_rows_than_asked_for(size, accumulated):
+    options = {"num_points": 40, "every_n_steps": 4 // accumulated, "estimators": ("two_nn",)}
+    kwargs = {"accumulate_grad_batches": accumulated, "max_epochs": 6}
+    logged, *_ = probed(with_batches_of(size), layers=["net.0"], trainer=kwargs, **options)
+    counts = {values["forge/geometry/net.0/num_points"] for values in logged.values()}
+    assert max(counts) == 40
+
+
 def test_accumulated_batches_are_one_step():
     one, *_ = probed(with_batches_of(32), layers=["net.0"], every_n_steps=1)
     two, *_ = probed(with_batches_of(16), layers=["net.0"], every_n_steps=1, trainer={"accumulate_grad_batches": 2})

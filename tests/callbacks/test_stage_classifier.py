@@ -73,19 +73,21 @@ def test_a_stage_drives_grokfast():
     assert lambs[since["generalisation"] + 1] == 3.0
 
 
-def test_a_fall_of_the_dimension_is_evidence():
+@pytest.mark.parametrize("last", [True, False])
+def test_a_fall_of_the_last_layers_dimension_is_evidence(last):
     class Falls(Callback):
-        events = []
+        def __init__(self):
+            self.events = []
 
         def on_train_batch_end(self, trainer, *_):
             if trainer.global_step == 110:
-                self.events.append({"kind": "geometry", "step": 110, "direction": "down"})
+                self.events.append({"kind": "geometry", "step": 110, "direction": "down", "last_layer": last})
 
     classifier = StageClassifier()
     run([Falls(), classifier])
     onset = next(event for event in classifier.events if event["after"] == "onset")
-    assert onset["reason"] == "the dimension of the last layer has fallen"
-    assert onset["step"] <= 144
+    assert (onset["reason"] == "the dimension of the last layer has fallen") == last
+    assert (onset["step"] <= 144) == last
 
 
 def test_a_loss_that_breaks_is_seen_before_the_next_validation():

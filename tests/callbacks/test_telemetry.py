@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.profilers import PassThroughProfiler, SimpleProfiler
+from lightning.pytorch.profilers import PassThroughProfiler, PyTorchProfiler, SimpleProfiler
 
 from forge_lightning.callbacks import GeometryProbe, Grokfast, StageClassifier, Telemetry
 from forge_lightning.components import step_timer
@@ -284,3 +284,21 @@ def test_a_logger_without_a_folder_for_each_run_gets_one(tmp_path):
 
     fit([Telemetry()], Plain, logger=Shared(tmp_path, name="project", version="abc"), log_every_n_steps=1)
     assert (tmp_path / "project" / "abc" / "trace.jsonl").exists()
+
+
+def test_the_profiler_of_torch_is_not_torn_down_early(tmp_path):
+    profiler = PyTorchProfiler(dirpath=tmp_path, filename="profile", export_to_chrome=False)
+    fit([Telemetry()], Plain, profiler=profiler, max_steps=2)
+    assert list(tmp_path.iterdir())
+
+
+def test_sparse_gradients_have_a_norm(tmp_path):
+    class Embeds(Plain):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(4, 8, sparse=True)
+
+        def loss(self, batch):
+            return super().loss((batch[0] + self.table(batch[1]), batch[1]))
+
+    assert min(values(observed(tmp_path, Embeds), "grad_norm_before")) > 0

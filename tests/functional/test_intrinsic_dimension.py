@@ -114,6 +114,13 @@ def test_more_points_than_distances_are_kept_for():
         assert function(points).dimension == pytest.approx(expected[name], rel=TOLERANCE.get(name, 1e-4)), name
 
 
+def test_tight_clusters_beyond_the_points_that_distances_are_kept_for():
+    normal = draw()
+    points = (normal(450, 1, 20) + 2e-3 * normal(450, 12, 20)).flatten(0, 1)
+    for function in (correlation_dimension, levina_bickel_dimension):
+        assert math.isfinite(function(points).dimension)
+
+
 def test_a_line_cancels_everywhere_and_is_still_right():
     points = torch.rand(1500, 1, generator=torch.Generator().manual_seed(0)) @ draw()(1, 64) + 5
     expected = oracle(points)

@@ -189,6 +189,8 @@ def test_a_trace_of_another_version_is_read_as_far_as_it_goes(tmp_path):
         {"forge/telemetry/lr": 0.0, "forge/telemetry/loss": "inf", "forge/telemetry/success": "nan"},
         {"forge/geometry/a.b/two_nn": "nan", "forge/geometry/a.b/two_nn_se": "nan", "forge/geometry/a.b/num_points": 3},
         {"forge/geometry/second/a.b/skdim:MLE": 3.0, "forge/telemetry/coarse/loss": 2.0},
+        {f"forge/geometry/mine/{n}/{q}": 2.0 for n in range(12) for q in ("two_nn", "num_points")}
+        | {"forge/geometry/mine/overhead": 0.1, "forge/telemetry/lr": "nan"},
         {"forge/telemetry/data_seconds": 0.0, "forge/telemetry/tokens_per_second": 0.0},
     ],
 )
