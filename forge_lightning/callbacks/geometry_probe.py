@@ -44,7 +44,8 @@ class GeometryProbe(ForgeCallback):
     ``forge/geometry/overhead`` (share of the time between probes that one takes).
 
     When it does not help: dimension led generalisation on small algorithmic tasks, on training points. Nothing is known
-    for the fine-tuning of language models; there the transitions are a description, not a forecast.
+    for the fine-tuning of language models. Transitions are looked for only once the loss, which must be positive, has
+    fallen to a fifth of its first value; a module that returns no loss gets none.
 
     Args:
         layers: "all", or names and patterns of modules, and fractions of the depth (0 the first layer, 1 the last).
@@ -174,6 +175,7 @@ class GeometryProbe(ForgeCallback):
         if self._tap is None:
             return
         self._tap.stop()
+        self._refuse_what_cannot_be_tapped()
         self._tap.prefer_one_batch(self._share(trainer))
         loss = loss_of_step(trainer, outputs)
         if loss is not None:
@@ -233,6 +235,11 @@ class GeometryProbe(ForgeCallback):
             self._tap.detach()
             self._tap = None
         self._collecting = False
+
+    def _refuse_what_cannot_be_tapped(self) -> None:
+        assert self._tap is not None
+        if self._tap.error is not None:
+            raise MisconfigurationException(f"`GeometryProbe`: {self._tap.error}")
 
     def _reset_clock(self) -> None:
         self._collecting = False
@@ -313,6 +320,11 @@ class GeometryProbe(ForgeCallback):
         shapes = torch.tensor([[0, 0] if r is None else [min(len(r), share), r.shape[1]] for r in rows], device=device)
         every = trainer.strategy.all_gather(shapes).cpu()  # (W, L, 2)
         widths = every[:, :, 1].amax(0).tolist()
+        if bool(((every[:, :, 1] > 0) & (every[:, :, 1] != every[:, :, 1].amax(0))).any()):
+            raise MisconfigurationException(
+                "`GeometryProbe`: a layer has another width on another rank, as with inputs of different sizes. Name"
+                " layers of fixed width."
+            )
         flat = torch.zeros(share * sum(widths), dtype=torch.float32, device=device)
         offset = 0
         for row, width in zip(rows, widths, strict=True):
@@ -418,6 +430,7 @@ class GeometryProbe(ForgeCallback):
                     with trainer.precision_plugin.forward_context():
                         self._forward(pl_module, trainer.precision_plugin.convert_input(batch))
                     self._tap.stop()
+                    self._refuse_what_cannot_be_tapped()
             finally:
                 self._tap.stop()
                 for module, training in was_training:
@@ -425,6 +438,9 @@ class GeometryProbe(ForgeCallback):
 
     def _held_out_batches(self, trainer: Trainer) -> Iterator[Any]:
         loader: Any = trainer.train_dataloader if self.source == "train" else trainer.val_dataloaders
+        if loader is None and self.source == "val":  # before the first validation
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            loader = trainer.val_dataloaders
         loader = loader[0] if isinstance(loader, list | tuple) and loader else loader
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             raise MisconfigurationException(
@@ -434,9 +450,13 @@ class GeometryProbe(ForgeCallback):
         data: Any = loader.dataset
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.seed)).tolist()
         mine = order[trainer.global_rank :: trainer.world_size][: len(order) // trainer.world_size]
-        size = loader.batch_size or 1
+        size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
         for start in range(0, min(len(mine), _MOST_BATCHES * size), size):
-            yield loader.collate_fn([data[i] for i in mine[start : start + size]])
+            chosen = mine[start : start + size]
+            if loader.batch_sampler is None:  # every item is a batch
+                yield from (loader.collate_fn(data[i]) for i in chosen)
+            else:
+                yield loader.collate_fn([data[i] for i in chosen])
 
     def _forward(self, pl_module: LightningModule, batch: Any) -> None:
         if isinstance(pl_module, SupportsProbe):

@@ -168,9 +168,10 @@ class StageClassifier(ForgeCallback):
         falls = [
             event
             for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(callback, SupportsEvents)
+            if isinstance(callback, SupportsEvents) and isinstance(callback.events, list | tuple)
             for event in callback.events
-            if event["kind"] == "geometry" and event["direction"] == "down" and event["last_layer"]
+            if isinstance(event, Mapping) and event.get("kind") == "geometry"
+            if event["direction"] == "down" and event["last_layer"]
             if event["step"] > self._last_step
         ]
         self._update(trainer, Observation(trainer.global_step, fell=bool(falls), **known))

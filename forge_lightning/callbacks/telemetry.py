@@ -105,10 +105,12 @@ class Telemetry(ForgeCallback):
         self._profiler = _TimedProfiler(timed.profiler)
         timed.profiler = self._profiler
         self._last_logged = trainer.global_step
-        self._finders = [callback for callback in timed.callbacks if isinstance(callback, SupportsEvents)]
+        self._finders = [callback for callback in timed.callbacks if _finds_events(callback)]
         later = timed.callbacks[timed.callbacks.index(self) + 1 :]
         self._is_last = not any(_changes_gradients(callback) for callback in later)
-        self._stage_source = next((c for c in timed.callbacks if isinstance(c, SupportsStage)), None)
+        self._stage_source = next(
+            (c for c in timed.callbacks if isinstance(c, SupportsStage) and isinstance(c.stage, str)), None
+        )
         directory = None if getattr(trainer, "fast_dev_run", False) else run_directory(trainer)
         if self.trace and directory is not None and trainer.is_global_zero:
             path = directory / (FILE_NAME if self.name is None else f"trace_{self.name}.jsonl")
@@ -121,6 +123,8 @@ class Telemetry(ForgeCallback):
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._profiler is not None:
             self._profiler.timer.pause(True)
+            if self._writer is not None:
+                self._writer.flush()  # a validation may take long
             self._known = dict(trainer.callback_metrics)  # kept alive: a value is fresh if it is another object
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -261,8 +265,10 @@ class Telemetry(ForgeCallback):
         values |= {"examples": self._examples, **seconds, "peak_memory": _peak_memory(device)}
         read = {key: float(value) for key, value in values.items()}
         if trainer.world_size > 1:
-            row = torch.tensor(list(read.values()), device=device)
-            both = torch.cat([row.nan_to_num(), (~row.isnan()).to(row)])
+            told = {key: key in self._sums for key in ("loss", "success")} | {"tokens": self._tokens is not None}
+            there = [told.get(key, True) for key in read]  # a NaN that is there must stay one
+            known = [value if is_there else 0.0 for value, is_there in zip(read.values(), there, strict=True)]
+            both = torch.tensor([*known, *map(float, there)], device=device)
             sums, counts = trainer.strategy.reduce(both, reduce_op="sum").cpu().chunk(2)
             read = dict(zip(values, (sums / counts).tolist(), strict=True))
         tokens, examples = read.pop("tokens"), read.pop("examples")
@@ -301,7 +307,8 @@ class Telemetry(ForgeCallback):
     def _write_events(self, trainer: Trainer) -> None:
         assert self._writer is not None
         for finder in self._finders:
-            key, events = finder.state_key, finder.events
+            key = finder.state_key
+            events = [e for e in finder.events if isinstance(e, Mapping) and {"kind", "step"} <= e.keys()]
             if not events or events[-1] == self._seen_events.get(key):
                 continue
             last = self._seen_events.get(key)
@@ -363,6 +370,10 @@ class _Span:
 
     def __exit__(self, *_: object) -> None:
         self.timer.stop()
+
+
+def _finds_events(callback: Callback) -> bool:
+    return isinstance(callback, SupportsEvents) and isinstance(callback.events, list | tuple)
 
 
 def _changes_gradients(callback: Callback) -> bool:

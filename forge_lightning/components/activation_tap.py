@@ -40,7 +40,7 @@ class ActivationTap:
 
     A layer's output may be a tensor, a tuple or list (its first tensor), or a mapping (``output_key``, else its first
     tensor). ``(N, D)`` is rows; of ``(B, T, D)`` every chosen position is a row; anything with more dimensions is one
-    row per example. Rows are drawn by a generator of their own.
+    row per example. Rows are drawn by a generator of their own. What cannot be tapped is kept in ``error``.
 
     Args:
         modules: Layers by name.
@@ -64,6 +64,7 @@ class ActivationTap:
         self.output_key = output_key
         self.rows: dict[str, list[Tensor]] = {name: [] for name in self.modules}
         self.seconds = 0.0
+        self.error: ValueError | None = None
         self._handles: list[Any] = []
         self._active = False
 
@@ -115,7 +116,10 @@ class ActivationTap:
             if self._active and name not in self._seen:
                 start = time.perf_counter()
                 self._seen.add(name)  # gradient checkpointing comes by twice
-                self._copy(name, output)
+                try:
+                    self._copy(name, output)
+                except ValueError as error:  # kept for the one who started the tap
+                    self.error = self.error or error
                 self.seconds += time.perf_counter() - start
 
         return torch.compiler.disable(copy_rows)  # a compiled module breaks its graph here
@@ -129,7 +133,10 @@ class ActivationTap:
         x = x.flatten(0, 1) if x.ndim == 3 else x.flatten(1)
         if shape not in self._index:
             self._index[shape] = self._choose(shape, x.device)
-        self.rows[name].append(x.index_select(0, self._index[shape]))
+        parts = self.rows[name]
+        if parts and parts[-1].shape[1] != x.shape[1]:
+            parts.clear()  # inputs of another size: rows of two widths make no cloud
+        parts.append(x.index_select(0, self._index[shape]))
 
     def _activation(self, name: str, output: Any) -> Tensor:
         if isinstance(output, Mapping):

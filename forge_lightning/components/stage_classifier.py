@@ -300,7 +300,10 @@ def observations(rows: Iterable[Mapping[str, Any]]) -> list[Observation]:
 
 
 def replay(rows: Iterable[Mapping[str, Any]], **options: Any) -> list[Transition]:
-    """The transitions of a recorded run, found again: as `StageClassifier` would have online, but for rounding."""
+    """The transitions of a recorded run, found again.
+
+    As online, where every step was recorded; else training is judged by the steps that were.
+    """
     classifier = StageClassifier(**options)
     return [t for now in observations(rows) if (t := classifier.update(now)) is not None]
 

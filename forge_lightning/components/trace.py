@@ -13,7 +13,7 @@ FILE_NAME = "trace.jsonl"
 
 
 class TraceWriter:
-    """Append rows to a trace. They are handed to the system every second and by `flush`: a kill costs no more.
+    """Append rows to a trace. They are handed to the system by `flush`, and by a row that comes a second later.
 
     The file grows with the logarithm of the number of rows: after each ``max_rows`` plain rows, only every second of
     those that would have come is kept. Rows that hold sparse values are all kept.
@@ -106,9 +106,9 @@ def number(value: Any) -> float:
 
 def _line(row: Mapping[str, Any]) -> str:
     try:
-        return json.dumps(row, separators=(",", ":"), allow_nan=False) + "\n"
+        return json.dumps(row, separators=(",", ":"), allow_nan=False, default=str) + "\n"
     except ValueError:
-        return json.dumps(_plain(row), separators=(",", ":")) + "\n"
+        return json.dumps(_plain(row), separators=(",", ":"), default=str) + "\n"
 
 
 def _plain(value: Any) -> Any:

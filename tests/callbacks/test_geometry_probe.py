@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
 
 from forge_lightning.callbacks import GeometryProbe, RNGState
 from forge_lightning.components.intrinsic_dimension import estimate
@@ -354,3 +354,29 @@ def test_two_processes_give_the_estimates_of_one(tmp_path):
     tables = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert tables[0] == tables[1]
     close({int(step): values for step, values in tables[0].items()}, one, tolerance=1e-6)
+
+
+def test_a_validation_probe_may_come_before_the_first_validation():
+    logged, *_ = probed(Forwards, source="val", trainer={"max_epochs": 2, "check_val_every_n_epoch": 2})
+    assert next(iter(logged)) == 2
+
+
+def test_a_loader_with_a_batch_sampler_is_drawn_from_in_batches():
+    class Sampled(Forwards):
+        def val_dataloader(self):
+            data = examples(256)
+            return DataLoader(data, batch_sampler=BatchSampler(SequentialSampler(data), 32, False))
+
+    logged, *_ = probed(Sampled, source="val", num_points=200, layers=["net.0"])
+    assert logged[2]["forge/geometry/net.0/num_points"] == 200
+
+
+def test_a_layer_that_cannot_be_tapped_is_refused():
+    class Odd(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net.insert(0, nn.Flatten(0))
+            self.net.insert(1, nn.Unflatten(0, (-1, 8)))
+
+    with pytest.raises(MisconfigurationException, match=r"`GeometryProbe`: Layer 'net.0' puts out \(64,\)"):
+        probed(Odd, layers=["net.0"])

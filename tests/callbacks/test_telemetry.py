@@ -302,3 +302,12 @@ def test_sparse_gradients_have_a_norm(tmp_path):
             return super().loss((batch[0] + self.table(batch[1]), batch[1]))
 
     assert min(values(observed(tmp_path, Embeds), "grad_norm_before")) > 0
+
+
+def test_callbacks_of_others_may_have_events_and_stages_of_their_own(tmp_path):
+    class Other(Callback):
+        events, stage = ["x"], torch.tensor(1)
+
+    rows = observed(tmp_path, Plain, [Other(), StageClassifier()])
+    assert steps(rows) == list(range(1, 9))
+    assert {row["stage"] for row in rows if row["kind"] == "step"} == {"warm_up"}

@@ -30,6 +30,8 @@ def tapped(fields=None, limit=1000, form=lambda x: x, x=None, seed=0, **options)
     tap.attach()
     tap.start(fields or BatchFields(), limit, seed)
     layer(activations() if x is None else x)
+    if tap.error is not None:
+        raise tap.error
     rows = torch.cat(tap.rows["layer"])
     tap.detach()
     assert not layer._forward_hooks
@@ -158,3 +160,13 @@ def test_fields_by_key_attribute_and_position():
     assert field_of((None, mask), 1) is mask
     assert field_of((mask,), 4) is None
     assert field_of({"attention_mask": [1]}, "attention_mask") is None
+
+
+def test_rows_of_another_width_replace_those_before():
+    layer = Layer()
+    tap = ActivationTap({"layer": layer})
+    tap.attach()
+    for width in (6, 9):
+        tap.start(BatchFields(), 5, 0)
+        layer(torch.ones(4, width))
+    assert torch.cat(tap.rows["layer"]).shape == (4, 9)
