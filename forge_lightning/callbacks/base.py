@@ -1,7 +1,7 @@
 """What every callback of the suite shares."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
@@ -10,6 +10,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
+
+from forge_lightning.protocols import SupportsEvents
 
 _logged: WeakKeyDictionary[Trainer, dict[str, tuple[int, float]]] = WeakKeyDictionary()
 
@@ -47,11 +49,11 @@ class ForgeCallback(Callback):
         loggers: at every step the other costs more.
         """
         named = {self.metric_name(quantity): float(value) for quantity, value in metrics.items()}
+        step = step_of_log(trainer)
         for logger in trainer.loggers:
-            logger.log_metrics(named, step=step_of_log(trainer))
+            logger.log_metrics(named, step=step)
         if monitor:
             trainer.callback_metrics.update({key: torch.tensor(value) for key, value in named.items()})
-        step = step_of_log(trainer)
         _logged.setdefault(trainer, {}).update({key: (step, value) for key, value in named.items()})
 
     def read_metric(self, trainer: Trainer, monitor: str, argument: str) -> Tensor:
@@ -96,7 +98,20 @@ def step_of_log(trainer: Trainer) -> int:
 def is_logging_step(trainer: Trainer) -> bool:
     """Whether the coming or just finished optimizer step is one of ``log_every_n_steps``."""
     every: Any = getattr(trainer, "log_every_n_steps", 1)
-    return bool(getattr(trainer, "fast_dev_run", False)) or (step_of_log(trainer) + 1) % max(1, every) == 0
+    return is_dev_run(trainer) or (step_of_log(trainer) + 1) % max(1, every) == 0
+
+
+def is_dev_run(trainer: Trainer) -> bool:
+    """Whether this is a `fast_dev_run`, which leaves nothing on disk."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def events_of(callback: Callback) -> list[dict[str, Any]]:
+    """The events that a callback has found; none of one whose ``events`` are something else."""
+    events: Any = callback.events if isinstance(callback, SupportsEvents) else ()
+    if not isinstance(events, list | tuple):
+        return []
+    return [dict(event) for event in events if isinstance(event, Mapping) and {"kind", "step"} <= event.keys()]
 
 
 def logged_at_this_step(trainer: Trainer) -> dict[str, float]:
@@ -120,3 +135,42 @@ def loss_of_step(trainer: Trainer, outputs: Any) -> Tensor | None:
     loss = loss.detach().float()
     scale = trainer.accumulate_grad_batches if automatic else 1
     return loss.mean() * scale if loss.ndim or scale > 1 else loss
+
+
+class StepMeans:
+    """Means over batches of what ``training_step`` returned: "loss", and "success" where it has ``example_success``.
+
+    Kept on the device until they are read.
+    """
+
+    def __init__(self) -> None:
+        self._sums: dict[str, tuple[Any, int]] = {}
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._sums
+
+    def add(self, trainer: Trainer, outputs: Any) -> None:
+        """Take one batch, as ``on_train_batch_end`` gets it."""
+        found = {"loss": loss_of_step(trainer, outputs)}
+        success = outputs.get("example_success") if isinstance(outputs, Mapping) else None
+        if isinstance(success, Tensor):
+            found["success"] = success.detach().float().mean()
+        for key, value in found.items():
+            if value is not None:
+                total, count = self._sums.get(key, (0.0, 0))
+                self._sums[key] = (total + value, count + 1)
+
+    def read(self, key: str) -> float:
+        """The mean; NaN where nothing was returned."""
+        total, count = self._sums.get(key, (math.nan, 1))
+        return float(total) / count
+
+    def clear(self) -> None:
+        """Begin afresh."""
+        self._sums = {}
+
+    def state_dict(self) -> dict[str, list[float]]:
+        return {key: [float(total), count] for key, (total, count) in self._sums.items()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Sequence[float]]) -> None:
+        self._sums = {key: (total, int(count)) for key, (total, count) in state_dict.items()}

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
-from forge_lightning.callbacks.base import ForgeCallback, loss_of_step
+from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, loss_of_step
 from forge_lightning.components.activation_tap import ActivationTap, BatchFields, Positions, field_of
 from forge_lightning.components.change_detector import Change, ChangeDetector, LossHealth
 from forge_lightning.components.intrinsic_dimension import check_estimators, estimate, quantities
@@ -192,9 +192,7 @@ class GeometryProbe(ForgeCallback):
             self._tap.seconds = time.perf_counter() - start
         if not self._collecting:
             return
-        over = trainer.global_step + 1 >= self._next_due + self._interval or bool(
-            getattr(trainer, "fast_dev_run", False)
-        )
+        over = trainer.global_step + 1 >= self._next_due + self._interval or is_dev_run(trainer)
         if self.source == "batch" and not over:
             enough = self._tap.num_rows() >= self._share(trainer)
             if trainer.world_size > 1:
@@ -251,7 +249,7 @@ class GeometryProbe(ForgeCallback):
 
     def _is_due(self, trainer: Trainer) -> bool:
         done = trainer.global_step + (self.source == "batch")  # the step under way counts
-        return self._collecting or done >= self._next_due or bool(getattr(trainer, "fast_dev_run", False))
+        return self._collecting or done >= self._next_due or is_dev_run(trainer)
 
     def _share(self, trainer: Trainer) -> int:
         """Rows that this rank gives."""

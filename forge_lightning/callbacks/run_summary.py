@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from forge_lightning.callbacks.base import ForgeCallback, run_directory
+from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, run_directory
 from forge_lightning.reports.learning_curves import plot_learning_curves, read_metrics
 
 
@@ -90,7 +90,7 @@ class RunSummary(ForgeCallback):
 
     @rank_zero_only
     def _finish(self, trainer: Trainer, status: str) -> None:
-        if getattr(trainer, "fast_dev_run", False):
+        if is_dev_run(trainer):
             return
         directory = run_directory(trainer)
         summary = self._summary(trainer, status, directory)

@@ -1,18 +1,15 @@
 """StageClassifier: which stage training is in."""
 
 import math
-from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
-from forge_lightning.callbacks.base import ForgeCallback, is_logging_step, last_logged, loss_of_step
-from forge_lightning.components.stage_classifier import Observation, TrainingStage
+from forge_lightning.callbacks.base import ForgeCallback, StepMeans, events_of, is_logging_step, last_logged
+from forge_lightning.components.stage_classifier import Observation, TrainingStage, is_fall
 from forge_lightning.components.stage_classifier import StageClassifier as Machine
-from forge_lightning.protocols import SupportsEvents
 
 _MOST_EVENTS = 1000
 
@@ -70,8 +67,8 @@ class StageClassifier(ForgeCallback):
             raise ValueError(f"`StageClassifier`: {error}") from None
         self.val_loss, self.val_success = val_loss, val_success
         self._events: list[dict[str, Any]] = []
-        self._sums: dict[str, tuple[Any, int]] = {}
-        self._restored: dict[str, tuple[Any, int]] = {}
+        self._means = StepMeans()
+        self._resumed = False
         self._step_before, self._last_step = -1, -1
         self._warned = False
 
@@ -91,7 +88,9 @@ class StageClassifier(ForgeCallback):
         return list(self._events)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._sums, self._restored = self._restored, {}
+        if not self._resumed:
+            self._means.clear()
+        self._resumed = False
         self._step_before = -1
         self._publish(trainer)
 
@@ -101,29 +100,24 @@ class StageClassifier(ForgeCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        loss = loss_of_step(trainer, outputs)
-        if loss is not None:
-            self._add("train_loss", loss)
-        success = outputs.get("example_success") if isinstance(outputs, Mapping) else None
-        if isinstance(success, Tensor):
-            self._add("train_success", success.detach().float().mean())
+        self._means.add(trainer, outputs)
         if trainer.global_step != self._step_before and is_logging_step(trainer):
-            read = self._on_all_ranks(trainer, pl_module, {"train_loss": self._mean("train_loss")})["train_loss"]
-            if "train_loss" in self._sums and not math.isfinite(read):
+            read = self._on_all_ranks(trainer, pl_module, {"train_loss": self._means.read("loss")})["train_loss"]
+            if "loss" in self._means and not math.isfinite(read):
                 self._update(trainer, Observation(trainer.global_step, read))
-                self._sums = {}
+                self._means.clear()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or "train_loss" not in self._sums:
+        if trainer.sanity_checking or "loss" not in self._means:
             return
         metrics = trainer.callback_metrics
         known = {"val_loss": float(self.read_metric(trainer, self.val_loss, "val_loss"))}
-        if self.val_success in metrics and "train_success" in self._sums:
-            known |= {"val_success": float(metrics[self.val_success]), "train_success": self._mean("train_success")}
+        if self.val_success in metrics and "success" in self._means:
+            known |= {"val_success": float(metrics[self.val_success]), "train_success": self._means.read("success")}
         self._observe(trainer, pl_module, known)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.enable_validation or "train_loss" not in self._sums:
+        if trainer.enable_validation or "loss" not in self._means:
             return
         if not self._warned:
             self._warned = True
@@ -134,24 +128,15 @@ class StageClassifier(ForgeCallback):
         self._observe(trainer, pl_module, {})
 
     def state_dict(self) -> dict[str, Any]:
-        sums = {key: [float(total), count] for key, (total, count) in self._sums.items()}
         machine, events = self._machine.state_dict(), [dict(event) for event in self._events]
-        return {"machine": machine, "events": events, "sums": sums, "last_step": self._last_step}
+        return {"machine": machine, "events": events, "means": self._means.state_dict(), "last_step": self._last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._machine.load_state_dict(state_dict["machine"])
         self._events = [dict(event) for event in state_dict["events"]]
-        self._restored = {key: (total, count) for key, (total, count) in state_dict["sums"].items()}
-        self._sums = dict(self._restored)
+        self._means.load_state_dict(state_dict["means"])
+        self._resumed = True
         self._last_step = state_dict["last_step"]
-
-    def _add(self, key: str, value: Tensor) -> None:
-        total, count = self._sums.get(key, (0.0, 0))
-        self._sums[key] = (total + value, count + 1)
-
-    def _mean(self, key: str) -> float:
-        total, count = self._sums.get(key, (math.nan, 1))
-        return float(total) / count
 
     def _on_all_ranks(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> dict[str, float]:
         """Means over ranks: all of them must name the same stage."""
@@ -161,22 +146,19 @@ class StageClassifier(ForgeCallback):
         return dict(zip(values, trainer.strategy.reduce(row, reduce_op="mean").tolist(), strict=True))
 
     def _observe(self, trainer: Trainer, pl_module: LightningModule, known: dict[str, float]) -> None:
-        known["train_loss"] = self._mean("train_loss")
+        known["train_loss"] = self._means.read("loss")
         known["cosine"] = last_logged(trainer, "forge/grokfast/cosine")
         known["grad_norm"] = last_logged(trainer, "forge/grokfast/grad_norm_before", "forge/telemetry/grad_norm_before")
         known = self._on_all_ranks(trainer, pl_module, known)
-        falls = [
-            event
-            for callback in trainer.callbacks  # type: ignore[attr-defined]
-            if isinstance(callback, SupportsEvents) and isinstance(callback.events, list | tuple)
-            for event in callback.events
-            if isinstance(event, Mapping) and event.get("kind") == "geometry"
-            if event["direction"] == "down" and event["last_layer"]
-            if event["step"] > self._last_step
-        ]
-        self._update(trainer, Observation(trainer.global_step, fell=bool(falls), **known))
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        fell = any(
+            event["step"] > self._last_step and is_fall(event)
+            for callback in callbacks
+            for event in events_of(callback)
+        )
+        self._update(trainer, Observation(trainer.global_step, fell=fell, **known))
         self._last_step = trainer.global_step
-        self._sums = {}
+        self._means.clear()
         evidence = self._machine.evidence
         metrics = {"number": float(self._machine.stage), "gap": evidence.get("gap", math.nan)}
         self.log_metrics(trainer, metrics)

@@ -16,9 +16,11 @@ from torch.optim import Optimizer
 
 from forge_lightning.callbacks.base import (
     ForgeCallback,
+    StepMeans,
+    events_of,
+    is_dev_run,
     is_logging_step,
     logged_at_this_step,
-    loss_of_step,
     run_directory,
     step_of_log,
 )
@@ -26,6 +28,8 @@ from forge_lightning.components.activation_tap import field_of
 from forge_lightning.components.step_timer import StepTimer
 from forge_lightning.components.trace import FILE_NAME, TraceWriter
 from forge_lightning.protocols import SupportsEvents, SupportsStage
+
+_OPTIONAL = ("loss", "success", "tokens")  # what a module or a batch may not tell
 
 
 class Telemetry(ForgeCallback):
@@ -87,15 +91,11 @@ class Telemetry(ForgeCallback):
         self._seconds_before = 0.0
         self._profiler: _TimedProfiler | None = None
         self._finders: list[Any] = []
-        self._is_last, self._tells_perplexity = True, False
+        self._is_last = True
         self._stage_source: SupportsStage | None = None
         self._started = 0.0
         self._record, self._step_before, self._last_logged = False, -1, 0
-        self._sums: dict[str, tuple[Any, int]] = {}
-        self._norms: list[Tensor] = []
-        self._lr = math.nan
-        self._examples = 0
-        self._tokens: Any = None
+        self._now = _Record()
         self._known: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -105,13 +105,15 @@ class Telemetry(ForgeCallback):
         self._profiler = _TimedProfiler(timed.profiler)
         timed.profiler = self._profiler
         self._last_logged = trainer.global_step
-        self._finders = [callback for callback in timed.callbacks if _finds_events(callback)]
+        self._finders = [callback for callback in timed.callbacks if isinstance(callback, SupportsEvents)]
         later = timed.callbacks[timed.callbacks.index(self) + 1 :]
         self._is_last = not any(_changes_gradients(callback) for callback in later)
         self._stage_source = next(
             (c for c in timed.callbacks if isinstance(c, SupportsStage) and isinstance(c.stage, str)), None
         )
-        directory = None if getattr(trainer, "fast_dev_run", False) else run_directory(trainer)
+        if trainer.global_step == 0:  # another fit with the same instance
+            self._offered, self._seconds_before = 0, 0.0
+        directory = None if is_dev_run(trainer) else run_directory(trainer)
         if self.trace and directory is not None and trainer.is_global_zero:
             path = directory / (FILE_NAME if self.name is None else f"trace_{self.name}.jsonl")
             earlier = self._earlier if self._earlier is not None and self._earlier.is_file() else path
@@ -147,23 +149,22 @@ class Telemetry(ForgeCallback):
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._record:
-            self._lr = float(trainer.optimizers[0].param_groups[0]["lr"])
-            self._norms.append(_grad_norm([optimizer]))
+            self._now.lr = float(trainer.optimizers[0].param_groups[0]["lr"])
+            self._now.norms.append(_grad_norm([optimizer]))
 
     @torch.no_grad()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._count(batch)
+        self._now.count(batch)
         if self._record:
-            self._add_outputs(trainer, outputs)
+            self._now.means.add(trainer, outputs)
+            self._now.tells_perplexity = isinstance(outputs, Mapping) and "example_loss" in outputs
         if trainer.global_step == self._step_before or self._profiler is None:
             return  # accumulating
         if self._record:
-            metrics = self._reduced(trainer, pl_module)
-            self.log_metrics(trainer, metrics, monitor=False)
-            self._sums, self._norms = {}, []
-            self._examples, self._tokens, self._last_logged = 0, None, trainer.global_step
+            self.log_metrics(trainer, self._read(trainer, pl_module), monitor=False)
+            self._now, self._last_logged = _Record(), trainer.global_step
         if self._writer is not None:
             values = logged_at_this_step(trainer)
             if values:
@@ -203,8 +204,7 @@ class Telemetry(ForgeCallback):
     def _begin_fit(self) -> None:
         self._started = time.perf_counter()
         self._record, self._step_before, self._last_logged = False, -1, 0
-        self._sums, self._norms, self._lr = {}, [], math.nan
-        self._examples, self._tokens, self._known = 0, None, {}
+        self._now, self._known = _Record(), {}
 
     def _leave(self, trainer: Trainer) -> None:
         if self._profiler is not None:
@@ -222,71 +222,43 @@ class Telemetry(ForgeCallback):
         return self._seconds_before + running
 
     def _is_recorded(self, trainer: Trainer) -> bool:
-        if self.every_n_steps is None or getattr(trainer, "fast_dev_run", False):
+        if self.every_n_steps is None or is_dev_run(trainer):
             return is_logging_step(trainer)
         return (step_of_log(trainer) + 1) % self.every_n_steps == 0
 
-    def _count(self, batch: Any) -> None:
-        tokens = field_of(batch, "input_ids")
-        first = tokens if tokens is not None else _first_tensor(batch)
-        if first is not None and first.ndim:
-            self._examples += len(first)
-        if tokens is not None:
-            mask = field_of(batch, "attention_mask")
-            count = tokens.numel() if mask is None else mask.sum()
-            self._tokens = count if self._tokens is None else self._tokens + count
-
-    def _add_outputs(self, trainer: Trainer, outputs: Any) -> None:
-        found: dict[str, tuple[Any, int]] = {}
-        loss = loss_of_step(trainer, outputs)
-        if loss is not None:
-            found["loss"] = (loss, 1)
-        if isinstance(outputs, Mapping):
-            success = outputs.get("example_success")
-            if isinstance(success, Tensor):
-                found["success"] = (success.detach().float().mean(), 1)
-            self._tells_perplexity = "example_loss" in outputs
-        for key, (value, count) in found.items():
-            before = self._sums.get(key)
-            self._sums[key] = (value, count) if before is None else (before[0] + value, before[1] + count)
-
-    def _reduced(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+    def _read(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """This record's values; one exchange between ranks."""
         assert self._profiler is not None
-        norm = math.sqrt(sum(float(norm) ** 2 for norm in self._norms)) if self._norms else None
-        steps = max(1, trainer.global_step - self._last_logged)
-        seconds = {f"{key}_seconds": value / steps for key, value in self._profiler.timer.take().items()}
-        device = pl_module.device
-        values: dict[str, Any] = {
-            key: self._sums[key][0] / self._sums[key][1] if key in self._sums else math.nan
-            for key in ("loss", "success")
-        }
-        values["tokens"] = math.nan if self._tokens is None else self._tokens
-        values |= {"examples": self._examples, **seconds, "peak_memory": _peak_memory(device)}
-        read = {key: float(value) for key, value in values.items()}
+        now, steps, device = self._now, max(1, trainer.global_step - self._last_logged), pl_module.device
+        seconds = {f"{part}_seconds": spent / steps for part, spent in self._profiler.timer.take().items()}
+        values = {key: now.means.read(key) for key in ("loss", "success") if key in now.means}
+        if now.tokens is not None:
+            values["tokens"] = float(now.tokens)
+        values |= {"examples": float(now.examples), **seconds, "peak_memory": _peak_memory(device)}
         if trainer.world_size > 1:
-            told = {key: key in self._sums for key in ("loss", "success")} | {"tokens": self._tokens is not None}
-            there = [told.get(key, True) for key in read]  # a NaN that is there must stay one
-            known = [value if is_there else 0.0 for value, is_there in zip(read.values(), there, strict=True)]
-            both = torch.tensor([*known, *map(float, there)], device=device)
-            sums, counts = trainer.strategy.reduce(both, reduce_op="sum").cpu().chunk(2)
-            read = dict(zip(values, (sums / counts).tolist(), strict=True))
-        tokens, examples = read.pop("tokens"), read.pop("examples")
-        total = sum(read[key] for key in seconds) * steps
-        metrics = {"loss": read.pop("loss"), "success": read.pop("success")}
-        if self._tells_perplexity:
-            metrics["perplexity"] = math.exp(metrics["loss"]) if metrics["loss"] < 700 else math.inf
-        if norm is not None:
+            values = self._mean_over_ranks(trainer, values, device)
+        total = sum(values[part] for part in seconds)
+        metrics = {"step_seconds": total}
+        for key in ("tokens", "examples"):
+            if key in values:
+                there = values.pop(key) * trainer.world_size
+                metrics[f"{key}_per_second"] = there / (total * steps) if total else math.nan
+        if now.tells_perplexity:
+            metrics["perplexity"] = math.exp(values["loss"]) if values["loss"] < 700 else math.inf
+        if now.norms:
+            norm = math.sqrt(sum(float(norm) ** 2 for norm in now.norms))
             before = [v for k, v in logged_at_this_step(trainer).items() if k.endswith("/grad_norm_before")]
             metrics["grad_norm_before"] = before[0] if before else norm
             metrics["grad_norm_after"] = self._norm_after(trainer, pl_module, norm)
-            metrics["lr"] = self._lr
-        metrics["examples_per_second"] = examples * trainer.world_size / total if total else math.nan
-        metrics["tokens_per_second"] = tokens * trainer.world_size / total if total else math.nan
-        metrics |= {"step_seconds": total / steps, **read}
-        told = {"loss": "loss" in self._sums, "success": "success" in self._sums}
-        told |= {"tokens_per_second": not math.isnan(tokens)}
-        return {key: value for key, value in metrics.items() if told.get(key, True)}
+            metrics["lr"] = now.lr
+        return values | metrics
+
+    def _mean_over_ranks(self, trainer: Trainer, values: dict[str, float], device: torch.device) -> dict[str, float]:
+        """Of the ranks that have a value; one that is there and not finite stays so."""
+        keys = list(dict.fromkeys((*_OPTIONAL, *values)))  # the same on all ranks
+        both = [values.get(key, 0.0) for key in keys] + [float(key in values) for key in keys]
+        sums, counts = trainer.strategy.reduce(torch.tensor(both, device=device), reduce_op="sum").cpu().chunk(2)
+        return {key: float(s / c) for key, s, c in zip(keys, sums, counts, strict=True) if c > 0}
 
     def _norm_after(self, trainer: Trainer, pl_module: LightningModule, norm: float) -> float:
         own_clipping = type(pl_module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
@@ -307,15 +279,37 @@ class Telemetry(ForgeCallback):
     def _write_events(self, trainer: Trainer) -> None:
         assert self._writer is not None
         for finder in self._finders:
-            key = finder.state_key
-            events = [e for e in finder.events if isinstance(e, Mapping) and {"kind", "step"} <= e.keys()]
-            if not events or events[-1] == self._seen_events.get(key):
-                continue
+            key, events = finder.state_key, events_of(finder)
             last = self._seen_events.get(key)
+            if not events or events[-1] == last:
+                continue
             start = max((i + 1 for i, event in enumerate(events) if event == last), default=0)
             for event in events[start:]:
                 self._writer.write({**event, "event": event["kind"], "kind": "event", "callback": key})
-            self._seen_events[key] = dict(events[-1])
+            self._seen_events[key] = events[-1]
+
+
+class _Record:
+    """What comes together between two records."""
+
+    def __init__(self) -> None:
+        self.means = StepMeans()
+        self.norms: list[Tensor] = []
+        self.lr = math.nan
+        self.tells_perplexity = False
+        self.examples = 0
+        self.tokens: Any = None  # on the device until it is read
+
+    def count(self, batch: Any) -> None:
+        """Examples, and tokens that are not padding."""
+        tokens = field_of(batch, "input_ids")
+        first = tokens if tokens is not None else _first_tensor(batch)
+        if first is not None and first.ndim:
+            self.examples += len(first)
+        if tokens is not None:
+            mask = field_of(batch, "attention_mask")
+            count = tokens.numel() if mask is None else mask.sum()
+            self.tokens = count if self.tokens is None else self.tokens + count
 
 
 class _TimedProfiler(Profiler):
@@ -370,10 +364,6 @@ class _Span:
 
     def __exit__(self, *_: object) -> None:
         self.timer.stop()
-
-
-def _finds_events(callback: Callback) -> bool:
-    return isinstance(callback, SupportsEvents) and isinstance(callback.events, list | tuple)
 
 
 def _changes_gradients(callback: Callback) -> bool:

@@ -107,6 +107,7 @@ class StageClassifier:
         if not math.isfinite(now.train_loss) or math.isinf(now.val_loss) or (math.isnan(now.val_loss) and not blind):
             self.evidence = {"train_loss": now.train_loss, "val_loss": now.val_loss}
             return self._move(now, TrainingStage.DIVERGENCE, "a loss is not finite", self.evidence, 1)
+        self._fell = self._fell or (self._memorised and now.fell)
         if self._is_spike(now.train_loss):
             self._spikes, self._since_spike = self._spikes + 1, 0
             if self._spikes < 3 * self.window:
@@ -159,7 +160,8 @@ class StageClassifier:
         if train >= self.solved and val >= self.solved:
             return TrainingStage.CONSOLIDATION, f"training and validation success are at least {self.solved:g}", trends
         if train >= 0.8 and gap > 0.3:
-            return self._judge_memorised(now, train, val, val_worsens, rises and val_improves, trends)
+            self._fell = self._fell or now.fell
+            return self._judge_memorised(train, val, val_worsens, rises and val_improves, trends)
         if self._memorised and val >= 0.5 * self._best_train:
             return TrainingStage.GENERALISATION, "the gap that memorisation left is closing", trends
         if self._memorised and train < 0.8:
@@ -173,14 +175,13 @@ class StageClassifier:
         return TrainingStage.PLATEAU, "neither training nor validation moves", trends
 
     def _judge_memorised(
-        self, now: Observation, train: float, val: float, val_worsens: bool, rises: bool, trends: dict[str, float]
+        self, train: float, val: float, val_worsens: bool, rises: bool, trends: dict[str, float]
     ) -> tuple[TrainingStage, str, dict[str, float]]:
         if not self._memorised:
             self._memorised, self._peak_val_loss, self._floor_val = True, -math.inf, val
         level = self._recent("val_loss")
         self._peak_val_loss = max(self._peak_val_loss, level) if math.isfinite(level) else self._peak_val_loss
         self._floor_val = min(self._floor_val, val)
-        self._fell = self._fell or now.fell
         below = 1 - math.exp(level - self._peak_val_loss) if math.isfinite(self._peak_val_loss) else 0.0
         trends |= {"val_loss_below_peak": below, "fell": float(self._fell)}
         if val >= 0.5 * train:
@@ -259,6 +260,11 @@ VAL_SUCCESS = ("val/accuracy", "val_accuracy", "val/acc", "val_acc")
 """Names that reports know, ours first."""
 
 
+def is_fall(event: Mapping[str, Any]) -> bool:
+    """Whether an event is a fall of the dimension of the last layer that a probe looks at."""
+    return event["kind"] == "geometry" and event.get("direction") == "down" and bool(event.get("last_layer", True))
+
+
 def observations(rows: Iterable[Mapping[str, Any]]) -> list[Observation]:
     """What a classifier would have seen, from the rows of a trace, as `read_rows` gives them."""
     found: list[Observation] = []
@@ -270,9 +276,7 @@ def observations(rows: Iterable[Mapping[str, Any]]) -> list[Observation]:
         given = row.get("metrics")
         metrics = {k: number(v) for k, v in given.items()} if isinstance(given, Mapping) else {}
         if row.get("kind") == "event":
-            fell = fell or (
-                row.get("event") == "geometry" and row.get("direction") == "down" and row.get("last_layer", True)
-            )
+            fell = fell or is_fall({**row, "kind": row.get("event")})
         elif row.get("kind") == "step":
             if fresh and "forge/telemetry/loss" in metrics:
                 losses, successes, fresh = [], [], False  # those since the last validation, where there are any

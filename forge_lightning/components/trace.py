@@ -39,10 +39,10 @@ class TraceWriter:
     ) -> None:
         self.path = path
         self.max_rows = max_rows
-        self.offered = written
         rows = []
         if earlier is not None and keep_until > 0:
             rows = [row for row in read_rows(earlier) if row.get("step", 0) <= keep_until]
+        self.offered = written if rows else 0
         if not rows:
             rows = [{"kind": "header", "version": VERSION, "step": keep_until, **header}]
         self.seconds = max((number(row.get("seconds", 0.0)) for row in rows), default=0.0)
@@ -67,12 +67,12 @@ class TraceWriter:
 
     def write_plain(self, row: Mapping[str, Any]) -> None:
         """Append a row that may be thinned out."""
-        stride = 2 ** (self.offered_doublings())
+        stride = 2 ** self._doublings()
         if self.offered % stride == 0:
             self.write(row)
         self.offered += 1
 
-    def offered_doublings(self) -> int:
+    def _doublings(self) -> int:
         """How often the stride has doubled: after ``max_rows`` rows, then after twice as many steps each time."""
         return max(0, math.floor(math.log2(self.offered / self.max_rows + 1))) if self.offered else 0
 

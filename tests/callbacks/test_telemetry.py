@@ -1,5 +1,4 @@
 import csv
-import json
 import math
 from types import SimpleNamespace
 
@@ -106,11 +105,9 @@ def test_a_module_of_ours_tells_success_perplexity_and_tokens(tmp_path):
 
 
 def test_padding_is_not_counted_as_tokens():
-    telemetry = Telemetry()
-    telemetry._count(
-        {"input_ids": torch.ones(2, 5), "attention_mask": torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])}
-    )
-    assert (int(telemetry._tokens), telemetry._examples) == (7, 2)
+    record, mask = _Record(), torch.tensor([[1, 1, 0, 0, 0], [1, 1, 1, 1, 1]])
+    record.count({"input_ids": torch.ones(2, 5), "attention_mask": mask})
+    assert (int(record.tokens), record.examples) == (7, 2)
 
 
 def test_norms_before_and_after_clipping(tmp_path):
@@ -244,8 +241,10 @@ def test_two_instances_write_two_traces(tmp_path):
     observed(tmp_path, Plain, [Telemetry(name="coarse", every_n_steps=4)])
     assert steps(read_rows(tmp_path / "trace.jsonl")) == list(range(1, 9))
     coarse = list(read_rows(tmp_path / "trace_coarse.jsonl"))
-    assert [s for s, row in zip(steps(coarse), coarse[1:], strict=False) if row] == steps(coarse)
-    assert all(key in json.dumps(coarse) for key in ("forge/telemetry/coarse/loss",))
+    assert steps(coarse) == [4, 8]
+    assert {key for row in coarse for key in row.get("metrics", {}) if key.endswith("/loss")} == {
+        "forge/telemetry/coarse/loss", "val/loss",
+    }  # fmt: skip
 
 
 def test_nothing_is_written_without_a_logger_or_in_a_dev_run(tmp_path, monkeypatch):
