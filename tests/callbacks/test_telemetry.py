@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import PassThroughProfiler, PyTorchProfiler, SimpleProfiler
 
 from forge_lightning.callbacks import GeometryProbe, Grokfast, StageClassifier, Telemetry
+from forge_lightning.callbacks.telemetry import _Record
 from forge_lightning.components import step_timer
 from forge_lightning.components.trace import read_rows
 from forge_lightning.data import AlgorithmicData
