@@ -14,6 +14,7 @@ from torch import Tensor
 from forge_lightning.protocols import SupportsEvents
 
 _logged: WeakKeyDictionary[Trainer, dict[str, tuple[int, float]]] = WeakKeyDictionary()
+_intervals: WeakKeyDictionary[Trainer, set[int]] = WeakKeyDictionary()
 
 
 class ForgeCallback(Callback):
@@ -96,9 +97,20 @@ def step_of_log(trainer: Trainer) -> int:
 
 
 def is_logging_step(trainer: Trainer) -> bool:
-    """Whether the coming or just finished optimizer step is one of ``log_every_n_steps``."""
+    """Whether the coming or just finished optimizer step is one of ``log_every_n_steps``, or of `log_also_every`."""
     every: Any = getattr(trainer, "log_every_n_steps", 1)
-    return is_dev_run(trainer) or (step_of_log(trainer) + 1) % max(1, every) == 0
+    step = step_of_log(trainer) + 1
+    return is_dev_run(trainer) or any(
+        step % interval == 0 for interval in (max(1, every), *_intervals.get(trainer, ()))
+    )
+
+
+def log_also_every(trainer: Trainer, interval: int | None) -> None:
+    """What one callback records at an interval of its own, the others log there too; ``None`` ends it."""
+    if interval is None:
+        _intervals.pop(trainer, None)
+    else:
+        _intervals.setdefault(trainer, set()).add(interval)
 
 
 def is_dev_run(trainer: Trainer) -> bool:

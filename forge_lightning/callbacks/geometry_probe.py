@@ -3,6 +3,7 @@
 import inspect
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
@@ -34,7 +35,8 @@ class GeometryProbe(ForgeCallback):
     estimates are made after the optimizer step. Where a batch has fewer rows, those of the following ones are added, or
     the next one that has enough is taken.
     On several ranks each gives its share of the rows; the layers are shared out among the ranks; all ranks log the
-    estimates of all rows. Memory: ``num_points × D`` numbers for each layer while a probe is under way.
+    estimates of all rows. Memory: ``num_points × D`` numbers for each layer while a probe is under way. A compiled
+    module stays whole; the step that is probed runs uncompiled.
 
     Reads: activations; the loss, to leave out of the search for transitions what a spike of the loss does.
     Changes: nothing.
@@ -58,7 +60,7 @@ class GeometryProbe(ForgeCallback):
         positions: Which tokens count: "labelled" those with a label, "last" the last one, "all"; "auto" is "labelled"
             where the batch has labels for each token. Padding never counts.
         unique_tokens: Take each token at most once.
-        mask: Key or position in the batch of the attention mask, ``(B, T)``.
+        mask: Key or position in the batch of the attention mask, ``(B, T)``; ``None`` for no mask.
         labels: Key or position of the labels.
         tokens: Key or position of the token numbers, for ``unique_tokens``.
         output: Key of the activation, where a layer puts out a mapping.
@@ -91,7 +93,7 @@ class GeometryProbe(ForgeCallback):
         source: Literal["batch", "train", "val"] = "batch",
         positions: Positions = "auto",
         unique_tokens: bool = False,
-        mask: str | int = "attention_mask",
+        mask: str | int | None = "attention_mask",
         labels: str | int = "labels",
         tokens: str | int = "input_ids",
         output: str | None = None,
@@ -387,8 +389,9 @@ class GeometryProbe(ForgeCallback):
 
     def _plan_next(self, trainer: Trainer) -> None:
         """The next multiple of the interval, which a costly probe stretches; rank 0's clock decides."""
-        interval = self.every_n_steps
+        interval = self._interval  # until two probes were timed, as before a resume
         if self.max_overhead is not None and len(self._probe_seconds) > 1 and self._step_seconds:
+            interval = self.every_n_steps
             share = self._overhead(interval)
             if trainer.world_size > 1:
                 share = trainer.strategy.broadcast(share)
@@ -407,7 +410,7 @@ class GeometryProbe(ForgeCallback):
         key = message.split(" of layer")[0]
         if key not in self._warned:
             self._warned.add(key)
-            rank_zero_warn(f"GeometryProbe: {message}. NaN is logged. This is said once.")
+            warnings.warn(f"GeometryProbe: {message}. NaN is logged. This is said once.", stacklevel=2)  # on its rank
 
     def _run_held_out(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Examples drawn once, in evaluation mode: activations are the only thing that comes of it."""

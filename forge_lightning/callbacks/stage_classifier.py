@@ -32,7 +32,7 @@ class StageClassifier(ForgeCallback):
 
     When it does not help: a stage needs at least four validations, and is declared several after it began. The
     thresholds were set on small algorithmic tasks (`benchmarks/phases.md`). Without validation it tells only warm-up,
-    plateau and divergence, and says so.
+    plateau and divergence, and says so. Cosine and gradient norm are kept as evidence, and decide nothing.
 
     Args:
         val_loss: Logged validation loss.
@@ -70,7 +70,7 @@ class StageClassifier(ForgeCallback):
         self._means = StepMeans()
         self._resumed = False
         self._step_before, self._last_step = -1, -1
-        self._warned = False
+        self._warned: set[str] = set()
 
     @property
     def stage(self) -> str:
@@ -102,29 +102,27 @@ class StageClassifier(ForgeCallback):
     ) -> None:
         self._means.add(trainer, outputs)
         if trainer.global_step != self._step_before and is_logging_step(trainer):
-            read = self._on_all_ranks(trainer, pl_module, {"train_loss": self._means.read("loss")})["train_loss"]
-            if "loss" in self._means and not math.isfinite(read):
-                self._update(trainer, Observation(trainer.global_step, read))
+            known = self._on_all_ranks(trainer, pl_module, {"train_loss": self._means.read("loss")})
+            if known and not math.isfinite(known["train_loss"]):
+                self._update(trainer, Observation(trainer.global_step, known["train_loss"]))
                 self._means.clear()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or "loss" not in self._means:
+        if trainer.sanity_checking:
             return
-        metrics = trainer.callback_metrics
-        known = {"val_loss": float(self.read_metric(trainer, self.val_loss, "val_loss"))}
-        if self.val_success in metrics and "success" in self._means:
-            known |= {"val_success": float(metrics[self.val_success]), "train_success": self._means.read("success")}
+        val_loss = float(self.read_metric(trainer, self.val_loss, "val_loss"))
+        train_success = self._means.read("success") if self.val_success in trainer.callback_metrics else math.nan
+        val_success = math.nan if math.isnan(train_success) else float(trainer.callback_metrics[self.val_success or ""])
+        known = {"val_loss": val_loss, "train_success": train_success, "val_success": val_success}
         self._observe(trainer, pl_module, known)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.enable_validation or "loss" not in self._means:
+        if trainer.enable_validation:
             return
-        if not self._warned:
-            self._warned = True
-            rank_zero_warn(
-                "StageClassifier: there is no validation data. Warm-up, plateau and divergence are told apart, once an"
-                " epoch; memorisation and generalisation cannot be."
-            )
+        self._warn_once(
+            "there is no validation data. Warm-up, plateau and divergence are told apart, once an epoch; memorisation"
+            " and generalisation cannot be."
+        )
         self._observe(trainer, pl_module, {})
 
     def state_dict(self) -> dict[str, Any]:
@@ -138,18 +136,32 @@ class StageClassifier(ForgeCallback):
         self._resumed = True
         self._last_step = state_dict["last_step"]
 
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            rank_zero_warn(f"StageClassifier: {message}")
+
     def _on_all_ranks(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> dict[str, float]:
-        """Means over ranks: all of them must name the same stage."""
+        """Means over the ranks that know a loss, as all must name the same stage; nothing where none does."""
+        known = "loss" in self._means
         if trainer.world_size == 1:
-            return values
-        row = torch.tensor(list(values.values()), dtype=torch.float32, device=pl_module.device)
-        return dict(zip(values, trainer.strategy.reduce(row, reduce_op="mean").tolist(), strict=True))
+            return values if known else {}
+        row = torch.tensor([*(v if known else 0.0 for v in values.values()), float(known)], dtype=torch.float32)
+        *sums, count = trainer.strategy.reduce(row.to(pl_module.device), reduce_op="sum").tolist()
+        return {key: total / count for key, total in zip(values, sums, strict=True)} if count else {}
 
     def _observe(self, trainer: Trainer, pl_module: LightningModule, known: dict[str, float]) -> None:
         known["train_loss"] = self._means.read("loss")
         known["cosine"] = last_logged(trainer, "forge/grokfast/cosine")
         known["grad_norm"] = last_logged(trainer, "forge/grokfast/grad_norm_before", "forge/telemetry/grad_norm_before")
         known = self._on_all_ranks(trainer, pl_module, known)
+        if not known:
+            if trainer.global_step > 0:
+                self._warn_once(
+                    "`training_step` has returned no loss since the last validation, and the stage stays what it was."
+                    " Return the loss, also under manual optimization."
+                )
+            return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         fell = any(
             event["step"] > self._last_step and is_fall(event)

@@ -20,6 +20,7 @@ from forge_lightning.callbacks.base import (
     events_of,
     is_dev_run,
     is_logging_step,
+    log_also_every,
     logged_at_this_step,
     run_directory,
     step_of_log,
@@ -87,6 +88,7 @@ class Telemetry(ForgeCallback):
         self._writer: TraceWriter | None = None
         self._earlier: Path | None = None
         self._offered = 0
+        self._num_rows: int | None = None  # of the trace that a restored state goes on from
         self._seen_events: dict[str, dict[str, Any]] = {}
         self._seconds_before = 0.0
         self._profiler: _TimedProfiler | None = None
@@ -111,6 +113,8 @@ class Telemetry(ForgeCallback):
         self._stage_source = next(
             (c for c in timed.callbacks if isinstance(c, SupportsStage) and isinstance(c.stage, str)), None
         )
+        if self.every_n_steps is not None:
+            log_also_every(trainer, self.every_n_steps)
         if trainer.global_step == 0:  # another fit with the same instance
             self._offered, self._seconds_before = 0, 0.0
         directory = None if is_dev_run(trainer) else run_directory(trainer)
@@ -118,7 +122,8 @@ class Telemetry(ForgeCallback):
             path = directory / (FILE_NAME if self.name is None else f"trace_{self.name}.jsonl")
             earlier = self._earlier if self._earlier is not None and self._earlier.is_file() else path
             header = {"module": type(pl_module).__name__, "world_size": trainer.world_size}
-            self._writer = TraceWriter(path, trainer.global_step, earlier, header, self.max_rows, self._offered)
+            known = (self._offered, self._num_rows)
+            self._writer = TraceWriter(path, trainer.global_step, earlier, header, self.max_rows, *known)
             self._seconds_before = max(self._seconds_before, self._writer.seconds)
             self._earlier = path
 
@@ -150,7 +155,7 @@ class Telemetry(ForgeCallback):
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if self._record:
             self._now.lr = float(trainer.optimizers[0].param_groups[0]["lr"])
-            self._now.norms.append(_grad_norm([optimizer]))
+            self._now.norms.append(_norm_of(_gradients([optimizer])))
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -191,13 +196,14 @@ class Telemetry(ForgeCallback):
         return {
             "trace": None if self._earlier is None else str(self._earlier.absolute()),
             "offered": self._offered,
+            "num_rows": self._num_rows if self._writer is None else self._writer.num_rows,
             "seen_events": {key: dict(event) for key, event in self._seen_events.items()},
             "seconds": self._seconds(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._earlier = None if state_dict["trace"] is None else Path(state_dict["trace"])
-        self._offered = state_dict["offered"]
+        self._offered, self._num_rows = state_dict["offered"], state_dict["num_rows"]
         self._seen_events = {key: dict(event) for key, event in state_dict["seen_events"].items()}
         self._seconds_before = state_dict["seconds"]
 
@@ -212,9 +218,11 @@ class Telemetry(ForgeCallback):
             timed: Any = trainer
             if timed.profiler is self._profiler:
                 timed.profiler = self._profiler.inner
+            log_also_every(trainer, None)
             self._profiler = None
         if self._writer is not None:
             self._writer.close()
+            self._num_rows = self._writer.num_rows
             self._writer = None
 
     def _seconds(self) -> float:
@@ -243,13 +251,15 @@ class Telemetry(ForgeCallback):
             if key in values:
                 there = values.pop(key) * trainer.world_size
                 metrics[f"{key}_per_second"] = there / (total * steps) if total else math.nan
-        if now.tells_perplexity:
-            metrics["perplexity"] = math.exp(values["loss"]) if values["loss"] < 700 else math.inf
+        if now.tells_perplexity and "loss" in values:
+            metrics["perplexity"] = math.inf if values["loss"] >= 700 else math.exp(values["loss"])
         if now.norms:
             norm = math.sqrt(sum(float(norm) ** 2 for norm in now.norms))
             before = [v for k, v in logged_at_this_step(trainer).items() if k.endswith("/grad_norm_before")]
             metrics["grad_norm_before"] = before[0] if before else norm
-            metrics["grad_norm_after"] = self._norm_after(trainer, pl_module, norm)
+            after = self._norm_after(trainer, pl_module, norm)
+            if after is not None:
+                metrics["grad_norm_after"] = after
             metrics["lr"] = now.lr
         return values | metrics
 
@@ -260,7 +270,8 @@ class Telemetry(ForgeCallback):
         sums, counts = trainer.strategy.reduce(torch.tensor(both, device=device), reduce_op="sum").cpu().chunk(2)
         return {key: float(s / c) for key, s, c in zip(keys, sums, counts, strict=True) if c > 0}
 
-    def _norm_after(self, trainer: Trainer, pl_module: LightningModule, norm: float) -> float:
+    def _norm_after(self, trainer: Trainer, pl_module: LightningModule, norm: float) -> float | None:
+        """``None`` where the module has cleared the gradients already, as manual optimization may."""
         own_clipping = type(pl_module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
         if (
             trainer.gradient_clip_val is None
@@ -269,7 +280,8 @@ class Telemetry(ForgeCallback):
             and self._is_last
         ):
             return norm
-        return float(_grad_norm(trainer.optimizers))
+        found = _gradients(trainer.optimizers)
+        return float(_norm_of(found)) if found else None
 
     def _row(self, trainer: Trainer, kind: str) -> dict[str, Any]:
         row = {"kind": kind, "step": trainer.global_step, "epoch": trainer.current_epoch}
@@ -371,9 +383,12 @@ def _changes_gradients(callback: Callback) -> bool:
     return any(getattr(type(callback), hook) is not getattr(Callback, hook) for hook in hooks)
 
 
-def _grad_norm(optimizers: Any) -> Tensor:
-    """Global norm of the gradients, over shards too; on the CPU."""
-    grads = [p.grad for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
+def _gradients(optimizers: Any) -> list[Any]:
+    return [p.grad for o in optimizers for group in o.param_groups for p in group["params"] if p.grad is not None]
+
+
+def _norm_of(grads: list[Any]) -> Tensor:
+    """Global norm, over shards too; NaN without any gradient."""
     if not grads:
         return torch.tensor(math.nan)
     grads = [g.coalesce().values() if g.is_sparse else g for g in grads]

@@ -1,6 +1,7 @@
 """Keeping a few rows of what chosen layers put out, without keeping the rest alive."""
 
 import math
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,8 @@ class ActivationTap:
 
     A layer's output may be a tensor, a tuple or list (its first tensor), or a mapping (``output_key``, else its first
     tensor). ``(N, D)`` is rows; of ``(B, T, D)`` every chosen position is a row; anything with more dimensions is one
-    row per example. Rows are drawn by a generator of their own. What cannot be tapped is kept in ``error``.
+    row per example. ``(T, B, D)`` is known by the batch's fields. Rows are drawn by a generator of their own. What
+    cannot be tapped is kept in ``error``. While it is switched on, compiled modules run as they are written.
 
     Args:
         modules: Layers by name.
@@ -67,6 +69,7 @@ class ActivationTap:
         self.error: ValueError | None = None
         self._handles: list[Any] = []
         self._active = False
+        self._eager: Any = None
 
     def attach(self) -> None:
         """Register the hooks; off until `start`."""
@@ -87,10 +90,16 @@ class ActivationTap:
         self._seen: set[str] = set()
         self._index: dict[tuple[int, ...], Tensor] = {}
         self._active = True
+        if self._eager is None and "torch._dynamo" in sys.modules:
+            self._eager = torch.compiler.set_stance("force_eager")
+            self._eager.__enter__()
 
     def stop(self) -> None:
         """Copy no more, until the next `start`."""
         self._active = False
+        if self._eager is not None:
+            self._eager.__exit__(None, None, None)
+            self._eager = None
         self._fields, self._index = BatchFields(), {}
 
     def clear(self) -> None:
@@ -113,7 +122,9 @@ class ActivationTap:
 
     def _hook(self, name: str) -> Any:
         def copy_rows(module: nn.Module, args: Any, output: Any) -> None:
-            if self._active and name not in self._seen:
+            if not self._active:  # all that a compiled module's graph holds of this hook
+                return
+            if name not in self._seen:
                 start = time.perf_counter()
                 self._seen.add(name)  # gradient checkpointing comes by twice
                 try:
@@ -122,13 +133,15 @@ class ActivationTap:
                     self.error = self.error or error
                 self.seconds += time.perf_counter() - start
 
-        return torch.compiler.disable(copy_rows)  # a compiled module breaks its graph here
+        return copy_rows
 
     @torch.no_grad()
     def _copy(self, name: str, output: Any) -> None:
         x = self._activation(name, output).detach()
         if x.ndim < 2:
             raise ValueError(f"Layer {name!r} puts out {tuple(x.shape)}; a probe needs (N, D), (B, T, D) or more.")
+        if _is_positions_first(x, self._fields):
+            x = x.transpose(0, 1)
         shape = tuple(x.shape[:2]) if x.ndim == 3 else (len(x),)
         x = x.flatten(0, 1) if x.ndim == 3 else x.flatten(1)
         if shape not in self._index:
@@ -167,6 +180,11 @@ class ActivationTap:
     def _candidates(self, shape: tuple[int, ...]) -> Tensor:
         everything = torch.arange(math.prod(shape))
         mask, labels = (None if t is None else t.detach().cpu() for t in (self._fields.mask, self._fields.labels))
+        if mask is not None and math.prod(shape) not in (mask.numel(), len(mask)) and not bool(mask.all()):
+            raise ValueError(
+                f"The batch's mask is {tuple(mask.shape)} and a layer puts out {shape} rows: what is padding cannot be"
+                " told. Name layers that keep the positions, or set `mask` to null."
+            )
         if len(shape) == 1:
             return everything if mask is None or mask.numel() != shape[0] else everything[mask.flatten().bool()]
         if shape[1] == 1:
@@ -190,3 +208,10 @@ class ActivationTap:
         later = labelled.clone()
         later[:, 0] = False
         return everything[(later if bool(later.any()) else labelled).flatten()]
+
+
+def _is_positions_first(x: Tensor, fields: BatchFields) -> bool:
+    """Whether activations are ``(T, B, D)``, by what the batch holds as ``(B, T)``."""
+    known = [tuple(t.shape) for t in (fields.mask, fields.labels, fields.tokens) if t is not None and t.ndim == 2]
+    shape = tuple(x.shape[:2])
+    return x.ndim == 3 and shape not in known and shape[::-1] in known

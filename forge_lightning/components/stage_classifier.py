@@ -42,7 +42,8 @@ class Observation:
 
     step: int
     train_loss: float
-    val_loss: float = math.nan
+    val_loss: float | None = None
+    """``None`` where unknown; NaN is a loss that is not finite."""
     train_success: float = math.nan
     """``exp(-loss)`` where NaN."""
     val_success: float = math.nan
@@ -102,10 +103,11 @@ class StageClassifier:
     def update(self, now: Observation) -> Transition | None:
         """Take the next observation; returns the change of stage that it completes."""
         train = now.train_success if math.isfinite(now.train_success) else _success(now.train_loss)
-        val = now.val_success if math.isfinite(now.val_success) else _success(now.val_loss)
-        blind = math.isnan(now.val_loss) and math.isnan(now.val_success)
-        if not math.isfinite(now.train_loss) or math.isinf(now.val_loss) or (math.isnan(now.val_loss) and not blind):
-            self.evidence = {"train_loss": now.train_loss, "val_loss": now.val_loss}
+        val_loss = math.nan if now.val_loss is None else now.val_loss
+        val = now.val_success if math.isfinite(now.val_success) else _success(val_loss)
+        blind = now.val_loss is None and math.isnan(now.val_success)
+        if not math.isfinite(now.train_loss) or not (now.val_loss is None or math.isfinite(val_loss)):
+            self.evidence = {"train_loss": now.train_loss, "val_loss": val_loss, "grad_norm": now.grad_norm}
             return self._move(now, TrainingStage.DIVERGENCE, "a loss is not finite", self.evidence, 1)
         self._fell = self._fell or (self._memorised and now.fell)
         if self._is_spike(now.train_loss):
@@ -115,7 +117,7 @@ class StageClassifier:
         self._spikes, self._since_spike = max(0, self._spikes - 1), self._since_spike + 1
         self._count += 1
         self._dwell += 1
-        values = {"train_loss": _log(now.train_loss), "val_loss": _log(now.val_loss), "train": train, "val": val}
+        values = {"train_loss": _log(now.train_loss), "val_loss": _log(val_loss), "train": train, "val": val}
         for key, value in values.items():
             if math.isfinite(value):
                 self._series[key].append(value)
@@ -143,12 +145,13 @@ class StageClassifier:
             return TrainingStage.DIVERGENCE, "training success has left what it had reached", {}
         if self._count <= self.patience:
             return TrainingStage.WARM_UP, "the first observations", {}
-        d_train, n_train = self._trend("train_loss")
-        d_val, n_val = self._trend("val_loss")
-        d_success, n_success = self._trend("val")
-        d_fit, _ = self._trend("train")
-        trends = {"train_trend": d_train, "train_noise": n_train, "val_trend": d_val, "val_noise": n_val}
-        trends |= {"val_success_trend": d_success, "val_success_noise": n_success}
+        d_train, n_train, e_train = self._trend("train_loss")
+        d_val, n_val, e_val = self._trend("val_loss")
+        d_success, n_success, e_success = self._trend("val")
+        d_fit, _, _ = self._trend("train")
+        trends = {"train_trend": d_train, "train_trend_se": e_train, "train_noise": n_train}
+        trends |= {"val_trend": d_val, "val_trend_se": e_val, "val_noise": n_val}
+        trends |= {"val_success_trend": d_success, "val_success_trend_se": e_success, "val_success_noise": n_success}
         train_improves = d_train < -max(0.03, 0.5 * n_train) or d_fit > 0.03
         if blind:
             stage = TrainingStage.WARM_UP if train_improves else TrainingStage.PLATEAU
@@ -156,6 +159,8 @@ class StageClassifier:
         val_improves = d_val < -max(0.02, 0.5 * n_val)
         val_worsens = d_val > max(0.02, 0.5 * n_val)
         rises = d_success > max(0.02, 0.5 * n_success)
+        if now.val_loss is None:
+            val_improves = rises  # nothing else is known
         gap = train - val
         if train >= self.solved and val >= self.solved:
             return TrainingStage.CONSOLIDATION, f"training and validation success are at least {self.solved:g}", trends
@@ -221,15 +226,20 @@ class StageClassifier:
         last = list(self._series[key])[-3:]
         return median(last) if last else math.nan
 
-    def _trend(self, key: str) -> tuple[float, float]:
-        """Change over the window by the median slope, and the noise of one difference."""
+    def _trend(self, key: str) -> tuple[float, float, float]:
+        """Change over the window by the median slope, the noise of one difference, and the change's standard error."""
         x = list(self._series[key])[-self.window :]
-        if len(x) < 4:
-            return 0.0, math.inf
-        slope = median((x[j] - x[i]) / (j - i) for i in range(len(x)) for j in range(i + 1, len(x)))
+        n = len(x)
+        if n < 4:
+            return 0.0, math.inf, math.inf
+        slope = median((x[j] - x[i]) / (j - i) for i in range(n) for j in range(i + 1, n))
         steps = [b - a for a, b in pairwise(x)]
         middle = median(steps)
-        return slope * len(x), 1.4826 * math.sqrt(2) * median(abs(s - middle) for s in steps) + 1e-6
+        noise = 1.4826 * math.sqrt(2) * median(abs(s - middle) for s in steps) + 1e-6
+        # As of a least-squares slope: residuals around the line through the medians, n points one apart.
+        center = median(x[i] - slope * i for i in range(n))
+        residual = math.sqrt(sum((x[i] - slope * i - center) ** 2 for i in range(n)) / (n - 2))
+        return slope * n, noise, n * residual / math.sqrt(n * (n * n - 1) / 12)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists."""
@@ -255,14 +265,22 @@ _NUMBERS = (
 )  # fmt: skip
 
 
-VAL_LOSS = ("val/loss", "val_loss")
-VAL_SUCCESS = ("val/accuracy", "val_accuracy", "val/acc", "val_acc")
+_NAMES = (("val", "/"), ("val", "_"), ("valid", "/"), ("valid", "_"), ("eval", "/"), ("eval", "_"))
+VAL_LOSS = tuple(f"{split}{mark}loss" for split, mark in _NAMES)
+VAL_SUCCESS = tuple(f"{split}{mark}{what}" for what in ("accuracy", "acc") for split, mark in _NAMES)
 """Names that reports know, ours first."""
 
 
 def is_fall(event: Mapping[str, Any]) -> bool:
     """Whether an event is a fall of the dimension of the last layer that a probe looks at."""
     return event["kind"] == "geometry" and event.get("direction") == "down" and bool(event.get("last_layer", True))
+
+
+def plain_metric(name: str) -> str:
+    """Without the ``name`` of an instance: ``forge/grokfast/second/lamb`` to ``forge/grokfast/lamb``."""
+    parts = name.split("/")
+    named = len(parts) == 4 and parts[0] == "forge" and parts[1] in ("telemetry", "grokfast", "stage")
+    return "/".join((*parts[:2], parts[3])) if named else name
 
 
 def observations(rows: Iterable[Mapping[str, Any]]) -> list[Observation]:
@@ -274,7 +292,7 @@ def observations(rows: Iterable[Mapping[str, Any]]) -> list[Observation]:
     cosine = norm = math.nan
     for row in rows:
         given = row.get("metrics")
-        metrics = {k: number(v) for k, v in given.items()} if isinstance(given, Mapping) else {}
+        metrics = {plain_metric(k): number(v) for k, v in given.items()} if isinstance(given, Mapping) else {}
         if row.get("kind") == "event":
             fell = fell or is_fall({**row, "kind": row.get("event")})
         elif row.get("kind") == "step":
@@ -285,7 +303,8 @@ def observations(rows: Iterable[Mapping[str, Any]]) -> list[Observation]:
             cosine = metrics.get("forge/grokfast/cosine", cosine)
             norm = metrics.get("forge/telemetry/grad_norm_before", norm)
         elif row.get("kind") == "validation" and metrics and losses and isinstance(row.get("step"), int):
-            val_loss, val = (next((metrics[k] for k in n if k in metrics), math.nan) for n in (VAL_LOSS, VAL_SUCCESS))
+            val_loss = next((metrics[k] for k in VAL_LOSS if k in metrics), None)
+            val = next((metrics[k] for k in VAL_SUCCESS if k in metrics), math.nan)
             both = bool(successes) and not math.isnan(val)
             found.append(
                 Observation(

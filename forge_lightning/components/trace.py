@@ -26,6 +26,8 @@ class TraceWriter:
         header: What to say in the first row of a new trace.
         max_rows: Plain rows until rows are thinned out.
         written: Plain rows written before, where a trace is continued.
+        num_rows: Rows of ``earlier`` that were there when the state that training goes on from was saved. Events after
+            them are left out: they will be found again. Default: all.
     """
 
     def __init__(
@@ -36,12 +38,16 @@ class TraceWriter:
         header: Mapping[str, Any],
         max_rows: int,
         written: int = 0,
+        num_rows: int | None = None,
     ) -> None:
         self.path = path
         self.max_rows = max_rows
         rows = []
         if earlier is not None and keep_until > 0:
-            rows = [row for row in read_rows(earlier) if row.get("step", 0) <= keep_until]
+            for index, row in enumerate(read_rows(earlier)):
+                again = num_rows is not None and index >= num_rows and row.get("kind") == "event"
+                if number(row.get("step", 0)) <= keep_until and not again:
+                    rows.append(row)
         self.offered = written if rows else 0
         if not rows:
             rows = [{"kind": "header", "version": VERSION, "step": keep_until, **header}]
@@ -50,6 +56,7 @@ class TraceWriter:
         temporary = path.with_suffix(".new")
         temporary.write_text("".join(_line(row) for row in rows))
         os.replace(temporary, path)
+        self.num_rows = len(rows)
         self._waiting: list[Mapping[str, Any]] = []
         self._flushed = time.monotonic()
         self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115  open as long as training goes
@@ -57,6 +64,7 @@ class TraceWriter:
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row."""
         self._waiting.append(row)
+        self.num_rows += 1
         if time.monotonic() - self._flushed > 1:
             self.flush()
 

@@ -67,7 +67,10 @@ class PointCloud:
         x = points.detach()
         if x.device.type == "mps":  # no fp64 there, which the rare cases need
             x = x.cpu()
-        self.points = x if x.dtype == torch.float64 else x.float()
+        x = x if x.dtype == torch.float64 else x.float()
+        largest = float(x.abs().max()) if x.numel() else 0.0
+        # By a power of two, which rounds nothing: fourth powers of huge or tiny activations have no place in fp32.
+        self.points = x * 2.0 ** -math.frexp(largest)[1] if math.isfinite(largest) and largest > 0 else x
         self.reason = ""
         self._nearest: Tensor
         with _full_precision(x.device.type):
@@ -270,7 +273,7 @@ def levina_bickel_dimension(points: Tensor | PointCloud, num_neighbors: int | No
     if num_neighbors is not None and num_neighbors < 2:
         raise ValueError(f"`levina_bickel_dimension(num_neighbors={num_neighbors})` must be at least 2.")
     k = num_neighbors or 20
-    cloud, reason = _cloud(points, k, at_least=3)
+    cloud, reason = _cloud(points, k, at_least=6 if num_neighbors is None else k + 1)
     if reason:
         return _none(cloud, reason)
     n = cloud.num_points
@@ -279,8 +282,8 @@ def levina_bickel_dimension(points: Tensor | PointCloud, num_neighbors: int | No
         if not math.isfinite(first):
             return _none(cloud, "the neighbours are equally far")
         k = round(min(128.0, max(5.0, n ** (4 / (4 + first)))))
-    nearest = cloud.neighbor_distances(min(k, n - 1))
-    k = nearest.shape[1]
+        k = min(k, n - 1)
+    nearest = cloud.neighbor_distances(k)
     inverse = (nearest[:, -1:] / nearest).log().sum(1) / (k - 1)  # one over each point's dimension
     mean = float(inverse.mean())
     if mean <= 0:
@@ -303,7 +306,7 @@ def gride_dimension(
 
     Returns:
         ``dimension`` between ``n1`` and ``n2``, and ``dimensions`` at every scale; standard errors are those of the
-        observed information.
+        observed information, as if neighbourhoods did not overlap: too small by up to a third.
 
     Raises:
         ValueError: If the ranks are not ``1 ≤ n1 < n2``.
@@ -373,7 +376,8 @@ def correlation_dimension(points: Tensor | PointCloud, k1: int = 10, k2: int = 2
         k2: Neighbour that sets the larger one.
 
     Returns:
-        The dimension; its standard error is the spread of the points' own counts (a Hájek projection).
+        The dimension; its standard error is the spread of the points' own counts (a Hájek projection), too large by up
+        to a half in two dimensions.
 
     Raises:
         ValueError: If the ranks are not ``1 ≤ k1 < k2``.
@@ -409,7 +413,8 @@ def participation_ratio(points: Tensor | PointCloud) -> DimensionEstimate:
         points: ``(N, D)``.
 
     Returns:
-        The ratio; its standard error is the spread of the points' influence on it.
+        The ratio; its standard error is the spread of the points' influence on it, too large by up to a half where all
+        directions are alike.
     """
     cloud, reason = _cloud(points, 1, at_least=3)
     if reason:

@@ -14,6 +14,7 @@ import torch
 
 from forge_lightning.components.stage_classifier import VAL_LOSS
 from forge_lightning.components.step_timer import CATEGORIES
+from forge_lightning.components.trace import number
 from forge_lightning.reports import figures
 from forge_lightning.reports.trace import RunTrace, read_run, stage_spans
 
@@ -67,10 +68,12 @@ def analyze(paths: Sequence[Path], output: Path) -> Path:
             _figure(pictures, caption) if pictures else "<p>The runs share no series.</p>",
             _comparison_table(runs),
         ]
-    for number, run in enumerate(runs):
-        prefix = "" if len(runs) == 1 else f"{number:02d}_"
+    for index, run in enumerate(runs):
+        prefix = "" if len(runs) == 1 else f"{index:02d}_"
         page.append(_section(run, output, prefix))
-    numbers = {"runs": [numbers_of(run) for run in runs]}
+    numbers: dict[str, Any] = {"runs": [numbers_of(run) for run in runs]}
+    if len(runs) > 1:
+        numbers["comparison"] = {"groups": _groups(runs), "series": _bands(runs)}
     (output / "analysis.json").write_text(json.dumps(_json(numbers), indent=2, allow_nan=False) + "\n")
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     return _write(output, title, page)
@@ -82,7 +85,10 @@ def analyze_checkpoint(path: Path, output: Path) -> Path:
     Raises:
         ValueError: If the file is no checkpoint with a ``state_dict``.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint; it may be cut off: {error}") from None
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
         raise ValueError(f"{path} holds no `state_dict`: it is no checkpoint of Lightning.")
     output.mkdir(parents=True, exist_ok=True)
@@ -175,20 +181,45 @@ def _section(run: RunTrace, output: Path, prefix: str) -> str:
 def _comparison_table(runs: Sequence[RunTrace]) -> str:
     header = ("group", "runs", "steps to success 0.5", "to 0.95", "last validation success", "ms a step")
     rows = []
-    for group in dict.fromkeys(run.group for run in runs):
-        members = [run for run in runs if run.group == group]
-        last = [s[1][-1] for run in members if (s := run.find(*figures.SUCCESS))]
-        times = [t for run in members if (t := _median(run, "forge/telemetry/step_seconds")) is not None]
+    for group, numbers in _groups(runs).items():
+        success, seconds = numbers["last_validation_success"], numbers["median_step_seconds"]
         rows.append(
             (
                 group,
-                str(len(members)),
-                *(_reached([_first_step(run, level) for run in members]) for level in (0.5, 0.95)),
-                f"{median(last):.4g}" if last else "–",
-                f"{1000 * median(times):.3g}" if times else "–",
+                str(len(numbers["runs"])),
+                *(_reached(steps) for steps in numbers["steps_to"].values()),
+                "–" if success is None else f"{success:.4g}",
+                "–" if seconds is None else f"{1000 * seconds:.3g}",
             )
         )
     return _table(rows, header)
+
+
+def _groups(runs: Sequence[RunTrace]) -> dict[str, dict[str, Any]]:
+    """What the comparison says of each group."""
+    found = {}
+    for group, members in figures.by_group(runs).items():
+        last = [s[1][-1] for run in members if (s := run.find(*figures.SUCCESS))]
+        times = [t for run in members if (t := _median(run, "forge/telemetry/step_seconds")) is not None]
+        found[group] = {
+            "runs": [str(run.path) for run in members],
+            "steps_to": {str(level): [_first_step(run, level) for run in members] for level in (0.5, 0.95)},
+            "last_validation_success": median(last) if last else None,
+            "median_step_seconds": median(times) if times else None,
+        }
+    return found
+
+
+def _bands(runs: Sequence[RunTrace]) -> dict[str, Any]:
+    """The curves that the comparison draws."""
+    keys = ("steps", "median", "least", "largest")
+    return {
+        title: {
+            group: {"runs": count} | dict(zip(keys, (values.tolist() for values in band), strict=True))
+            for group, (count, band) in bands.items()
+        }
+        for title, _, bands in figures.compared(runs)
+    }
 
 
 def _reached(steps: Sequence[int | None]) -> str:
@@ -205,7 +236,7 @@ def _first_step(run: RunTrace, level: float) -> int | None:
 
 
 def _median(run: RunTrace, name: str) -> float | None:
-    values = [v for v in run.series.get(name, ([], []))[1] if math.isfinite(v)]
+    values = [v for v in (run.find(name) or ([], []))[1] if math.isfinite(v)]
     return median(values) if values else None
 
 
@@ -262,7 +293,7 @@ def _events(events: Iterable[dict[str, Any]]) -> str:
         if event.get("event", event.get("kind")) == "stage":
             what = f"{event.get('before')} → {event.get('after')}: {event.get('reason', '')}".replace("_", "-")
             evidence = event.get("evidence", {})
-            shown = {k: float(v) for k, v in evidence.items() if math.isfinite(float(v))}
+            shown = {k: n for k, v in evidence.items() if math.isfinite(n := number(v))}
             detail = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in shown.items())
         else:
             what = f"{event.get('layer')} {event.get('direction')}: {event.get('estimator')}"

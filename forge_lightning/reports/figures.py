@@ -1,6 +1,7 @@
 """Pictures of runs, in a light and a dark version, with colours that the colour-blind tell apart."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
@@ -11,7 +12,7 @@ import numpy as np
 from forge_lightning.components.stage_classifier import VAL_LOSS, VAL_SUCCESS
 from forge_lightning.components.step_timer import CATEGORIES
 from forge_lightning.reports.learning_curves import Series
-from forge_lightning.reports.trace import RunTrace, stage_spans
+from forge_lightning.reports.trace import RunTrace, group_names, stage_spans
 
 # Okabe and Ito's palette; its black is the text's colour.
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW = (
@@ -249,28 +250,19 @@ def comparison(runs: Sequence[RunTrace]) -> Any | None:
     """Median and band over the runs of each group."""
     from matplotlib.figure import Figure
 
-    groups: dict[str, list[RunTrace]] = {}
-    for run in runs:
-        groups.setdefault(run.group, []).append(run)
-    wanted = [
-        ("Training success", "share right", ("forge/telemetry/success",)),
-        ("Validation success", "share right", SUCCESS),
-        ("Validation loss", "loss (nats)", VAL_LOSS),
-        ("Dimension of the last layer", "Levina–Bickel", tuple(_last_layer(runs, "levina_bickel"))),
-        ("Participation ratio of the last layer", "directions", tuple(_last_layer(runs, "participation_ratio"))),
-    ]
-    panels = [panel for panel in wanted if any(run.find(*panel[2]) for run in runs)]
+    panels = compared(runs)
     if not panels:
         return None
+    groups = by_group(runs)
     rows = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(9, 2.9 * rows), layout="constrained")
     axes = figure.subplots(rows, min(2, len(panels)), squeeze=False).flatten()
-    for axis, (title, label, names) in zip(axes, panels, strict=False):
-        for color, (group, members) in zip(_cycle(len(groups)), groups.items(), strict=True):
-            found = [series for run in members if (series := run.find(*names)) is not None]
-            if found:
-                grid, middle, low, high = band(found)
-                axis.plot(grid, middle, color=color, label=f"{group} ({len(found)})")
+    colors = dict(zip(groups, _cycle(len(groups)), strict=True))
+    for axis, (title, label, bands) in zip(axes, panels, strict=False):
+        for group, (count, (grid, middle, low, high)) in bands.items():
+            color = colors[group]
+            if count:
+                axis.plot(grid, middle, color=color, label=f"{group} ({count})")
                 axis.fill_between(grid, low, high, color=color, alpha=0.18, linewidth=0)
         axis.set(xlabel=STEP, ylabel=label)
         axis.set_title(title)
@@ -280,15 +272,46 @@ def comparison(runs: Sequence[RunTrace]) -> Any | None:
     return figure
 
 
+def by_group(runs: Sequence[RunTrace]) -> dict[str, list[RunTrace]]:
+    """Runs by the name of their group."""
+    groups: dict[str, list[RunTrace]] = {}
+    for run, name in zip(runs, group_names(runs), strict=True):
+        groups.setdefault(name, []).append(run)
+    return groups
+
+
+def compared(runs: Sequence[RunTrace]) -> list[tuple[str, str, dict[str, tuple[int, Any]]]]:
+    """``(title, label, {group: (number of runs, band)})`` of every series that is compared and that some run has."""
+    wanted = [
+        ("Training success", "share right", ("forge/telemetry/success",)),
+        ("Validation success", "share right", SUCCESS),
+        ("Validation loss", "loss (nats)", VAL_LOSS),
+        ("Dimension of the last layer", "Levina–Bickel", tuple(_last_layer(runs, "levina_bickel"))),
+        ("Participation ratio of the last layer", "directions", tuple(_last_layer(runs, "participation_ratio"))),
+    ]
+    panels = []
+    for title, label, names in wanted:
+        bands = {}
+        for group, members in by_group(runs).items():
+            found = [series for run in members if (series := run.find(*names)) is not None]
+            if found:
+                bands[group] = (len(found), band(found))
+        if bands:
+            panels.append((title, label, bands))
+    return panels
+
+
 def band(found: Sequence[Series]) -> tuple[Any, Any, Any, Any]:
-    """Steps, median, least and largest over series, as far as all of them go."""
+    """Steps, median, least and largest over series, as far as all of them go; else at every step, over those there."""
     starts, ends = [s[0][0] for s in found], [s[0][-1] for s in found]
     grid = np.unique(np.concatenate([s[0] for s in found]))
     grid = grid[(grid >= max(starts)) & (grid <= min(ends))]
     if not len(grid):
         grid = np.unique(np.concatenate([s[0] for s in found]))
-    values = np.stack([np.interp(grid, s[0], s[1]) for s in found])
-    return grid, np.median(values, axis=0), values.min(axis=0), values.max(axis=0)
+    values = np.stack([np.interp(grid, s[0], s[1], left=math.nan, right=math.nan) for s in found])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # a step where all are NaN stays so
+        return grid, np.nanmedian(values, axis=0), np.nanmin(values, axis=0), np.nanmax(values, axis=0)
 
 
 def weights(rows: Sequence[Mapping[str, Any]]) -> Any | None:

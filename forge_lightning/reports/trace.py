@@ -1,12 +1,12 @@
 """What a run left on disk, read as far as it goes."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from forge_lightning.components.stage_classifier import replay
+from forge_lightning.components.stage_classifier import VAL_LOSS, plain_metric, replay
 from forge_lightning.components.trace import FILE_NAME, VERSION, number, read_rows
 from forge_lightning.reports.learning_curves import Series, read_metrics
 
@@ -36,7 +36,7 @@ class RunTrace:
 
     @property
     def group(self) -> str:
-        """Runs of one name differ by seed or try, and are shown as one."""
+        """Runs in one directory differ by seed or try, and are shown as one. Its name; see `group_names`."""
         return self.path.parent.name or self.path.name
 
     @property
@@ -45,8 +45,11 @@ class RunTrace:
         return max((steps[-1] for steps, _ in self.series.values() if steps), default=0)
 
     def find(self, *names: str) -> Series | None:
-        """The first of these series that the run has."""
-        return next((self.series[name] for name in names if name in self.series), None)
+        """The first of these series that the run has, under that name or logged by a named instance."""
+        found = next((self.series[name] for name in names if name in self.series), None)
+        if found is not None:
+            return found
+        return next((series for key, series in self.series.items() if plain_metric(key) in names), None)
 
 
 def read_run(path: str | Path) -> RunTrace:
@@ -58,6 +61,8 @@ def read_run(path: str | Path) -> RunTrace:
     path = Path(path)
     directory = path if path.is_dir() else path.parent
     trace = path if path.is_file() else directory / FILE_NAME
+    if not trace.is_file():  # of an instance with a name
+        trace = min(directory.glob("trace_*.jsonl"), default=trace)
     run = RunTrace(path.resolve() if path.is_dir() else path.resolve().parent)
     rows = list(read_rows(trace))
     if rows:
@@ -96,9 +101,14 @@ def _take_rows(run: RunTrace, rows: list[dict[str, Any]], trace: Path) -> None:
         lines = file.read().splitlines()
     if len(lines) > len(rows):
         run.remarks.append(f"{len(lines) - len(rows)} lines of the trace are cut off or broken, and were passed over.")
+    strange = 0
     for row in rows:
         if row.get("kind") == "event":
-            (run.stages if row.get("event") == "stage" else run.changes).append(row)
+            event = _event(row)
+            if event is None:
+                strange += 1
+            else:
+                (run.stages if event.get("event") == "stage" else run.changes).append(event)
             continue
         metrics = row.get("metrics")
         if not isinstance(metrics, Mapping) or not isinstance(row.get("step"), int):
@@ -107,6 +117,33 @@ def _take_rows(run: RunTrace, rows: list[dict[str, Any]], trace: Path) -> None:
             steps, values = run.series.setdefault(name, ([], []))
             steps.append(row["step"])
             values.append(number(value))
+    if strange:
+        run.remarks.append(f"{strange} events of the trace are of a form that is not known, and were passed over.")
+
+
+def _event(row: dict[str, Any]) -> dict[str, Any] | None:
+    """An event with what a report needs of it; ``None`` where that is not there."""
+    if not isinstance(row.get("step"), int):
+        return None
+    if row.get("event") == "stage":
+        if not all(isinstance(row.get(key), str) for key in ("before", "after")):
+            return None
+        evidence = row.get("evidence")
+        return row | {"evidence": dict(evidence) if isinstance(evidence, Mapping) else {}}
+    numbers = ("before", "after", "confidence")
+    return row | {key: number(row.get(key)) for key in numbers}
+
+
+def group_names(runs: Sequence[RunTrace]) -> list[str]:
+    """The group of each run, with as much of its path as tells it from other directories of that name."""
+    parents = [run.path.parent if run.path.parent.name else run.path for run in runs]
+    names = []
+    for parent in parents:
+        depth = 1
+        while any(p != parent and p.parts[-depth:] == parent.parts[-depth:] for p in parents):
+            depth += 1
+        names.append("/".join(parent.parts[-depth:]))
+    return names
 
 
 def _take_metrics(run: RunTrace, path: Path) -> None:
@@ -137,7 +174,7 @@ def _remark(run: RunTrace) -> None:
         run.remarks.append(f"The run did not finish: {status}.")
     missing = {
         "geometry": not any("geometry/" in name for name in run.series),
-        "validation": not any(name.startswith("val") for name in run.series),
+        "validation": run.find(*VAL_LOSS) is None and not any(name.startswith("val") for name in run.series),
     }
     if missing["geometry"]:
         run.remarks.append("No dimensions: add `GeometryProbe` to the callbacks.")

@@ -117,17 +117,47 @@ def test_weight_averaging_does_not_disturb():
     close(reference, collects.logged)
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's own, where a hook breaks the graph
-def test_compiled_modules_are_probed_the_same():
-    reference, *_ = probed(with_batches_of(32))
+@pytest.mark.parametrize("called_before", [False, True])
+def test_compiled_modules_are_probed_the_same_and_stay_whole(called_before):
+    """Every operation is in one graph, which is made once."""
+    graphs = []
 
-    class Compiled(with_batches_of(32)):
+    class Net(nn.Module):
         def __init__(self):
             super().__init__()
-            self.net.compile(backend="eager")
+            self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+            self.head = nn.Linear(8, 2)
 
-    compiled, *_ = probed(Compiled)
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x).relu()
+            return self.head(x)
+
+    def backend(graph, inputs):
+        graphs.append(sum(node.op.startswith("call") for node in graph.graph.nodes))
+        return graph
+
+    class Whole(with_batches_of(32)):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+    class Compiled(Whole):
+        def __init__(self):
+            super().__init__()
+            torch.compiler.reset()
+            graphs.clear()
+            self.net.compile(backend=backend, fullgraph=True)
+            if called_before:
+                self.net(torch.randn(32, 8))
+
+    reference, *_ = probed(Whole)
+    without, _ = fit([], Compiled)
+    alone = list(graphs)
+    compiled, _, model = probed(Compiled)
     close(reference, compiled)
+    assert graphs == alone
+    assert torch.equal(weights(model), weights(without))
 
 
 def tiny(**options):
@@ -258,7 +288,7 @@ def test_a_module_may_say_how_it_is_probed():
 
 def test_too_costly_a_probe_comes_less_often_and_says_so():
     with pytest.warns(UserWarning, match=r"It comes every \d+ steps from here on, not every 2, to stay within"):
-        logged, probe, _ = probed(max_overhead=1e-3, estimators=("two_nn",), trainer={"max_epochs": 4})
+        logged, probe, _ = probed(max_overhead=1e-5, estimators=("two_nn",), trainer={"max_epochs": 4})
     assert probe._interval > 100
     assert len(logged) < 8
 
@@ -270,7 +300,7 @@ def test_a_cheap_probe_keeps_its_interval():
 
 def test_resume_probes_what_would_have_been_probed(tmp_path):
     def run(**kwargs):
-        options = {"layers": ["net.0"], "estimators": ("two_nn", "levina_bickel"), "max_overhead": None}
+        options = {"layers": ["net.0"], "estimators": ("two_nn", "participation_ratio"), "max_overhead": None}
         collects, probe = Collects(), GeometryProbe(every_n_steps=3, num_points=8, **options)
         fit([probe, collects, RNGState(), *kwargs.pop("more", [])], Stateful, **kwargs)
         return collects.logged, probe

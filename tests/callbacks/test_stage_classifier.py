@@ -13,7 +13,7 @@ from forge_lightning.components.stage_classifier import replay
 from forge_lightning.components.trace import read_rows
 from forge_lightning.data import AlgorithmicData
 from forge_lightning.models import AlgorithmicModule
-from tests.contract.modules import LossOnly, Plain, Stateful
+from tests.contract.modules import LossOnly, Plain, Stateful, TwoOptimizers
 from tests.contract.rows import fit
 
 
@@ -102,6 +102,13 @@ def test_a_loss_that_breaks_is_seen_before_the_next_validation():
     run([classifier], Breaks, max_steps=15, log_every_n_steps=1, check_val_every_n_epoch=100)
     assert classifier.events[-1]["after"] == "divergence"
     assert classifier.events[-1]["step"] == 13
+
+
+def test_a_module_that_returns_no_loss_is_told_so():
+    classifier = StageClassifier()
+    with pytest.warns(UserWarning, match="`training_step` has returned no loss since the last validation"):
+        run([classifier], TwoOptimizers, max_epochs=3)
+    assert classifier.stage == "warm_up"
 
 
 @pytest.mark.parametrize("every", [20, 100, 203])

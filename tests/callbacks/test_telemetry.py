@@ -10,12 +10,13 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.profilers import PassThroughProfiler, PyTorchProfiler, SimpleProfiler
 
 from forge_lightning.callbacks import GeometryProbe, Grokfast, StageClassifier, Telemetry
+from forge_lightning.callbacks.base import is_logging_step
 from forge_lightning.callbacks.telemetry import _Record
 from forge_lightning.components import step_timer
 from forge_lightning.components.trace import read_rows
 from forge_lightning.data import AlgorithmicData
 from forge_lightning.models import AlgorithmicModule
-from tests.contract.modules import LossOnly, Plain, RaisesAtStep, Stateful
+from tests.contract.modules import LossOnly, Plain, RaisesAtStep, Stateful, TwoOptimizers
 from tests.contract.rows import fit
 
 
@@ -132,6 +133,48 @@ def test_norms_before_and_after_the_filter(tmp_path, order):
     assert after == pytest.approx([m["forge/grokfast/grad_norm_after"] for m in inner], rel=1e-4)
 
 
+@pytest.mark.parametrize(("every", "log_every"), [(1, 4), (2, 3)])
+def test_the_filter_is_measured_where_telemetry_records(tmp_path, every, log_every):
+    """Also between the steps of ``log_every_n_steps``, and no longer once the fit is over."""
+    logger = CSVLogger(tmp_path, name="", version="")
+    options = {"logger": logger, "log_every_n_steps": log_every}
+    _, trainer = fit([Grokfast(alpha=0.5, lamb=5.0), Telemetry(every_n_steps=every)], Plain, **options)
+    rows = [r["metrics"] for r in read_rows(tmp_path / "trace.jsonl") if r["kind"] == "step"]
+    recorded = [metrics for metrics in rows if "forge/telemetry/loss" in metrics]
+    assert len(recorded) == 8 // every
+    for metrics in recorded:
+        assert metrics["forge/telemetry/grad_norm_before"] == metrics["forge/grokfast/grad_norm_before"]
+        assert metrics["forge/telemetry/grad_norm_before"] < metrics["forge/telemetry/grad_norm_after"]
+    trainer.fit_loop.epoch_loop._batches_that_stepped = 0
+    assert is_logging_step(trainer) == (log_every == 1)
+
+
+class Cleans(TwoOptimizers):
+    """Clears the gradients after each step, and returns no loss, but something of the examples."""
+
+    def training_step(self, batch, batch_idx):
+        for optimizer in self.optimizers():
+            self.manual_backward(self.loss(batch))
+            optimizer.step()
+            self.zero_grad()
+        return {"example_loss": torch.ones(len(batch[0]))}
+
+
+def test_what_a_manual_module_does_not_tell_is_not_logged(tmp_path):
+    (first, *_) = [row["metrics"] for row in observed(tmp_path, Cleans) if row["kind"] == "step"]
+    assert "forge/telemetry/grad_norm_before" in first
+    assert not {f"forge/telemetry/{key}" for key in ("grad_norm_after", "loss", "perplexity")} & first.keys()
+
+
+def test_a_loss_that_is_none_has_no_perplexity(tmp_path):
+    class Loses(Plain):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            return {"loss": loss * math.nan, "example_loss": torch.full((8,), math.nan)}
+
+    assert all(math.isnan(p) for p in values(observed(tmp_path, Loses), "perplexity"))
+
+
 class Slow(Callback):
     """A callback of somebody else that takes its time."""
 
@@ -231,6 +274,27 @@ def test_events_and_sparse_values_are_in_the_trace_once(tmp_path):
     probed = [r["step"] for r in rows if any("geometry" in key for key in r.get("metrics", {}))]
     assert probed == [4, 8, 12, 16]
     assert steps(rows) == sorted({*range(3, 17, 3), *probed})
+
+
+def test_an_event_that_a_resumed_run_finds_again_is_in_the_trace_once(tmp_path):
+    """Lightning saves at an epoch's end before the validation there, and does not repeat that validation."""
+
+    class Finds(Callback):
+        state_key = "Finds"
+
+        def __init__(self):
+            self.events = []
+
+        def on_validation_end(self, trainer, *_):
+            self.events = [{"kind": "found", "step": trainer.global_step}]
+
+    checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=8, filename="{step}", save_top_k=-1)
+    rows = observed(tmp_path / "run", Stateful, [Finds(), checkpoint], max_epochs=2, enable_checkpointing=True)
+    assert [r["step"] for r in rows if r["kind"] == "event"] == [8, 16]
+    rows = observed(tmp_path / "run", Stateful, [Finds()], max_epochs=2, ckpt_path=tmp_path / "step=8.ckpt")
+    assert [r["step"] for r in rows if r["kind"] == "event"] == [16]
+    assert [r["step"] for r in rows if r["kind"] == "validation"] == [8, 16]
+    assert steps(rows) == list(range(1, 17))
 
 
 def test_the_stage_is_in_every_row(tmp_path):

@@ -47,6 +47,21 @@ def test_padding_never_enters():
     assert tapped(BatchFields(mask=MASK), positions="all") == [(b, t) for b, t in EVERY if MASK[b, t]]
 
 
+def test_layers_that_put_positions_first_are_turned():
+    turned = tapped(BatchFields(mask=MASK), positions="all", form=lambda x: x.transpose(0, 1))
+    assert turned == [(b, t) for b, t in EVERY if MASK[b, t]]
+    last = tapped(BatchFields(mask=MASK), positions="last", form=lambda x: x.transpose(0, 1))
+    assert last == [(0, 5), (1, 2), (2, 0), (3, 3)]
+
+
+def test_a_mask_that_does_not_fit_is_refused_where_it_matters():
+    shorter = lambda x: x[:, :4]  # noqa: E731
+    with pytest.raises(ValueError, match=r"mask is \(4, 6\) and a layer puts out \(4, 4\)"):
+        tapped(BatchFields(mask=MASK), positions="all", form=shorter)
+    assert len(tapped(BatchFields(mask=torch.ones(B, T)), positions="all", form=shorter)) == 16
+    assert len(tapped(BatchFields(mask=MASK), form=lambda x: x[:, 0])) == B  # one row an example
+
+
 def test_labelled_positions_are_taken_where_there_are_labels():
     expected = [(b, t) for b, t in EVERY if MASK[b, t] and t >= 2]
     for positions in ("auto", "labelled"):

@@ -175,6 +175,22 @@ def test_no_estimate_has_a_reason(estimator, points, reason):
     assert reason in found.reason
 
 
+@pytest.mark.parametrize("estimator", ESTIMATORS.values(), ids=ESTIMATORS)
+@pytest.mark.parametrize("power", [-100, -40, 40, 100])
+def test_the_scale_does_not_matter_however_large(estimator, power):
+    """Fourth powers of 1e12 have no place in fp32."""
+    points = draw()(300, 8)
+    assert estimator(points * 2.0**power) == estimator(points)
+
+
+def test_fewer_points_than_neighbours_give_no_estimate():
+    points = draw()(20, 8)
+    found = levina_bickel_dimension(points)
+    assert math.isnan(found.dimension)
+    assert found.reason == "20 different points are too few; 21 are needed"
+    assert math.isfinite(levina_bickel_dimension(points, 19).dimension)
+
+
 def test_a_regular_grid_has_no_ratio():
     """Neighbours all equally far."""
     axis = torch.arange(8.0)

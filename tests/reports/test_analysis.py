@@ -92,7 +92,7 @@ def test_light_and_dark_have_readable_colours():
 def fitted(tmp_path):
     """A fit with every callback, its run directory, and its checkpoint."""
     folder = tmp_path / "mine" / "version_0"
-    probe = GeometryProbe(every_n_steps=2, num_points=16, estimators=("two_nn", "levina_bickel"), max_overhead=None)
+    probe = GeometryProbe(every_n_steps=6, num_points=24, estimators=("two_nn", "levina_bickel"), max_overhead=None)
     callbacks = [
         probe, Grokfast(alpha=0.9), StageClassifier(), RunSummary(monitor="val/loss"), Telemetry(),
         ModelCheckpoint(folder / "checkpoints", filename="last"),
@@ -182,6 +182,38 @@ def test_a_trace_of_another_version_is_read_as_far_as_it_goes(tmp_path):
     analyze([tmp_path], tmp_path / "analysis")
 
 
+def test_events_of_another_form_are_passed_over(tmp_path):
+    stage = {"kind": "event", "event": "stage", "step": 2, "before": "warm_up", "after": "onset", "evidence": [1]}
+    rows = [{"kind": "step", "step": 2, "metrics": {"forge/telemetry/loss": 1.0}}, stage]
+    rows += [stage | {"step": None}, stage | {"after": None}, stage | {"step": 3, "evidence": {"gap": "?"}}]
+    rows += [{"kind": "event", "event": "geometry", "step": 3, "layer": "a", "before": "much"}, {"kind": "event"}]
+    (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    analyze([tmp_path], tmp_path / "analysis")
+    numbers, text = written(tmp_path / "analysis")
+    assert "3 events of the trace are of a form that is not known" in text
+    assert [change["step"] for change in numbers["runs"][0]["stage_changes"]] == [2, 3]
+
+
+def test_instances_with_names_are_reported(tmp_path):
+    callbacks = [Grokfast(name="x", alpha=0.9), StageClassifier(), Telemetry(name="y")]
+    fit(callbacks, Plain, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=1, max_epochs=2)
+    run = read_run(tmp_path)
+    titles = {axis.get_title() for axis in figures.optimizer(run).axes}
+    assert {"Amplification", "Gradient and slow gradient", "Gradient norm"} <= titles
+    assert figures.step_time(run) is not None
+    assert not any("no trace" in remark for remark in run.remarks)
+
+
+def test_a_run_whose_validation_loss_is_not_known_is_not_said_to_diverge(tmp_path):
+    lines = ["step,train_loss,train_acc,val_acc"]
+    for step in range(0, 400, 10):
+        lines += [f"{step},{max(0.01, 3 - step / 60)},{min(1.0, step / 100)},", f"{step},,,{min(0.98, step / 300)}"]
+    (tmp_path / "metrics.csv").write_text("\n".join(lines))
+    stages = [name for name, *_ in stage_spans(read_run(tmp_path))]
+    assert "divergence" not in stages
+    assert stages[-1] == "consolidation"
+
+
 @pytest.mark.parametrize(
     "metrics",
     [
@@ -210,6 +242,28 @@ def test_several_runs_are_compared_by_group(tmp_path):
     assert "1,368 (1,248, 1,416, 1,368)" in text
     assert "not reached (–)" in text
     assert (tmp_path / "out" / "comparison_dark.png").exists()
+    group = numbers["comparison"]["groups"]["grok"]
+    assert group["steps_to"]["0.5"] == [1248, 1416, 1368]
+    band = numbers["comparison"]["series"]["Validation success"]["grok"]
+    assert band["runs"] == 3
+    assert len(band["steps"]) == len(band["median"]) > 50
+    assert all(a <= b <= c for a, b, c in zip(band["least"], band["median"], band["largest"], strict=True))
+
+
+def test_directories_of_one_name_are_groups_of_their_own(tmp_path):
+    paths = [
+        recorded(tmp_path / side / "run" / "version_0", name) for side, name in (("a", "grok_add_0"), ("b", "random_0"))
+    ]
+    analyze(paths, tmp_path / "out")
+    numbers, text = written(tmp_path / "out")
+    assert list(numbers["comparison"]["groups"]) == ["a/run", "b/run"]
+    assert "<td>a/run</td><td>1</td><td>1,248 (1,248)" in text
+
+
+def test_series_that_do_not_meet_are_not_made_to():
+    grid, middle, low, _ = figures.band([([0, 10], [1.0, 1.0]), ([20, 30], [3.0, 3.0])])
+    assert grid.tolist() == [0, 10, 20, 30]
+    assert middle.tolist() == low.tolist() == [1, 1, 3, 3]
 
 
 def test_the_band_is_median_and_extremes_over_common_steps():
@@ -241,3 +295,6 @@ def test_what_is_no_run_is_explained(tmp_path):
     torch.save({"weights": torch.ones(2)}, tmp_path / "other.pt")
     with pytest.raises(ValueError, match="no checkpoint of Lightning"):
         analyze_checkpoint(tmp_path / "other.pt", tmp_path / "out")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "other.pt").read_bytes()[:200])
+    with pytest.raises(ValueError, match=r"cut.pt cannot be read as a checkpoint"):
+        analyze_checkpoint(tmp_path / "cut.pt", tmp_path / "out")
