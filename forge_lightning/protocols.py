@@ -31,7 +31,10 @@ class SupportsProblems(Protocol):
     """A datamodule, or module, whose validation examples are programming problems with tests."""
 
     def problems(self, split: str) -> Sequence[Any]:
-        """The problems of "val" or "test": objects with ``task_id``, ``prompt`` and ``program(completion)``."""
+        """The problems of "train", "val" or "test".
+
+        Objects with ``task_id``, ``prompt`` and ``task(completion)``, which is a `forge_lightning.sandbox.Task`.
+        """
 
 
 @runtime_checkable

@@ -1,52 +1,61 @@
 """CodeEvaluation: success on programming problems, measured by running what the model writes."""
 
 import json
+import math
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from torch import Tensor
 
-from forge_lightning.callbacks.base import ForgeCallback, run_directory
+from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, run_directory
 from forge_lightning.components.pass_at_k import PassAtK
 from forge_lightning.protocols import SupportsGenerate, SupportsProblems
-from forge_lightning.sandbox import run_programs
+from forge_lightning.sandbox import Sandbox, SandboxError, Verdict
 
 
 class CodeEvaluation(ForgeCallback):
     """Generate programs for the validation or test problems, run their tests, and log pass@k.
 
-    Hook: the end of every ``every_n_validations``-th validation, and of testing. Costs a generation of up to
-    ``num_samples × max_new_tokens`` tokens a problem, and ``timeout`` seconds at most a program. Problems are split
-    over the processes. Generated programs are kept in ``programs.jsonl`` in the run directory.
-
-    Programs run with limits on time, memory, files and processes, which is no jail: see `forge_lightning.sandbox`.
+    Hook: the end of every ``every_n_validations``-th validation, and of testing; or every ``every_n_steps`` optimizer
+    steps, on training problems in turn. Costs a generation of up to ``num_samples × max_new_tokens`` tokens a problem,
+    10 ms of CPU a program, and ``timeout`` seconds at most. Problems are split over the processes. Generated programs
+    are kept in ``programs.jsonl`` in the run directory. They run in `forge_lightning.sandbox.Sandbox`.
 
     Reads: the problems of the datamodule (or module); the module's completions.
     Changes: nothing.
     Logs: after each evaluation, ``forge/code_evaluation/pass_at_1`` (and one such key for every other ``k``), in
-    [0, 1], and ``forge/code_evaluation/timeout_rate``, the share of programs that ran out of time.
+    [0, 1], ``forge/code_evaluation/timeout_rate``, the share of programs that ran out of time, and
+    ``forge/code_evaluation/num_problems``, how many were evaluated.
 
     Args:
         k: The k of pass@k, each at least 1 and at most ``num_samples``.
         num_samples: Programs to generate for each problem.
         temperature: Sampling temperature; 0 takes the likeliest token, and then all samples are the same.
         max_new_tokens: Tokens of a program at most.
-        limit_problems: Evaluate only that many problems in validation, the first. Testing takes all. Default: all.
+        limit_problems: Evaluate only that many problems in validation, the first; with ``every_n_steps``, that many at
+            a time. Testing takes all. Default: all.
         every_n_validations: Validations between evaluations.
+        every_n_steps: Optimizer steps between evaluations on training problems, in place of those after validations.
+            `EdgeController` reads their outcomes.
+        max_seconds: Wall time of one evaluation in validation or training. Problems it leaves out do not count.
         batch_size: Programs to generate at a time.
         timeout: Seconds of a program.
         memory_mb: Memory of a program, in MiB.
         num_workers: Programs to run at a time. Default: the number of cores.
-        seed: Seed of the sampling.
+        allow_weaker: Run programs also where the system lacks a protection. Only for a model you trust.
+        seed: Seed of the sampling, and of the order of training problems.
         name: Tells two instances apart.
 
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: At start, if the module cannot complete prompts, neither datamodule nor module has
-            problems, or the weights are sharded.
+            problems, the weights are sharded, or the system lacks a protection and ``allow_weaker`` is not set.
 
     References:
         Chen et al., `Evaluating Large Language Models Trained on Code <https://arxiv.org/abs/2107.03374>`_, 2021.
@@ -62,10 +71,13 @@ class CodeEvaluation(ForgeCallback):
         max_new_tokens: int = 256,
         limit_problems: int | None = None,
         every_n_validations: int = 1,
+        every_n_steps: int | None = None,
+        max_seconds: float | None = None,
         batch_size: int = 16,
         timeout: float = 5.0,
         memory_mb: int = 1024,
         num_workers: int | None = None,
+        allow_weaker: bool = False,
         seed: int = 0,
         name: str | None = None,
     ) -> None:
@@ -83,6 +95,8 @@ class CodeEvaluation(ForgeCallback):
         require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
         require(limit_problems is None or limit_problems >= 1, "limit_problems", limit_problems, "at least 1")
         require(every_n_validations >= 1, "every_n_validations", every_n_validations, "at least 1")
+        require(every_n_steps is None or every_n_steps >= 1, "every_n_steps", every_n_steps, "at least 1")
+        require(max_seconds is None or max_seconds > 0, "max_seconds", max_seconds, "above 0")
         require(batch_size >= 1, "batch_size", batch_size, "at least 1")
         require(timeout > 0, "timeout", timeout, "above 0")
         require(memory_mb >= 64, "memory_mb", memory_mb, "at least 64")
@@ -92,12 +106,23 @@ class CodeEvaluation(ForgeCallback):
         self.max_new_tokens = max_new_tokens
         self.limit_problems = limit_problems
         self.every_n_validations = every_n_validations
+        self.every_n_steps = every_n_steps
+        self.max_seconds = max_seconds
         self.batch_size = batch_size
         self.timeout = timeout
         self.memory_mb = memory_mb
         self.num_workers = num_workers
+        self.allow_weaker = allow_weaker
         self.seed = seed
         self._validations = 0
+        self._next_problem = 0  # in the order of training problems
+        self._step_before = -1
+        self._outcomes: list[dict[str, Any]] = []
+
+    @property
+    def outcomes(self) -> list[dict[str, Any]]:
+        """Of the last evaluation, on all processes: ``step``, ``example`` (its place in the split), ``success``."""
+        return list(self._outcomes)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "predict":
@@ -112,9 +137,24 @@ class CodeEvaluation(ForgeCallback):
                 "the processes would generate out of step",
                 "Leave it out of the training, and run `forge-fit test` on the checkpoint with one process.",
             )
+        try:
+            with self._sandbox():
+                pass
+        except SandboxError as error:
+            raise MisconfigurationException(f"`CodeEvaluation`: {error}") from None
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step_before = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        step = trainer.global_step
+        if self.every_n_steps is not None and step != self._step_before and step % self.every_n_steps == 0:
+            self._evaluate(trainer, pl_module, "train")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking:
+        if trainer.sanity_checking or self.every_n_steps is not None:
             return
         self._validations += 1
         if self._validations % self.every_n_validations == 0 or getattr(trainer, "fast_dev_run", False):
@@ -124,10 +164,25 @@ class CodeEvaluation(ForgeCallback):
         self._evaluate(trainer, pl_module, "test")
 
     def state_dict(self) -> dict[str, Any]:
-        return {"validations": self._validations}
+        return {"validations": self._validations, "next_problem": self._next_problem}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._validations = state_dict["validations"]
+        self._validations, self._next_problem = state_dict["validations"], state_dict["next_problem"]
+
+    def _sandbox(self) -> Sandbox:
+        return Sandbox(self.timeout, self.memory_mb << 20, self.num_workers, allow_weaker=self.allow_weaker)
+
+    def _chosen(self, trainer: Trainer, source: SupportsProblems, split: str) -> list[tuple[int, Any]]:
+        """Problems, each with its place in the split."""
+        problems = list(enumerate(source.problems(split)))
+        limit = None if split == "test" else self.limit_problems
+        if is_dev_run(trainer):
+            limit = 2
+        if split != "train" or limit is None:
+            return problems[:limit]
+        order = torch.randperm(len(problems), generator=torch.Generator().manual_seed(self.seed)).tolist()
+        start, self._next_problem = self._next_problem, (self._next_problem + limit) % len(problems)
+        return [problems[order[(start + i) % len(problems)]] for i in range(min(limit, len(problems)))]
 
     def _source(self, trainer: Trainer, pl_module: LightningModule) -> SupportsProblems | None:
         sources = (getattr(trainer, "datamodule", None), pl_module)
@@ -136,33 +191,60 @@ class CodeEvaluation(ForgeCallback):
     def _evaluate(self, trainer: Trainer, pl_module: Any, split: str) -> None:
         source = self._source(trainer, pl_module)
         assert source is not None, "`setup` refuses this"
-        limit = self.limit_problems if split == "val" else None
-        problems = source.problems(split)[: 2 if getattr(trainer, "fast_dev_run", False) else limit]
-        mine = problems[trainer.global_rank :: trainer.world_size]
-        tasks = [problem for problem in mine for _ in range(self.num_samples)]
+        end = math.inf if self.max_seconds is None or split == "test" else time.monotonic() + self.max_seconds
+        mine = self._chosen(trainer, source, split)[trainer.global_rank :: trainer.world_size]
+        tasks = [problem for _, problem in mine for _ in range(self.num_samples)]
         completions: list[str] = []
         for start in range(0, len(tasks), self.batch_size):
+            if time.monotonic() > end:
+                break
             prompts = [problem.prompt for problem in tasks[start : start + self.batch_size]]
             completions += pl_module.complete(
                 prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed + start
             )
-        programs = [problem.program(text) for problem, text in zip(tasks, completions, strict=True)]
-        results = run_programs(programs, timeout=self.timeout, memory_mb=self.memory_mb, num_workers=self.num_workers)
-        passed = torch.tensor([int(result.passed) for result in results], dtype=torch.long, device=pl_module.device)
-        passed = passed.view(len(mine), self.num_samples).sum(1)
-        timeouts = torch.tensor([float(result.status == "timeout") for result in results], device=pl_module.device)
-        counts = torch.stack([timeouts.sum(), torch.tensor(float(len(results)), device=pl_module.device)])
-        counts = trainer.strategy.reduce(counts, reduce_op="sum")
-        quantities = {"timeout_rate": counts[0] / counts[1]}
-        for k in self.k:
-            metric = PassAtK(k).to(pl_module.device)
-            metric.update(torch.full_like(passed, self.num_samples), passed)
-            quantities[f"pass_at_{k}"] = metric.compute()
-        for quantity, value in quantities.items():
-            pl_module.log(self.metric_name(quantity), value, on_step=False, on_epoch=True, rank_zero_only=False)
+        mine = mine[: len(completions) // self.num_samples]
+        tasks = tasks[: len(mine) * self.num_samples]
+        completions = completions[: len(tasks)]
+        left = None if end == math.inf else max(0.0, end - time.monotonic())
+        with self._sandbox() as sandbox:
+            programs = [problem.task(text) for problem, text in zip(tasks, completions, strict=True)]
+            verdicts = sandbox.run_many(programs, left)
+        quantities = self._measure(trainer, pl_module, mine, verdicts)
+        if split == "train":
+            self.log_metrics(trainer, {key: float(value) for key, value in quantities.items()})
+        else:
+            for quantity, value in quantities.items():
+                name = self.metric_name(quantity)
+                pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=False)
         folder = run_directory(trainer)
         if trainer.is_global_zero and folder is not None:
-            self._keep(folder, trainer.global_step, split, tasks, completions, results)
+            self._keep(folder, trainer.global_step, split, tasks, completions, verdicts)
+
+    def _measure(
+        self, trainer: Trainer, pl_module: Any, mine: Sequence[tuple[int, Any]], verdicts: Sequence[Verdict]
+    ) -> dict[str, Tensor]:
+        """Over all processes; a problem of which a program could not run is left out."""
+        device = pl_module.device
+        rows = []
+        for number, (place, _) in enumerate(mine):
+            of_it = verdicts[number * self.num_samples : (number + 1) * self.num_samples]
+            if not any(verdict.status == "could not run" for verdict in of_it):
+                rows.append([place, sum(v.passed for v in of_it), sum(v.status == "timeout" for v in of_it)])
+        table = torch.tensor(rows, dtype=torch.long, device=device).view(-1, 3)
+        if trainer.world_size > 1:
+            table = _gathered(trainer, table)
+        step, places, passed = trainer.global_step, table[:, 0].tolist(), table[:, 1]
+        shares = (passed / self.num_samples).tolist()
+        self._outcomes = [{"step": step, "example": p, "success": s} for p, s in zip(places, shares, strict=True)]
+        quantities = {
+            "timeout_rate": table[:, 2].sum() / (len(table) * self.num_samples),  # NaN without any
+            "num_problems": torch.tensor(float(len(table))),
+        }
+        for k in self.k:
+            metric = PassAtK(k, sync_on_compute=False).to(device)
+            metric.update(torch.full_like(passed, self.num_samples), passed)
+            quantities[f"pass_at_{k}"] = metric.compute()
+        return quantities
 
     def _keep(
         self, folder: Path, step: int, split: str, tasks: Sequence[Any], completions: list[str], results: Sequence[Any]
@@ -172,4 +254,14 @@ class CodeEvaluation(ForgeCallback):
         with open(folder / "programs.jsonl", "w") as file:
             for task, completion, result in zip(tasks, completions, results, strict=True):
                 line = {"step": step, "split": split, "task_id": task.task_id, "status": result.status}
-                file.write(json.dumps(line | {"completion": completion, "output": result.output}) + "\n")
+                line |= {"completion": completion, "detail": result.detail, "output": result.stdout}
+                file.write(json.dumps(line) + "\n")
+
+
+def _gathered(trainer: Trainer, table: Tensor) -> Tensor:
+    """Everybody's rows, whose numbers may differ, in one order on all processes."""
+    counts = trainer.strategy.all_gather(torch.tensor(len(table), device=table.device)).flatten().tolist()
+    padded = torch.zeros(max(counts), table.shape[1], dtype=table.dtype, device=table.device)
+    padded[: len(table)] = table
+    everything = trainer.strategy.all_gather(padded)
+    return torch.cat([everything[rank, :count] for rank, count in enumerate(counts)])

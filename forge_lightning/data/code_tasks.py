@@ -1,6 +1,8 @@
 """Programming problems with tests: MBPP to train on, HumanEval to be measured on."""
 
+import ast
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from forge_lightning.data.records import read_jsonl
 from forge_lightning.data.stateful import StatefulDataLoader
 from forge_lightning.data.tokens import Example, ExampleDataset, TokenDataModule, encode_example
+from forge_lightning.sandbox import Task
 
 Benchmark = Literal["mbpp", "humaneval"]
 
@@ -39,7 +42,9 @@ class Problem:
         prompt: What the model continues.
         solution: The reference completion.
         before: Program text that goes in front of a completion.
-        tests: Program text that goes after it, and fails where the completion is wrong.
+        tests: Statements that fail where the completion is wrong.
+        entry_point: Names of the completion's that the tests use.
+        setup: Statements that the tests need before: imports and helpers.
         stops: Texts that end a completion of a model that does not stop by itself.
     """
 
@@ -48,28 +53,61 @@ class Problem:
     solution: str
     before: str
     tests: str
+    entry_point: tuple[str, ...]
+    setup: str = ""
     stops: tuple[str, ...] = ()
 
-    def program(self, completion: str) -> str:
-        """The completion between what it needs and its tests."""
+    def task(self, completion: str) -> Task:
+        """What a `Sandbox` runs."""
         ends = [end for stop in self.stops if (end := completion.find(stop)) >= 0]
-        return f"{self.before}{completion[: min(ends, default=None)]}\n{self.tests}\n"
+        solution = f"{self.before}{completion[: min(ends, default=None)]}\n"
+        return Task(solution, self.tests, self.entry_point, self.setup)
 
 
 def mbpp_problem(record: dict[str, Any], template: str = MBPP_PROMPT) -> Problem:
     """A record of MBPP, its line ends made Unix's."""
     tests = "\n".join(record["test_list"]).replace("\r", "")
     prompt = template.format(text=record["text"].strip(), tests=tests)
-    setup = record["test_setup_code"].replace("\r", "")
+    tests = f"{record['test_setup_code']}\n{tests}".replace("\r", "")
     code = record["code"].replace("\r", "")
-    return Problem(str(record["task_id"]), prompt, code, "", f"{setup}\n{tests}", ('\n"""', "\nassert "))
+    entry_point, imports = _used_by(tests, code)
+    return Problem(str(record["task_id"]), prompt, code, "", tests, entry_point, imports, ('\n"""', "\nassert "))
+
+
+def _used_by(tests: str, solution: str) -> tuple[tuple[str, ...], str]:
+    """What tests use of a solution: names that it defines, and its imports, which the tests can make themselves."""
+    used = {node.id for node in ast.walk(_parsed(tests)) if isinstance(node, ast.Name)}
+    defined: list[str] = []
+    imports: list[str] = []
+    for statement in _parsed(solution).body:
+        if isinstance(statement, ast.Import | ast.ImportFrom):
+            if used & {(alias.asname or alias.name).split(".")[0] for alias in statement.names}:
+                imports.append(ast.unparse(statement))
+        elif isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            defined.append(statement.name)
+        else:
+            defined += [n.id for n in ast.walk(statement) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)]
+    return tuple(name for name in dict.fromkeys(defined) if name in used), "\n".join(imports)
+
+
+def _parsed(source: str) -> ast.Module:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of old escapes
+            return ast.parse(source)
+    except SyntaxError:
+        return ast.Module([], [])  # it will fail where it is run
 
 
 def humaneval_problem(record: dict[str, Any]) -> Problem:
     """A record of HumanEval, with the stop texts of its authors."""
-    tests = f"{record['test']}\ncheck({record['entry_point']})"
+    prompt, entry_point = record["prompt"], record["entry_point"]
+    tests = f"{record['test']}\ncheck({entry_point})"
     stops = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
-    return Problem(record["task_id"], record["prompt"], record["canonical_solution"], record["prompt"], tests, stops)
+    helpers = f"{prompt.rstrip()}\n    pass\n"  # the prompt's, which are the tests' own
+    helpers = helpers if _parsed(helpers).body else ""
+    solution = record["canonical_solution"]
+    return Problem(record["task_id"], prompt, solution, prompt, tests, (entry_point,), helpers, stops)
 
 
 class CodeTasks(TokenDataModule):

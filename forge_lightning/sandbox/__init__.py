@@ -1,6 +1,9 @@
-"""Runs generated programs. Knows nothing of training."""
+"""Judges generated programs by their tests. Knows nothing of training."""
 
-from forge_lightning.sandbox.runner import ProgramResult as ProgramResult
-from forge_lightning.sandbox.runner import run_programs as run_programs
+from forge_lightning.sandbox.sandbox import Capabilities as Capabilities
+from forge_lightning.sandbox.sandbox import Sandbox as Sandbox
+from forge_lightning.sandbox.sandbox import SandboxError as SandboxError
+from forge_lightning.sandbox.sandbox import Task as Task
+from forge_lightning.sandbox.sandbox import Verdict as Verdict
 
-__all__ = ["ProgramResult", "run_programs"]
+__all__ = ["Capabilities", "Sandbox", "SandboxError", "Task", "Verdict"]

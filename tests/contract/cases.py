@@ -91,8 +91,8 @@ CASES = [
         id="code-evaluation",
         observer=True,
         twin=lambda: callbacks.CodeEvaluation(name="second", max_new_tokens=4),
-        logs=frozenset({"forge/code_evaluation/pass_at_1", "forge/code_evaluation/timeout_rate"}),
-        constant_logs=frozenset({"forge/code_evaluation/timeout_rate"}),
+        logs=frozenset(f"forge/code_evaluation/{key}" for key in ("pass_at_1", "timeout_rate", "num_problems")),
+        constant_logs=frozenset({"forge/code_evaluation/timeout_rate", "forge/code_evaluation/num_problems"}),
         exempt={"fsdp2": "refuses sharded weights (test_code_evaluation)"},
     ),
     Case(

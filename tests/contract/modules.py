@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from forge_lightning.data.stateful import StatefulDataLoader
+from forge_lightning.sandbox import Task
 
 
 def examples(count=64):
@@ -22,8 +23,8 @@ class Problem:
     task_id: str
     prompt: str = ""
 
-    def program(self, completion):
-        return f"{completion}\nassert epoch > 0"
+    def task(self, completion):
+        return Task(completion, "assert epoch > 0", "epoch")
 
 
 class LossOnly(LightningModule):

@@ -6,8 +6,9 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from forge_lightning.data import CodeTasks, DataFileError
+from forge_lightning.data.code_tasks import mbpp_problem
 from forge_lightning.data.tokens import build_tokenizer
-from forge_lightning.sandbox import run_programs
+from forge_lightning.sandbox import Sandbox, Task
 
 
 def test_the_conventional_split_of_the_real_file(mbpp_path):
@@ -20,10 +21,39 @@ def test_the_reference_solutions_of_the_real_files_pass_and_empty_ones_do_not(mb
     mbpp = CodeTasks(path=mbpp_path, test_dataset="humaneval", test_path=humaneval_path)
     problems = mbpp.problems("val") + mbpp.problems("test")
     assert len(problems) == 90 + 164
-    right = run_programs([p.program(p.solution) for p in problems], timeout=20)
-    assert [p.task_id for p, r in zip(problems, right, strict=True) if not r.passed] == []
-    wrong = run_programs([p.program("    return None\n" if "/" in p.task_id else "pass") for p in problems], timeout=20)
-    assert [p.task_id for p, r in zip(problems, wrong, strict=True) if r.passed] == []
+    with Sandbox(timeout_seconds=20) as sandbox:
+        right = sandbox.run_many([p.task(p.solution) for p in problems])
+        assert [p.task_id for p, r in zip(problems, right, strict=True) if not r.passed] == []
+        wrong = sandbox.run_many([p.task("    return None\n" if "/" in p.task_id else "pass") for p in problems])
+        assert [p.task_id for p, r in zip(problems, wrong, strict=True) if r.passed] == []
+        always = [p.task(always_equal(p)) for p in problems if "/" not in p.task_id]
+        assert not any(verdict.passed for verdict in sandbox.run_many(always))
+
+
+def always_equal(problem):
+    """Every function of the program returns what equals everything."""
+    names = [name for name in problem.entry_point if f"class {name}" not in problem.solution]
+    lines = ["class Equal:", "    __eq__ = __contains__ = lambda *_: True"]
+    return "\n".join([*lines, *(f"def {name}(*_): return Equal()" for name in names)])
+
+
+def test_a_mutated_solution_fails(mbpp_path):
+    """One comparison or constant changed, in the first place where one is: nearly all tests see it."""
+    problems = CodeTasks(path=mbpp_path).problems("val")
+    mutants = [(p, m) for p in problems if (m := mutated(p.solution)) != p.solution]
+    assert len(mutants) > 60
+    with Sandbox(timeout_seconds=10) as sandbox:
+        verdicts = sandbox.run_many([p.task(m) for p, m in mutants])
+    assert sum(v.passed for v in verdicts) < 0.2 * len(mutants)
+    assert {v.status for v in verdicts} <= {"passed", "failed", "timeout"}
+
+
+def mutated(source):
+    pairs = ((" < ", " >= "), (" > ", " <= "), ("==", "!="), (" + ", " - "), ("*", "+"), ("return ", "return 1, "))
+    for old, new in pairs:
+        if old in source:
+            return source.replace(old, new, 1)
+    return source
 
 
 def test_the_path_may_come_from_the_environment(small_mbpp, monkeypatch):
@@ -49,9 +79,19 @@ def test_batches_put_the_loss_on_the_completion_only(small_mbpp):
 def test_completions_are_cut_where_they_stop():
     from forge_lightning.data.code_tasks import Problem
 
-    problem = Problem("0", "", "", before="A", tests="T", stops=("\ndef", "\nassert"))
-    assert problem.program("x\nassert y\ndef f") == "Ax\nT\n"
-    assert problem.program("x") == "Ax\nT\n"
+    problem = Problem("0", "", "", before="A", tests="T", entry_point=("f",), stops=("\ndef", "\nassert"))
+    assert problem.task("x\nassert y\ndef f") == Task("Ax\n", "T", ("f",))
+    assert problem.task("x") == Task("Ax\n", "T", ("f",))
+
+
+def test_what_the_tests_use_of_a_program_is_told_from_what_they_can_have_themselves():
+    """A program's own `isclose` must not decide whether its answer is close."""
+    code = "import math\r\nfrom cmath import isclose as near\r\nclass Pair: pass\r\nLIMIT = 3\r\ndef f(x): return x"
+    tests = ["assert math.isclose(f(Pair()), LIMIT)", "assert near(f(1), 1)"]
+    record = {"task_id": 1, "text": "", "code": code, "test_list": tests, "test_setup_code": ""}
+    problem = mbpp_problem(record)
+    assert problem.entry_point == ("Pair", "LIMIT", "f")
+    assert problem.setup == "import math\nfrom cmath import isclose as near"
 
 
 def test_training_on_humaneval_is_an_error_that_says_why():
@@ -72,7 +112,9 @@ def test_humaneval_is_measured_in_test_while_mbpp_trains(small_mbpp, tmp_path):
         file.write(json.dumps(record) + "\n")
     data = CodeTasks(path=small_mbpp, test_dataset="humaneval", test_path=str(path))
     problem = data.problems("test")[0]
-    assert run_programs([problem.program(problem.solution), problem.program("    return 2\n")])[0].passed
+    with Sandbox() as sandbox:
+        verdicts = sandbox.run_many([problem.task(problem.solution), problem.task("    return 2\n")])
+    assert [verdict.passed for verdict in verdicts] == [True, False]
     data.setup("test")
     assert torch.is_tensor(next(iter(data.test_dataloader()))["labels"])
 
