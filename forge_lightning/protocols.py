@@ -69,3 +69,55 @@ class SupportsStage(Protocol):
     @property
     def stage(self) -> str:
         """Its name."""
+
+
+@runtime_checkable
+class SupportsOutcomes(Protocol):
+    """A callback that measures how the model does on training examples."""
+
+    @property
+    def outcomes(self) -> Sequence[dict[str, Any]]:
+        """Of its last measurement: ``example`` (index in the data set) and ``success`` in [0, 1]; on all processes."""
+
+
+@runtime_checkable
+class SupportsDifficulty(Protocol):
+    """A datamodule that knows how hard its training examples are."""
+
+    @property
+    def difficulty(self) -> Any:
+        """``(N,)`` numbers, in the order of the training data set; ``None`` where difficulty is to be learned."""
+
+
+@runtime_checkable
+class SupportsChoice(Protocol):
+    """A sampler that asks a policy what to draw next, as `forge_lightning.data.DifficultySampler`."""
+
+    policy: Any
+    """Chooses arms, once set."""
+    difficulty: Any
+    """``(K,)`` of the arms; ``None`` where it is to be learned."""
+    num_arms: int
+    """Examples of the data set, or levels that examples can be made of."""
+    makes_examples: bool
+    """Whether arms are levels."""
+    ordered: bool
+    """Whether levels are in an order of difficulty."""
+    batch_size: int
+    """Examples a batch and process."""
+
+    restored: bool
+    """Whether a state was loaded since this was last set to False."""
+    iteration: int
+    """Epochs begun."""
+    first: int
+    """Batch that the running epoch began at; above 0 after a resume."""
+
+    def arms_of(self, batch: int) -> list[int] | None:
+        """What was drawn for a batch of the epoch, over all processes."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists."""
+
+    def load_state_dict(self, state: Any) -> None:
+        """Go on from `state_dict`."""

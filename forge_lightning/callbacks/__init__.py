@@ -1,6 +1,7 @@
 """Every enhancement is one callback: add it to any Trainer, in any Lightning project."""
 
 from forge_lightning.callbacks.code_evaluation import CodeEvaluation as CodeEvaluation
+from forge_lightning.callbacks.edge_controller import EdgeController as EdgeController
 from forge_lightning.callbacks.geometry_probe import GeometryProbe as GeometryProbe
 from forge_lightning.callbacks.grokfast import Grokfast as Grokfast
 from forge_lightning.callbacks.interrupt_checkpoint import InterruptCheckpoint as InterruptCheckpoint
@@ -12,6 +13,7 @@ from forge_lightning.components.stage_classifier import TrainingStage as Trainin
 
 __all__ = [
     "CodeEvaluation",
+    "EdgeController",
     "GeometryProbe",
     "Grokfast",
     "InterruptCheckpoint",

@@ -279,7 +279,7 @@ def is_fall(event: Mapping[str, Any]) -> bool:
 def plain_metric(name: str) -> str:
     """Without the ``name`` of an instance: ``forge/grokfast/second/lamb`` to ``forge/grokfast/lamb``."""
     parts = name.split("/")
-    named = len(parts) == 4 and parts[0] == "forge" and parts[1] in ("telemetry", "grokfast", "stage")
+    named = len(parts) == 4 and parts[0] == "forge" and parts[1] in ("telemetry", "grokfast", "stage", "edge")
     return "/".join((*parts[:2], parts[3])) if named else name
 
 

@@ -2,9 +2,20 @@
 
 from forge_lightning.data.algorithmic import AlgorithmicData as AlgorithmicData
 from forge_lightning.data.code_tasks import CodeTasks as CodeTasks
+from forge_lightning.data.difficulty import DifficultySampler as DifficultySampler
+from forge_lightning.data.generated_tasks import GeneratedTasks as GeneratedTasks
 from forge_lightning.data.records import DataFileError as DataFileError
 from forge_lightning.data.stateful import ResumableSampler as ResumableSampler
 from forge_lightning.data.stateful import StatefulDataLoader as StatefulDataLoader
 from forge_lightning.data.text import TextData as TextData
 
-__all__ = ["AlgorithmicData", "CodeTasks", "DataFileError", "ResumableSampler", "StatefulDataLoader", "TextData"]
+__all__ = [
+    "AlgorithmicData",
+    "CodeTasks",
+    "DataFileError",
+    "DifficultySampler",
+    "GeneratedTasks",
+    "ResumableSampler",
+    "StatefulDataLoader",
+    "TextData",
+]

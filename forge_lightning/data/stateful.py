@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -54,6 +54,13 @@ class ResumableSampler(DistributedSampler[Any]):
         self.bind()
         return self.num_samples
 
+    def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
+        """What the order depends on beyond epoch and place; nothing here."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+
 
 class StatefulDataLoader(DataLoader[Any]):
     """A `DataLoader` whose ``state_dict()`` Lightning keeps in its checkpoints: a mid-epoch resume sees the batches
@@ -89,7 +96,7 @@ class StatefulDataLoader(DataLoader[Any]):
         kwargs.setdefault("generator", torch.Generator().manual_seed(seed))
         super().__init__(dataset, batch_size=batch_size, sampler=sampler, drop_last=drop_last, **kwargs)
         self._delivered = 0
-        self._resume: dict[str, int] = {}
+        self._resume: dict[str, Any] = {}
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         self._delivered = self._take_up() if isinstance(self.sampler, ResumableSampler) else 0
@@ -112,19 +119,22 @@ class StatefulDataLoader(DataLoader[Any]):
         if resume["delivered"] < len(self) and sampler.num_told <= 1:
             sampler.shift = sampler.epoch - resume["epoch"]
             sampler.start = resume["delivered"] * (self.batch_size or 1)
-            return resume["delivered"]
+            return int(resume["delivered"])
         sampler.shift = sampler.epoch - (resume["epoch"] + 1)
         return 0
 
-    def state_dict(self) -> dict[str, int]:
+    def state_dict(self) -> dict[str, Any]:
         """The running epoch, and its batches that were handed out."""
         sampler = self.sampler
         if not isinstance(sampler, ResumableSampler):
             return {}
-        return {"epoch": sampler.epoch - sampler.shift, "delivered": self._delivered}
+        state: dict[str, Any] = {"epoch": sampler.epoch - sampler.shift, "delivered": self._delivered}
+        return state | {"sampler": sampler.state_dict(self._delivered)}
 
-    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """In the next epoch begun, skip the batches that were handed out; after a complete one, begin the one after."""
         self._resume = dict(state_dict)
         if isinstance(self.sampler, ResumableSampler):
             self.sampler.num_told = 0
+            if state_dict.get("sampler"):
+                self.sampler.load_state_dict(state_dict["sampler"])

@@ -38,6 +38,7 @@ _FIGURES: dict[str, tuple[Callable[[RunTrace], Any], str]] = {
         "Stages, success, loss and dimension. Bands are one standard error; a triangle marks a transition.",
     ),
     "dimensions": (figures.dimensions, "Every estimator. Values compare only at the same number of points."),
+    "edge": (figures.edge, "What `EdgeController` held, and what it drew to hold it."),
     "optimizer": (figures.optimizer, "What the gradient filter and the optimizer did."),
     "step_time": (figures.step_time, "Times of the host."),
     "others": (figures.others, "What other callbacks logged."),

@@ -205,9 +205,48 @@ def optimizer(run: RunTrace) -> Any | None:
     return _panels(panels, {"Gradient norm"})
 
 
+def edge(run: RunTrace) -> Any | None:
+    """Success against its band, and the difficulties that were drawn."""
+    from matplotlib.figure import Figure
+
+    success = run.find("forge/edge/success_rate")
+    if success is None:
+        return None
+    figure = Figure(figsize=(9, 4.6), layout="constrained")
+    above, below = figure.subplots(2, 1, sharex=True)
+    band_low, band_high = (run.find(f"forge/edge/target_{side}") for side in ("low", "high"))
+    if band_low is not None and band_high is not None:
+        color = _tone(GREEN)
+        above.fill_between(band_low[0], band_low[1], band_high[1], color=color, alpha=0.2, linewidth=0, label="band")
+    _draw(above, success, "success", BLUE)
+    expected = run.find("forge/edge/expected_success")
+    if expected is not None:
+        _draw(above, expected, "expected", ORANGE)
+        above.get_lines()[-1].set(linewidth=0.8, alpha=0.8)
+    inside = run.find("forge/edge/in_band")
+    share = f": {100 * inside[1][-1]:.0f} % of the steps in the band" if inside and math.isfinite(inside[1][-1]) else ""
+    above.set(ylabel="share right", ylim=(-0.03, 1.03))
+    above.set_title(f"Success of the training examples{share}")
+    above.legend(loc="lower right", ncols=3)
+    series = {key: run.find(f"forge/edge/difficulty{key}") for key in ("", "_p10", "_p90")}
+    drawn, low, high = (series[key] for key in ("", "_p10", "_p90"))
+    if drawn is not None and low is not None and high is not None:
+        color = _tone(BLUE)
+        below.fill_between(low[0], low[1], high[1], color=color, alpha=0.2, linewidth=0, label="middle 80 %")
+        _draw(below, drawn, "mean drawn", BLUE)
+        below.set_ylim(*_with_room(low[1] + high[1]))
+    below.set(xlabel=STEP, ylabel="difficulty")
+    below.set_title("Difficulty")
+    skill = run.find("forge/edge/skill")
+    if skill is not None:
+        _draw(below, skill, "skill", PURPLE)
+    below.legend(loc="lower right", ncols=3)
+    return figure
+
+
 def others(run: RunTrace) -> Any | None:
     """What callbacks logged that no other picture shows, a panel for each callback."""
-    shown = ("telemetry", "grokfast", "geometry", "stage")
+    shown = ("telemetry", "grokfast", "geometry", "stage", "edge")
     grouped: dict[str, dict[str, Series | None]] = {}
     for name, series in run.series.items():
         parts = name.split("/", 2)
@@ -417,6 +456,13 @@ def _tone(color: Any) -> Any:
 
 def _last_layer(runs: Sequence[RunTrace], estimator: str) -> list[str]:
     return [f"forge/geometry/{layers[-1]}/{estimator}" for run in runs if (layers := layers_of(run))]
+
+
+def _with_room(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of an axis that shows these, with a little room."""
+    there = [value for value in values if math.isfinite(value)] or [0.0]
+    room = 0.08 * (max(there) - min(there)) or 1.0
+    return min(there) - room, max(there) + room
 
 
 def _spans_decades(lines: Any) -> bool:

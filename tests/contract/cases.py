@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from lightning.pytorch import Callback
 
 from forge_lightning import callbacks
+from tests.contract.modules import with_choices
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Case:
     logs: frozenset[str] = frozenset()  # every key that its docstring lists
     constant_logs: frozenset[str] = frozenset()  # of those, the ones that a healthy run holds constant
     placeholders: dict[str, str] = field(default_factory=dict)  # pattern in a key -> what its docstring says for it
+    adapt: Callable[[type], type] = lambda module: module  # gives a module what the callback cannot do without
 
     def __str__(self) -> str:
         return self.id
@@ -64,7 +66,36 @@ TELEMETRY_LOGS = frozenset(
 )
 
 
+EDGE_LOGS = frozenset(
+    f"forge/edge/{key}"
+    for key in (
+        *("success_rate", "expected_success", "in_band", "difficulty", "difficulty_p10", "difficulty_p90"),
+        *("skill", "skill_se", "target_low", "target_high"),
+    )
+)
+
+
+def edge_controller(policy, low, more=()) -> Case:
+    """A bare loss is all that most of the modules return."""
+    options = {"policy": policy, "loss_threshold": 0.66, "target_range": (low, 0.9)}
+    return Case(
+        build=lambda: callbacks.EdgeController(**options),
+        id=f"edge-controller-{policy}",
+        inert=lambda: callbacks.EdgeController(**options, steer=False),
+        twin=lambda: callbacks.EdgeController(**options, steer=False, name="second"),
+        logs=EDGE_LOGS | {f"forge/edge/{key}" for key in more},
+        constant_logs=frozenset({"forge/edge/target_low", "forge/edge/target_high"}),
+        exempt={
+            "accumulation": "what is drawn depends on the batch size",
+            "shards_the_batch": "the sampler shares batches out itself (test_difficulty: two processes equal one)",
+        },
+        adapt=with_choices,
+    )
+
+
 CASES = [
+    edge_controller("skill", low=0.5),
+    edge_controller("item", low=0.4, more=["mastered"]),
     grokfast("grokfast-ema", alpha=0.9, lamb=2.0),
     grokfast("grokfast-ma", filter="ma", window_size=3, lamb=2.0),
     grokfast("grokfast-projection", filter="projection", alpha=0.9, lamb=0.25, schedule="cosine_similarity"),

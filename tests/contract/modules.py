@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+from forge_lightning.data.difficulty import DifficultySampler
 from forge_lightning.data.stateful import StatefulDataLoader
 from forge_lightning.sandbox import Task
 
@@ -167,3 +168,22 @@ class RaisesAtStep(LossOnly):
 
 
 FOREIGN = [LossOnly, ExtraOutputs, SkipsSteps, TwoOptimizers, UnfreezesLate, PartlyFrozen]
+
+
+def with_choices(base):
+    """The module with a `DifficultySampler` in its training loader, and a loss to tell under manual optimization."""
+
+    class Chooses(base):
+        def train_dataloader(self):
+            loader = super().train_dataloader()
+            difficulty = loader.dataset.tensors[0][:, 0]
+            sampler = DifficultySampler(loader.dataset, difficulty, batch_size=loader.batch_size, seed=3)
+            return type(loader)(loader.dataset, batch_size=loader.batch_size, sampler=sampler)
+
+        def training_step(self, batch, batch_idx):
+            returned = super().training_step(batch, batch_idx)
+            manual = returned is None and not self.automatic_optimization
+            return {"loss": self.loss(batch).detach()} if manual else returned
+
+    Chooses.__name__ = base.__name__
+    return Chooses

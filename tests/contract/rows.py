@@ -6,6 +6,7 @@ import math
 import random
 import re
 import weakref
+from contextvars import ContextVar
 
 import numpy as np
 import torch
@@ -16,10 +17,13 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 
 from tests.contract.modules import FOREIGN, LossOnly, Plain, RaisesAtStep, Stateful, with_batches_of
 
+ADAPT = ContextVar("adapt", default=lambda module: module)
+"""What the case at hand gives to a module that is fitted; see `Case.adapt`."""
+
 
 def fit(callbacks=(), module=LossOnly, ckpt_path=None, **kwargs):
     seed_everything(0, verbose=False)  # before the module is built: the same initial weights in every run
-    model = module() if isinstance(module, type) else module
+    model = ADAPT.get()(module)() if isinstance(module, type) else module
     defaults = {
         "accelerator": "cpu",
         "devices": 1,
@@ -239,7 +243,7 @@ def other_stages(case, tmp_path):
 def nothing_left_behind(case, tmp_path):
     callback = case.build()
     for module in (LossOnly, RaisesAtStep):
-        model = module()
+        model = ADAPT.get()(module)()
         before = set(vars(model))
         try:
             fit([callback], model)

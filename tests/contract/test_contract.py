@@ -5,9 +5,9 @@ import torch
 from lightning.pytorch import Callback
 
 from forge_lightning import callbacks
-from tests.contract import naive
+from tests.contract import distributed, naive
 from tests.contract.cases import CASES, Case
-from tests.contract.rows import ROWS
+from tests.contract.rows import ADAPT, ROWS
 
 
 def test_every_public_callback_has_a_case():
@@ -16,7 +16,8 @@ def test_every_public_callback_has_a_case():
 
 
 def test_exemptions_name_rows():
-    assert {row for case in CASES for row in case.exempt} <= {row.__name__ for row in ROWS} | {"ddp", "fsdp2"}
+    rows = {row.__name__ for row in (*ROWS, *distributed.ROWS)}
+    assert {row for case in CASES for row in case.exempt} <= rows | {"ddp", "fsdp2"}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.__name__)
@@ -24,7 +25,11 @@ def test_exemptions_name_rows():
 def test_promise(case, row, tmp_path):
     if row.__name__ in case.exempt:
         pytest.skip(case.exempt[row.__name__])
-    row(case, tmp_path)
+    token = ADAPT.set(case.adapt)
+    try:
+        row(case, tmp_path)
+    finally:
+        ADAPT.reset(token)
 
 
 NAIVE = Case(build=lambda: naive.NaiveGrokfast(alpha=0.9, lamb=2.0), id="naive")

@@ -8,13 +8,13 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from tests.contract.cases import CASES
-from tests.contract.modules import Stateful
+from tests.contract.modules import Stateful, with_choices
 from tests.contract.rows import fit, weights
 
 
 def run(cases, **kwargs):
     more = kwargs.pop("callbacks", [])
-    model, _ = fit([*(case.build() for case in cases), *more], Stateful, **kwargs)
+    model, _ = fit([*(case.build() for case in cases), *more], with_choices(Stateful), **kwargs)
     return weights(model)
 
 

@@ -119,9 +119,23 @@ def test_a_short_run_with_everything(fitted):
 
 def test_values_of_other_callbacks_get_a_panel(tmp_path):
     rows = [{"kind": "header", "version": 1, "step": 0}]
-    rows += [{"kind": "step", "step": s, "metrics": {"forge/edge/difficulty": s / 9}} for s in range(1, 9)]
+    rows += [{"kind": "step", "step": s, "metrics": {"forge/mine/something": s / 9}} for s in range(1, 9)]
     (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert "edge" in drawn(figures.others(read_run(tmp_path)))
+    assert "mine" in drawn(figures.others(read_run(tmp_path)))
+
+
+@pytest.mark.parametrize("name", ["", "mine/"])
+def test_success_and_difficulty_of_the_edge_are_drawn_with_their_band(tmp_path, name):
+    values = {"success_rate": 0.6, "expected_success": 0.65, "in_band": 0.9, "target_low": 0.55, "target_high": 0.75}
+    values |= {"difficulty": 3.0, "difficulty_p10": 1.0, "difficulty_p90": 5.0, "skill": 4.0}
+    metrics = {f"forge/edge/{name}{key}": value for key, value in values.items()}
+    rows = [{"kind": "step", "step": step, "metrics": metrics} for step in (1, 2, 3)]
+    (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    above, below = figures.edge(read_run(tmp_path)).axes
+    assert "90 % of the steps in the band" in above.get_title()
+    labels = [text.get_text() for axis in (above, below) for text in axis.get_legend().get_texts()]
+    assert labels == ["band", "success", "expected", "middle 80 %", "mean drawn", "skill"]
+    assert below.get_ylim()[0] < 1 < 5 < below.get_ylim()[1]
 
 
 def test_a_killed_run_reports_what_there_is(fitted):

@@ -1,0 +1,353 @@
+"""What to train on next, so that success stays in a band: estimators of skill that also choose difficulties.
+
+All work in float64 on the CPU, keep their own random stream, and give the same choices on every process that feeds them
+the same outcomes.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Integers = NDArray[np.int64]
+
+_UNITS = 10.0  # a range of difficulties is ten units wide, whatever it is called outside
+
+
+class DifficultyPolicy(Protocol):
+    """Chooses examples by what is known of the skill. ``arms`` are difficulties, levels, or items: see each."""
+
+    def propose(self, count: int) -> Any:
+        """The next ``count`` arms."""
+
+    def update(self, arms: Any, success: Any) -> None:
+        """Learn how it went: ``success`` in [0, 1] for each arm."""
+
+    def expected(self, arms: Any) -> Floats:
+        """Chance of success that the policy believes in."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists."""
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+
+
+class SkillTracker:
+    """One skill ``θ`` for all difficulties ``d``: success has the chance ``σ(a (θ - d))``.
+
+    The posterior of ``θ`` and ``log a`` is Gaussian (Laplace's approximation, damped Newton steps), widened a little at
+    every step for the drift of a learner, and much when outcomes surprise: when those of one step, or their discounted
+    sum, are more than ``surprise`` standard deviations off, as after a jump of skill. Difficulties are drawn around the
+    one whose chance is ``target``, from the posterior and with a spread of ``spread`` logits, which is what makes ``a``
+    known; a share ``epsilon`` is drawn from the whole range.
+
+    Args:
+        low: Least difficulty.
+        high: Greatest difficulty, above ``low``.
+        target: Chance of success to aim at, in (0, 1).
+        spread: Spread of the drawn difficulties in logits of success, at least 0.
+        epsilon: Share drawn from the whole range, in [0, 1].
+        drift: Variance that the skill may gain a step, in units of a tenth of the range, at least 0.
+        surprise: Standard deviations at which outcomes count as a jump, above 0.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: If an argument is out of range.
+
+    References:
+        The model is item-response theory's: Rasch, 1960; Birnbaum, 1968.
+    """
+
+    def __init__(
+        self,
+        low: float,
+        high: float,
+        target: float = 0.65,
+        spread: float = 0.8,
+        epsilon: float = 0.05,
+        drift: float = 0.002,
+        surprise: float = 3.0,
+        seed: int = 0,
+    ) -> None:
+        if not low < high:
+            raise ValueError(f"`low={low}` must be below `high={high}`.")
+        _check(target=(target, 0 < target < 1, "in (0, 1)"), spread=(spread, spread >= 0, "at least 0"))
+        _check(epsilon=(epsilon, 0 <= epsilon <= 1, "in [0, 1]"), drift=(drift, drift >= 0, "at least 0"))
+        _check(surprise=(surprise, surprise > 0, "above 0"))
+        self.low, self.high, self.target = low, high, target
+        self.spread, self.epsilon, self.drift, self.surprise = spread, epsilon, drift, surprise
+        self._rng = np.random.default_rng(seed)
+        self._mean = np.array([_UNITS / 2, 0.0])  # θ, log a
+        self._cov = np.diag([_UNITS**2 / 11, 0.25])
+        self._error, self._variance = 0.0, 0.0  # discounted sums of surprise
+
+    @property
+    def skill(self) -> float:
+        """``θ``, on the scale of the difficulties: that at which half of the outcomes are successes."""
+        return self.low + float(self._mean[0]) * (self.high - self.low) / _UNITS
+
+    @property
+    def skill_error(self) -> float:
+        """Its posterior standard deviation."""
+        return math.sqrt(self._cov[0, 0]) * (self.high - self.low) / _UNITS
+
+    def propose(self, count: int) -> Floats:
+        """Difficulties, ``(count,)``, each in ``[low, high]``."""
+        slope = math.exp(self._mean[1])
+        center = self._mean[0] - _logit(self.target) / slope
+        noise = math.hypot(self.spread / slope, min(math.sqrt(self._cov[0, 0]), _UNITS / 4))
+        drawn = center + noise * self._rng.standard_normal(count)
+        anywhere = self._rng.random(count) < self.epsilon
+        drawn = np.where(anywhere, self._rng.uniform(0, _UNITS, count), drawn)
+        for _ in range(4 if not anywhere.all() else 0):  # Newton: together they aim at the target, whatever was drawn
+            p = _sigmoid(slope * (self._mean[0] - np.clip(drawn, 0, _UNITS)))
+            rate = slope * float(np.sum(p * (1 - p) * ~anywhere)) / count
+            shift = (float(np.mean(p)) - self.target) / max(rate, 0.02 * slope)
+            drawn = np.where(anywhere, drawn, drawn + min(1.0, max(-1.0, shift * slope)) / slope)
+        return self.low + np.clip(drawn, 0, _UNITS) * (self.high - self.low) / _UNITS
+
+    def expected(self, arms: Any) -> Floats:
+        """Chance of success at each difficulty."""
+        return _sigmoid(math.exp(self._mean[1]) * (self._mean[0] - self._units(arms)))
+
+    def update(self, arms: Any, success: Any) -> None:
+        """Learn from outcomes in [0, 1] at difficulties; those that are not finite are left out."""
+        d, y = self._units(arms), np.asarray(success, dtype=float)
+        there = np.isfinite(y) & np.isfinite(d)
+        d, y = d[there], np.clip(y[there], 0, 1)
+        if not len(d):
+            return
+        cov = self._cov + np.diag([self.drift, 1e-4])
+        slope = math.exp(self._mean[1])
+        p = _sigmoid(slope * (self._mean[0] - d))
+        spread = float(np.sum(p * (1 - p))) + float(np.sum(slope * p * (1 - p))) ** 2 * cov[0, 0]
+        error = float(np.sum(y - p))
+        self._error, self._variance = 0.8 * self._error + error, 0.64 * self._variance + spread
+        if (
+            max(abs(error) / math.sqrt(spread + 1e-9), abs(self._error) / math.sqrt(self._variance + 1e-9))
+            > self.surprise
+        ):
+            cov = cov + np.diag([_UNITS**2 / 25, 0.0])
+            self._error, self._variance = 0.0, 0.0
+        self._fit(cov, d, y)
+
+    def _fit(self, cov: Floats, d: Floats, y: Floats) -> None:
+        precision, start = np.linalg.inv(cov), self._mean
+        mean, hessian = start.copy(), precision
+        for _ in range(4):
+            slope = math.exp(mean[1])
+            z = slope * (mean[0] - d)
+            p = _sigmoid(z)
+            jacobian = np.stack([np.full_like(d, slope), z], 1)
+            gradient = jacobian.T @ (y - p) - precision @ (mean - start)
+            hessian = (jacobian * np.maximum(p * (1 - p), 1e-4)[:, None]).T @ jacobian + precision
+            step = np.linalg.solve(hessian, gradient)
+            mean = mean + step * min(1.0, 1.5 / max(float(np.abs(step).max()), 1e-9))
+            mean[1] = min(2.0, max(-2.0, mean[1]))
+        mean[0] = min(_UNITS * 1.3, max(-0.3 * _UNITS, mean[0]))
+        self._mean, self._cov = mean, np.linalg.inv(hessian)
+
+    def _units(self, arms: Any) -> Floats:
+        return (np.asarray(arms, dtype=float) - self.low) * _UNITS / (self.high - self.low)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists."""
+        return {
+            "mean": self._mean.tolist(),
+            "cov": self._cov.tolist(),
+            "surprise": [float(self._error), float(self._variance)],
+            "rng": self._rng.bit_generator.state,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self._mean, self._cov = np.array(state["mean"]), np.array(state["cov"])
+        self._error, self._variance = state["surprise"]
+        self._rng.bit_generator.state = state["rng"]
+
+
+class ItemTracker:
+    """A skill, and a difficulty for each of ``N`` items: success has the chance ``σ(θ + w·x_i + u_i)``.
+
+    ``x_i`` are features that predict difficulty, with learned weights ``w``; ``u_i`` is what is left, an item's own,
+    and grows uncertain again while the item is not seen. Outcomes enter by an extended Kalman filter: as 0 or 1, or,
+    much better, as the probability that the model gives to the right answer. Items are drawn by how near a draw from
+    their posterior comes to ``target``; a share ``epsilon`` is drawn from all.
+
+    With ``replace``, items are arms of a bandit that may be drawn again and again, as families of generated tasks are;
+    without, a batch holds an item once.
+
+    Args:
+        features: ``(N, F)``, or ``(N,)`` for one; standardised here. Give ``(N, 0)`` where nothing is known.
+        target: Chance of success to aim at, in (0, 1).
+        replace: Draw with replacement.
+        temperature: Logits of success by which drawn items may miss the target, above 0.
+        epsilon: Share drawn from all items alike, in [0, 1].
+        item_std: Prior standard deviation of ``u_i`` in logits, above 0.
+        item_drift: Variance that ``u_i`` gains for each update that passes, at least 0.
+        drift: The same of ``θ``.
+        surprise: Standard deviations at which outcomes count as a jump of skill, above 0.
+        seed: Seed of the draws.
+
+    Raises:
+        ValueError: If an argument is out of range, or a feature is not finite.
+
+    References:
+        Explanatory item-response models: De Boeck and Wilson, 2004.
+    """
+
+    def __init__(
+        self,
+        features: Any,
+        target: float = 0.65,
+        replace: bool = False,
+        temperature: float = 0.6,
+        epsilon: float = 0.05,
+        item_std: float = 1.5,
+        item_drift: float = 0.01,
+        drift: float = 0.002,
+        surprise: float = 3.0,
+        seed: int = 0,
+    ) -> None:
+        x = np.asarray(features, dtype=float)
+        x = x[:, None] if x.ndim == 1 else x
+        if x.ndim != 2 or len(x) < 1 or not np.isfinite(x).all():
+            raise ValueError(f"`features` must be finite numbers, (N, F), with N at least 1; they are {x.shape}.")
+        _check(target=(target, 0 < target < 1, "in (0, 1)"), temperature=(temperature, temperature > 0, "above 0"))
+        _check(epsilon=(epsilon, 0 <= epsilon <= 1, "in [0, 1]"), item_std=(item_std, item_std > 0, "above 0"))
+        _check(item_drift=(item_drift, item_drift >= 0, "at least 0"), drift=(drift, drift >= 0, "at least 0"))
+        _check(surprise=(surprise, surprise > 0, "above 0"))
+        self.target, self.replace, self.temperature, self.epsilon = target, replace, temperature, epsilon
+        self.item_variance, self.item_drift, self.drift, self.surprise = item_std**2, item_drift, drift, surprise
+        spread = x.std(0)
+        self._x = (x - x.mean(0)) / np.where(spread > 0, spread, 1.0)
+        self._rng = np.random.default_rng(seed)
+        count = x.shape[1]
+        self._mean = np.array([0.0, *[-1.0] * count])  # θ, w: what a feature measures makes an item harder
+        self._cov = np.diag([4.0, *[1.0] * count])
+        self._own = np.zeros(len(x))
+        self._own_variance = np.full(len(x), self.item_variance)
+
+    @property
+    def skill(self) -> float:
+        """``θ``: logit of success on an item of average features."""
+        return float(self._mean[0])
+
+    @property
+    def skill_error(self) -> float:
+        """Its posterior standard deviation."""
+        return math.sqrt(self._cov[0, 0])
+
+    def propose(self, count: int) -> Integers:
+        """Items, ``(count,)``.
+
+        Raises:
+            ValueError: If more are asked for than there are, without ``replace``.
+        """
+        total = len(self._own)
+        if count > total and not self.replace:
+            raise ValueError(f"{count} different items were asked for, and there are {total}.")
+        anywhere = self._rng.random(count) < self.epsilon
+        steered = int(count - anywhere.sum())
+        shape = (steered, total) if self.replace else (1, total)
+        noise = 0.5 * np.sqrt(self._own_variance + self._cov[0, 0]) * self._rng.standard_normal(shape)
+        score = -((self._logits() + noise - _logit(self.target)) ** 2) / (2 * self.temperature**2)
+        score = score + self._rng.gumbel(size=shape)
+        if self.replace:
+            chosen = np.empty(count, dtype=np.int64)
+            chosen[~anywhere] = score.argmax(1)
+            chosen[anywhere] = self._rng.integers(0, total, int(anywhere.sum()))
+            return chosen
+        best = np.argsort(-score[0])
+        rest = self._rng.permutation(best[steered:])[: count - steered]
+        chosen = np.concatenate([best[:steered], rest]).astype(np.int64)
+        return self._rng.permutation(chosen)
+
+    def expected(self, arms: Any) -> Floats:
+        """Chance of success at each item."""
+        return _sigmoid(self._logits()[np.asarray(arms, dtype=np.int64)])
+
+    def update(self, arms: Any, success: Any, soft: bool = False) -> None:
+        """Learn from outcomes in [0, 1]; those that are not finite are left out.
+
+        Args:
+            arms: Items, ``(B,)``.
+            success: 0 or 1 for each, or, with ``soft``, the probability of the right answer.
+            soft: Take logits of ``success`` as observed, with noise of variance 1.
+        """
+        i, y = np.asarray(arms, dtype=np.int64), np.asarray(success, dtype=float)
+        there = np.isfinite(y)
+        i, y = i[there], np.clip(y[there], 1e-6, 1 - 1e-6)
+        self._own_variance = np.minimum(self._own_variance + self.item_drift, self.item_variance)
+        if not len(i):
+            return
+        i, first, counts = np.unique(i, return_inverse=True, return_counts=True)
+        y = np.bincount(first.ravel(), y) / counts  # an item that came several times is one observation, better known
+        cov = self._cov + np.diag([self.drift, *[1e-5] * self._x.shape[1]])
+        design = np.concatenate([np.ones((len(i), 1)), self._x[i]], 1)
+        predicted = design @ self._mean + self._own[i]
+        if soft:
+            noise, residual = np.ones(len(i)) / counts, np.log(y / (1 - y)) - predicted
+        else:
+            p = _sigmoid(predicted)
+            weight = np.maximum(p * (1 - p), 0.02)
+            noise, residual = 1 / (weight * counts), (y - p) / weight
+        own = noise + self._own_variance[i]
+        total = design @ cov @ design.T + np.diag(own)
+        unit = 1 / own
+        if abs(float(residual @ unit)) > self.surprise * math.sqrt(float(unit @ total @ unit)):
+            cov = cov + np.diag([2.0, *[0.0] * self._x.shape[1]])
+            total = design @ cov @ design.T + np.diag(own)
+        gain = np.linalg.solve(total, design @ cov).T
+        step = gain @ residual
+        self._mean = self._mean + np.clip(step, -2, 2)
+        cov = (np.eye(len(cov)) - gain @ design) @ cov
+        self._cov = (cov + cov.T) / 2
+        share = self._own_variance[i] / own
+        self._own[i] += np.clip(share * (residual - design @ step), -2, 2)
+        self._own_variance[i] *= 1 - share
+
+    def _logits(self) -> Floats:
+        found: Floats = self._mean[0] + self._x @ self._mean[1:] + self._own
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers and lists."""
+        return {
+            "mean": self._mean.tolist(),
+            "cov": self._cov.tolist(),
+            "own": self._own.tolist(),
+            "own_variance": self._own_variance.tolist(),
+            "rng": self._rng.bit_generator.state,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`.
+
+        Raises:
+            ValueError: If it is of another number of items.
+        """
+        if len(state["own"]) != len(self._own):
+            raise ValueError(f"The state is of {len(state['own'])} items, and there are {len(self._own)}.")
+        self._mean, self._cov = np.array(state["mean"]), np.array(state["cov"])
+        self._own, self._own_variance = np.array(state["own"]), np.array(state["own_variance"])
+        self._rng.bit_generator.state = state["rng"]
+
+
+def _check(**arguments: tuple[float, bool, str]) -> None:
+    for name, (value, ok, allowed) in arguments.items():
+        if not ok:
+            raise ValueError(f"`{name}={value}` must be {allowed}.")
+
+
+def _sigmoid(x: Any) -> Floats:
+    found: Floats = 1 / (1 + np.exp(-np.clip(x, -30, 30)))
+    return found
+
+
+def _logit(p: float) -> float:
+    return math.log(p / (1 - p))

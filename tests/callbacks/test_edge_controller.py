@@ -1,0 +1,261 @@
+import csv
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import CSVLogger
+from torch.utils.data import DataLoader, IterableDataset
+
+from forge_lightning.callbacks import EdgeController
+from forge_lightning.data import DifficultySampler, GeneratedTasks
+from tests.contract.modules import LossOnly, Plain, TwoOptimizers, examples, with_choices
+from tests.contract.rows import fit
+
+
+class Learner(Plain):
+    """Succeeds as a learner of skill 7 would, on whatever comes; `difficulty` is 0 to 10."""
+
+    loader = DataLoader
+    skill = 7.0
+
+    def training_step(self, batch, batch_idx):
+        chance = torch.sigmoid(2 * (self.skill - batch[2]))
+        success = (torch.rand(len(chance), generator=self.draws) < chance).float()
+        return {"loss": super().training_step(batch[:2], batch_idx), "example_success": success}
+
+    def train_dataloader(self):
+        self.draws = torch.Generator().manual_seed(0)
+        data = examples(2000)
+        hard = 10 * torch.rand(2000, generator=torch.Generator().manual_seed(1))
+        data.tensors += (hard,)
+        sampler = DifficultySampler(data, hard, batch_size=32)
+        return self.loader(data, batch_size=32, sampler=sampler)
+
+
+class Collects(Callback):
+    def __init__(self):
+        self.success, self.difficulty = [], []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.success.append(float(outputs["example_success"].mean()))
+        self.difficulty.append(float(batch[2].mean()))
+
+
+@pytest.mark.parametrize("policy", ["skill", "item", "auto"])
+def test_success_comes_into_the_band_and_stays(policy):
+    collects, controller = Collects(), EdgeController(policy=policy)
+    fit([controller, collects], Learner, max_epochs=3)
+    late = collects.success[60:]
+    assert 0.55 < sum(late) / len(late) < 0.75
+    before, _ = Collects(), None
+    fit([before], Learner, max_epochs=1)
+    assert abs(sum(before.difficulty) / len(before.difficulty) - 5) < 0.3
+    assert 6 < sum(collects.difficulty[60:]) / len(late) < 7.5
+    assert controller.success_rate == pytest.approx(sum(collects.success[-4:]) / 4, abs=0.1)
+
+
+def test_it_logs_what_it_did(tmp_path):
+    logger = CSVLogger(tmp_path, name="", version="")
+    controller = EdgeController(policy="skill")
+    fit([controller], Learner, max_epochs=3, logger=logger, log_every_n_steps=5)
+    with open(tmp_path / "metrics.csv") as file:
+        rows = [row for row in csv.DictReader(file) if row["forge/edge/success_rate"]]
+    final = {key.removeprefix("forge/edge/"): float(v) for key, v in rows[-1].items() if key.startswith("forge/edge")}
+    assert final["skill"] == pytest.approx(7, abs=0.3)
+    assert final["skill_se"] < 0.3
+    assert final["in_band"] > 0.8
+    assert final["difficulty_p10"] < final["difficulty"] < final["difficulty_p90"]
+    assert final["expected_success"] == pytest.approx(0.65, abs=0.1)
+
+
+class Jumps(Learner):
+    """Forgets half of what it can, all at once."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        if self.global_step == 100:
+            self.skill = 3.5
+
+
+def test_a_jump_of_skill_is_followed():
+    collects = Collects()
+    fit([EdgeController(policy="skill"), collects], Jumps, max_epochs=3)
+    assert sum(collects.difficulty[90:100]) / 10 == pytest.approx(6.7, abs=0.5)
+    assert sum(collects.difficulty[105:125]) / 20 == pytest.approx(3.2, abs=0.6)
+
+
+def test_a_watcher_changes_nothing_and_tells():
+    plain, watched = Collects(), Collects()
+    fit([plain], Learner)
+    controller = EdgeController(policy="skill", steer=False)
+    fit([controller, watched], Learner)
+    assert plain.difficulty == watched.difficulty
+    assert controller._tracker.skill == pytest.approx(7, abs=0.5)
+
+
+def test_losses_below_a_threshold_count_as_success():
+    class Losses(Learner):
+        def training_step(self, batch, batch_idx):
+            outputs = super().training_step(batch, batch_idx)
+            return {"loss": outputs["loss"], "example_loss": batch[2]}
+
+    controller = EdgeController(policy="skill", signal="example_loss", loss_threshold=6.0)
+    fit([controller], Losses, max_epochs=2)
+    assert controller._tracker.skill == pytest.approx(6, abs=0.5)
+
+
+def test_a_bare_loss_counts_for_the_batch_whatever_is_accumulated():
+    for accumulate in (1, 4):
+        controller = EdgeController(policy="skill", loss_threshold=10.0)
+        fit([controller], with_choices(LossOnly), accumulate_grad_batches=accumulate)
+        assert controller.success_rate == 1
+        controller = EdgeController(policy="skill", loss_threshold=0.25)
+        fit([controller], with_choices(LossOnly), accumulate_grad_batches=accumulate)
+        assert controller.success_rate == 0
+
+
+def test_log_likelihoods_tell_more_than_right_and_wrong():
+    class Likely(Learner):
+        def training_step(self, batch, batch_idx):
+            outputs = super().training_step(batch, batch_idx)
+            chance = torch.sigmoid(2 * (self.skill - batch[2]))
+            return {"loss": outputs["loss"], "example_log_likelihood": chance.log(), "example_success": chance}
+
+    collects = Collects()
+    controller = EdgeController(policy="item", signal="example_log_likelihood", soft=True)
+    fit([controller, collects], Likely, max_epochs=2)
+    assert 0.55 < sum(collects.success[40:]) / len(collects.success[40:]) < 0.75
+
+
+def test_outcomes_of_another_callback_are_taken_once():
+    class Measures(Callback):
+        outcomes = []
+
+        def on_train_batch_end(self, trainer, *_):
+            if trainer.global_step % 20 == 0:
+                self.outcomes = [
+                    {"step": trainer.global_step, "example": i, "success": float(i < 1000)} for i in range(2000)
+                ]
+
+    controller = EdgeController(policy="item", signal="outcomes")
+    fit([Measures(), controller], Learner, max_epochs=1)
+    assert controller._seen == 2000 * 3
+    chance = controller._tracker.expected(range(2000))
+    assert chance[:1000].mean() > chance[1000:].mean() + 0.3
+
+
+def test_generated_levels_follow_the_skill(tmp_path):
+    class Guesses(LossOnly):
+        """Right up to level 5, on average."""
+
+        def training_step(self, batch, batch_idx):
+            chance = torch.sigmoid(2 * (5 - batch["level"]))
+            loss = self.net(torch.randn(4, 8)).square().mean()
+            return {"loss": loss, "example_success": torch.bernoulli(chance)}
+
+        train_dataloader = val_dataloader = None
+
+    from lightning.pytorch import Trainer
+
+    seen = []
+
+    class Levels(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append(batch["level"].float().mean().item())
+
+    for families in (["addition"], ["addition", "expression"]):
+        seen.clear()
+        trainer = Trainer(
+            accelerator="cpu", max_steps=150, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+            enable_model_summary=False, limit_val_batches=0, callbacks=[EdgeController(), Levels()],
+        )  # fmt: skip
+        trainer.fit(Guesses(), GeneratedTasks(families, max_level=10))
+        assert sum(seen[-50:]) / 50 == pytest.approx(4.7, abs=0.6)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter(examples())
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        (lambda data: DataLoader(data, batch_size=8), r"no loader has a `DifficultySampler`.*two|Use `GeneratedTasks`"),
+        (lambda data: DataLoader(Stream(), batch_size=8), "no loader has a `DifficultySampler`"),
+        (
+            lambda data: DataLoader(data, batch_size=8, sampler=DifficultySampler(data, batch_size=16)),
+            "a loader of batch_size=8: its sampler draws batches of 16. Give `DifficultySampler` the loader's",
+        ),
+        (
+            lambda data: DataLoader(data, batch_size=8, sampler=DifficultySampler(data, batch_size=8)),
+            "policy='skill' on data without difficulties",
+        ),
+    ],
+)
+def test_data_that_cannot_be_chosen_from_is_refused_at_start(loader, message):
+    class Has(LossOnly):
+        def train_dataloader(self):
+            return loader(examples())
+
+    with pytest.raises(MisconfigurationException, match=message):
+        fit([EdgeController(policy="skill", loss_threshold=1.0)], Has)
+
+
+@pytest.mark.parametrize("module", [LossOnly, TwoOptimizers])
+def test_a_signal_that_never_comes_is_refused_after_the_first_batch(module):
+    class Silent(with_choices(module)):
+        def training_step(self, batch, batch_idx):
+            return module.training_step(self, batch, batch_idx)
+
+    with pytest.raises(
+        MisconfigurationException, match=r"`training_step` returned no such entry, only .*loss_threshold"
+    ):
+        fit([EdgeController()], Silent)
+
+
+def test_a_signal_of_another_length_is_refused():
+    class Short(Learner):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) | {"example_success": torch.ones(3)}
+
+    with pytest.raises(MisconfigurationException, match="returned 3 numbers for a batch of 32 examples"):
+        fit([EdgeController()], Short)
+
+
+def test_two_that_steer_are_refused():
+    with pytest.raises(MisconfigurationException, match=r"another `EdgeController` steers: one must decide"):
+        fit([EdgeController(), EdgeController(name="second")], Learner)
+
+
+def test_a_state_of_another_data_set_is_refused(tmp_path):
+    controller = EdgeController(policy="item")
+    fit([controller], Learner)
+    other = EdgeController(policy="item", loss_threshold=1.0)
+    other.load_state_dict(controller.state_dict())
+    with pytest.raises(MisconfigurationException, match="another policy or data set .*2000 items, and there are 64"):
+        fit([other], with_choices(LossOnly))
+
+
+def test_a_data_set_that_is_mastered_is_told():
+    class Knows(Learner):
+        skill = 30.0
+
+    with pytest.warns(UserWarning, match=r"% of the examples are mastered; there is little left to choose from"):
+        fit([EdgeController(policy="item")], Knows, log_every_n_steps=5, logger=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"target_range": (0.75, 0.55)}, r"`EdgeController\(target_range=\(0.75, 0.55\)\)` must be low < high"),
+        ({"target_range": (0.0, 0.5)}, r"within \(0, 1\)"),
+        ({"policy": "random"}, r"`EdgeController\(policy='random'\)` must be"),
+        ({"epsilon": 1.5}, r"`EdgeController\(epsilon=1.5\)` must be in \[0, 1\]"),
+        ({"spread": -1.0}, r"`EdgeController\(spread=-1.0\)` must be at least 0"),
+        ({"soft": True, "policy": "skill"}, r"`EdgeController\(soft=True\)` goes with policy='item'"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        EdgeController(**arguments)
