@@ -86,7 +86,10 @@ class SupportsDifficulty(Protocol):
 
     @property
     def difficulty(self) -> Any:
-        """``(N,)`` numbers, in the order of the training data set; ``None`` where difficulty is to be learned."""
+        """Numbers that predict it, ``(N,)`` or ``(N, F)``, in the order of the data set.
+
+        ``None`` where it is to be learned.
+        """
 
 
 @runtime_checkable

@@ -43,7 +43,8 @@ class CodeEvaluation(ForgeCallback):
         every_n_validations: Validations between evaluations.
         every_n_steps: Optimizer steps between evaluations on training problems, in place of those after validations.
             `EdgeController` reads their outcomes.
-        max_seconds: Wall time of one evaluation in validation or training. Problems it leaves out do not count.
+        max_seconds: Wall time of one evaluation in validation or training; a batch of programs is written in any case,
+            and has ``timeout`` seconds to run. Problems it leaves out do not count.
         batch_size: Programs to generate at a time.
         timeout: Seconds of a program.
         memory_mb: Memory of a program, in MiB.
@@ -150,7 +151,8 @@ class CodeEvaluation(ForgeCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         step = trainer.global_step
-        if self.every_n_steps is not None and step != self._step_before and step % self.every_n_steps == 0:
+        due = self.every_n_steps is not None and (is_dev_run(trainer) or step % self.every_n_steps == 0)
+        if due and step != self._step_before:
             self._evaluate(trainer, pl_module, "train")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -195,17 +197,20 @@ class CodeEvaluation(ForgeCallback):
         mine = self._chosen(trainer, source, split)[trainer.global_rank :: trainer.world_size]
         tasks = [problem for _, problem in mine for _ in range(self.num_samples)]
         completions: list[str] = []
+        longest = 0.0
         for start in range(0, len(tasks), self.batch_size):
-            if time.monotonic() > end:
+            began = time.monotonic()
+            if start and began + longest > end:
                 break
             prompts = [problem.prompt for problem in tasks[start : start + self.batch_size]]
             completions += pl_module.complete(
                 prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed + start
             )
+            longest = max(longest, time.monotonic() - began)
         mine = mine[: len(completions) // self.num_samples]
         tasks = tasks[: len(mine) * self.num_samples]
         completions = completions[: len(tasks)]
-        left = None if end == math.inf else max(0.0, end - time.monotonic())
+        left = None if end == math.inf else max(self.timeout, end - time.monotonic())
         with self._sandbox() as sandbox:
             programs = [problem.task(text) for problem, text in zip(tasks, completions, strict=True)]
             verdicts = sandbox.run_many(programs, left)

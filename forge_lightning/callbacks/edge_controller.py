@@ -13,7 +13,7 @@ from torch import Tensor
 
 from forge_lightning.callbacks.base import ForgeCallback, is_logging_step
 from forge_lightning.components.edge_controller import ItemTracker, SkillTracker
-from forge_lightning.protocols import SupportsChoice, SupportsOutcomes
+from forge_lightning.protocols import SupportsChoice, SupportsDifficulty, SupportsOutcomes
 
 _SMOOTHING = 128  # outcomes that the logged success rate is a mean of, about
 
@@ -28,7 +28,7 @@ class EdgeController(ForgeCallback):
     Hooks: the start and end of every training batch. Costs about 0.3 ms of CPU a batch, and one small exchange between
     processes.
 
-    Reads: ``signal`` in what ``training_step`` returns.
+    Reads: ``signal`` in what ``training_step`` returns; the datamodule's ``difficulty``, where it has one, as features.
     Changes: which examples are drawn.
     Logs: every ``log_every_n_steps``: ``forge/edge/success_rate`` (mean over about the last 128 outcomes),
     ``forge/edge/expected_success`` (what the policy believed of the last batch), ``forge/edge/in_band`` (share of steps
@@ -134,7 +134,7 @@ class EdgeController(ForgeCallback):
                 "Set `steer: false` in one of them.",
             )
         self._sampler = sampler
-        self._tracker = self._new_tracker(sampler)
+        self._tracker = self._new_tracker(trainer, sampler)
         self._clear()
         if self._restored is not None:
             self._take_up(self._restored)
@@ -225,10 +225,16 @@ class EdgeController(ForgeCallback):
             " batch_size=32)` and `DataLoader(dataset, batch_size=32, sampler=sampler)`.",
         )
 
-    def _new_tracker(self, sampler: SupportsChoice) -> SkillTracker | ItemTracker:
+    def _new_tracker(self, trainer: Trainer, sampler: SupportsChoice) -> SkillTracker | ItemTracker:
         target, policy = sum(self.target_range) / 2, self.policy
         if policy == "auto":
             policy = "item" if not sampler.makes_examples else "skill" if sampler.ordered else "bandit"
+        if self.signal == "outcomes" and policy != "item":
+            raise self.refuse(
+                f"signal='outcomes' and policy={policy!r}",
+                "outcomes are of examples of a data set",
+                "Use policy='item'.",
+            )
         if policy == "skill":
             if sampler.difficulty is None:
                 raise self.refuse(
@@ -245,8 +251,11 @@ class EdgeController(ForgeCallback):
                 "Use 'skill' or 'bandit'.",
             )
         features: Any = np.zeros((sampler.num_arms, 0))
-        if sampler.difficulty is not None and policy == "item":
-            features = sampler.difficulty
+        if policy == "item":
+            data = getattr(trainer, "datamodule", None)
+            known = data.difficulty if isinstance(data, SupportsDifficulty) else None
+            known = sampler.difficulty if known is None or len(known) != sampler.num_arms else known
+            features = features if known is None else np.asarray(known, dtype=float)
         options: dict[str, Any] = {"target": target, "epsilon": self.epsilon, "seed": self.seed}
         if policy == "bandit":
             return ItemTracker(features, replace=True, item_std=4.0, **options)

@@ -107,6 +107,8 @@ class SkillTracker:
             p = _sigmoid(slope * (self._mean[0] - np.clip(drawn, 0, _UNITS)))
             rate = slope * float(np.sum(p * (1 - p) * ~anywhere)) / count
             shift = (float(np.mean(p)) - self.target) / max(rate, 0.02 * slope)
+            if abs(shift * slope) < 0.01:
+                break
             drawn = np.where(anywhere, drawn, drawn + min(1.0, max(-1.0, shift * slope)) / slope)
         return self.low + np.clip(drawn, 0, _UNITS) * (self.high - self.low) / _UNITS
 
@@ -136,20 +138,32 @@ class SkillTracker:
         self._fit(cov, d, y)
 
     def _fit(self, cov: Floats, d: Floats, y: Floats) -> None:
-        precision, start = np.linalg.inv(cov), self._mean
-        mean, hessian = start.copy(), precision
+        """Newton's method for the most likely ``(θ, log a)``, written out for two numbers: they come at every step."""
+        skill, log_slope = start = float(self._mean[0]), float(self._mean[1])
+        p00, p01, p11 = _inverse(float(cov[0, 0]), float(cov[0, 1]), float(cov[1, 1]))
+        h00, h01, h11 = p00, p01, p11
         for _ in range(4):
-            slope = math.exp(mean[1])
-            z = slope * (mean[0] - d)
+            slope = math.exp(log_slope)
+            z = slope * (skill - d)
             p = _sigmoid(z)
-            jacobian = np.stack([np.full_like(d, slope), z], 1)
-            gradient = jacobian.T @ (y - p) - precision @ (mean - start)
-            hessian = (jacobian * np.maximum(p * (1 - p), 1e-4)[:, None]).T @ jacobian + precision
-            step = np.linalg.solve(hessian, gradient)
-            mean = mean + step * min(1.0, 1.5 / max(float(np.abs(step).max()), 1e-9))
-            mean[1] = min(2.0, max(-2.0, mean[1]))
-        mean[0] = min(_UNITS * 1.3, max(-0.3 * _UNITS, mean[0]))
-        self._mean, self._cov = mean, np.linalg.inv(hessian)
+            error, weight = y - p, np.maximum(p * (1 - p), 1e-4)
+            weighted = weight * z
+            h00 = p00 + slope * slope * float(weight.sum())
+            h01, h11 = p01 + slope * float(weighted.sum()), p11 + float(weighted @ z)
+            away = skill - start[0], log_slope - start[1]
+            g0 = slope * float(error.sum()) - p00 * away[0] - p01 * away[1]
+            g1 = float(error @ z) - p01 * away[0] - p11 * away[1]
+            i00, i01, i11 = _inverse(h00, h01, h11)
+            step = i00 * g0 + i01 * g1, i01 * g0 + i11 * g1
+            longest = max(abs(step[0]), abs(step[1]), 1e-9)
+            scale = min(1.0, 1.5 / longest)
+            skill += scale * step[0]
+            log_slope = min(2.0, max(-2.0, log_slope + scale * step[1]))
+            if longest < 1e-3:
+                break
+        skill = min(_UNITS * 1.3, max(-0.3 * _UNITS, skill))
+        i00, i01, i11 = _inverse(h00, h01, h11)
+        self._mean, self._cov = np.array([skill, log_slope]), np.array([[i00, i01], [i01, i11]])
 
     def _units(self, arms: Any) -> Floats:
         return (np.asarray(arms, dtype=float) - self.low) * _UNITS / (self.high - self.low)
@@ -342,6 +356,12 @@ def _check(**arguments: tuple[float, bool, str]) -> None:
     for name, (value, ok, allowed) in arguments.items():
         if not ok:
             raise ValueError(f"`{name}={value}` must be {allowed}.")
+
+
+def _inverse(a: float, b: float, c: float) -> tuple[float, float, float]:
+    """Of the symmetric ``[[a, b], [b, c]]``."""
+    determinant = a * c - b * b
+    return c / determinant, -b / determinant, a / determinant
 
 
 def _sigmoid(x: Any) -> Floats:

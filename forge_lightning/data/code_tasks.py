@@ -3,15 +3,20 @@
 import ast
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
 
+from forge_lightning.data.difficulty import DifficultySampler
 from forge_lightning.data.records import read_jsonl
 from forge_lightning.data.stateful import StatefulDataLoader
 from forge_lightning.data.tokens import Example, ExampleDataset, TokenDataModule, encode_example
+from forge_lightning.functional import ast_complexity, lempel_ziv_complexity, mean_rank, shannon_entropy
 from forge_lightning.sandbox import Task
 
 Benchmark = Literal["mbpp", "humaneval"]
@@ -126,6 +131,10 @@ class CodeTasks(TokenDataModule):
         batch_size: Examples a batch and process.
         max_length: Longest example in tokens, at least 8. Longer ones are left out, with a warning that counts them.
         prompt_template: MBPP's prompt, with ``{text}`` and ``{tests}``.
+        difficulty: How hard training problems are, for `EdgeController` to choose by: a numeric field of the file;
+            "tokens", "entropy", "lempel_ziv", "nodes", "depth", "cyclomatic" or "nesting" of the reference program;
+            "complexity" (all of these: combined by rank, and each a feature of policy "item"); or "learned". Default:
+            training problems come in a seeded shuffle, and nothing can choose.
         seed: Seed of the order of training examples.
         num_workers: Loader processes.
 
@@ -145,6 +154,7 @@ class CodeTasks(TokenDataModule):
         batch_size: int = 8,
         max_length: int = 1024,
         prompt_template: str = MBPP_PROMPT,
+        difficulty: str | None = None,
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
@@ -159,7 +169,10 @@ class CodeTasks(TokenDataModule):
         self.test_path = test_path if test_dataset else test_path or path
         self.max_length = max_length
         self.prompt_template = prompt_template
+        self.difficulty_by = difficulty
+        self._difficulty: Tensor | None = None
         self._records: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
+        self._kept: dict[str, list[int]] = {}
 
     def refuse_training(self) -> None:
         """Raise if this data must not be trained on."""
@@ -171,20 +184,66 @@ class CodeTasks(TokenDataModule):
             )
 
     def problems(self, split: str) -> list[Problem]:
-        """The problems of "train", "val" or "test". HumanEval has no split: "val" and "test" are all of it."""
+        """The problems of "train", "val" or "test". HumanEval has no split: "val" and "test" are all of it.
+
+        Of "train", once set up, those that are trained on: the ``i``-th is example ``i`` of the data set.
+        """
+        if split == "train" and split in self._kept:
+            return [problem for i, problem in enumerate(self._problems(split)) if i in set(self._kept[split])]
+        return self._problems(split)
+
+    def _problems(self, split: str) -> list[Problem]:
         dataset, path = (self.test_dataset, self.test_path) if split == "test" else (self.dataset, self.path)
         key = (dataset, path)
         if key not in self._records:
             self._records[key] = _load(dataset, path)
         if dataset == "humaneval":
             return [humaneval_problem(record) for record in self._records[key]]
-        chosen = [r for r in self._records[key] if r["task_id"] in MBPP_SPLITS[split]]
+        chosen = self._of_split(self._records[key], split)
         if not chosen:
             wanted = MBPP_SPLITS[split]
             raise MisconfigurationException(
                 f"`CodeTasks(path={path!r})` has no problem of the {split} split, task_id {wanted[0]} to {wanted[-1]}."
             )
         return [mbpp_problem(record, self.prompt_template) for record in chosen]
+
+    def _of_split(self, records: Sequence[dict[str, Any]], split: str) -> list[dict[str, Any]]:
+        return [record for record in records if record["task_id"] in MBPP_SPLITS[split]]
+
+    @property
+    def difficulty(self) -> Tensor | None:
+        """What predicts how hard each training problem is, ``(N, F)``; ``None`` where it is to be learned."""
+        return self._difficulty
+
+    def _sampler(self, dataset: ExampleDataset) -> DifficultySampler | None:
+        if self.difficulty_by is None:
+            return None
+        order = None
+        if self.difficulty_by != "learned":
+            self._difficulty = self._measure(dataset)
+            order = mean_rank(self._difficulty) if self._difficulty.shape[1] > 1 else self._difficulty[:, 0]
+        return DifficultySampler(dataset, order, batch_size=self.batch_size, seed=self.seed)
+
+    def _measure(self, dataset: ExampleDataset) -> Tensor:
+        """Of the problems that are in the data set, whose rows are numbered by their place in the split."""
+        wanted = self.difficulty_by
+        assert wanted is not None
+        records = self._of_split(self._records[(self.dataset, self.path)], "train")
+        kept = [records[example.id] for example in dataset.examples]
+        if wanted != "complexity" and wanted not in MEASURES:
+            missing = [r["task_id"] for r in kept if not isinstance(r.get(wanted), int | float)]
+            if missing:
+                raise MisconfigurationException(
+                    f"`CodeTasks(difficulty={wanted!r})` is no measure, and {len(missing)} of {len(kept)} problems"
+                    f" have no number of that name (task {missing[0]} is the first). Measures: {list(MEASURES)},"
+                    " 'complexity', 'learned'."
+                )
+            return torch.tensor([[float(record[wanted])] for record in kept], dtype=torch.float64)
+        names = list(MEASURES) if wanted == "complexity" else [wanted]
+        tokens = [len(example.input_ids) - example.num_prompt_tokens for example in dataset.examples]
+        found = torch.tensor([_measures(r["code"], n) for r, n in zip(kept, tokens, strict=True)], dtype=torch.float64)
+        found = torch.where(found.isfinite(), found, found.nanmedian(0).values)  # what cannot be parsed
+        return found[:, [MEASURES.index(name) for name in names]]
 
     def setup(self, stage: str | None = None) -> None:
         if stage == "fit":
@@ -195,6 +254,7 @@ class CodeTasks(TokenDataModule):
 
     def _encode(self, split: str) -> ExampleDataset:
         encoded: list[Example] = []
+        self._kept.pop(split, None)
         problems = self.problems(split)
         for number, problem in enumerate(problems):
             example = encode_example(self.tokenizer, number, problem.prompt, problem.solution)
@@ -208,12 +268,23 @@ class CodeTasks(TokenDataModule):
             if not encoded:
                 raise MisconfigurationException(f"`CodeTasks`: {message}. Raise `max_length`.")
             rank_zero_warn(f"{message} and are left out.")
+        self._kept[split] = [example.id for example in encoded]
         return ExampleDataset(encoded, self.tokenizer.pad_token_id)
 
     def test_dataloader(self) -> StatefulDataLoader:
         return self._loader("test")
 
     predict_dataloader = test_dataloader
+
+
+MEASURES = ("tokens", "entropy", "lempel_ziv", "nodes", "depth", "cyclomatic", "nesting")
+"""Of a reference program: see `forge_lightning.functional`."""
+
+
+def _measures(code: str, tokens: int) -> list[float]:
+    tree = ast_complexity(code)
+    text = [float(tokens), shannon_entropy(code), lempel_ziv_complexity(code)]
+    return [*text, tree.nodes, tree.depth, tree.cyclomatic, tree.nesting]
 
 
 def _load(dataset: Benchmark, path: str | None) -> list[dict[str, Any]]:

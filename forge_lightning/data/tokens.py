@@ -123,6 +123,10 @@ class TokenDataModule(LightningDataModule):
             self._tokenizer = build_tokenizer(self.tokenizer_name)
         return self._tokenizer
 
+    def _sampler(self, dataset: ExampleDataset) -> Any:
+        """Draws training examples; ``None`` for a seeded shuffle."""
+        return None
+
     def _loader(self, split: str) -> StatefulDataLoader:
         dataset = self._sets[split]
         return StatefulDataLoader(
@@ -130,6 +134,7 @@ class TokenDataModule(LightningDataModule):
             batch_size=self.batch_size,
             shuffle=split == "train",
             seed=self.seed,
+            sampler=self._sampler(dataset) if split == "train" else None,
             num_workers=self.num_workers,
             collate_fn=dataset.collate,
         )

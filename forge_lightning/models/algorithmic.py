@@ -83,7 +83,8 @@ class Decoder(nn.Module):
 class AlgorithmicModule(LightningModule):
     """The Grokfast paper's decoder on tasks with one answer token, as `AlgorithmicData` gives them.
 
-    Steps return ``loss``, and per example ``example_loss`` and ``example_success``, ``(B,)``, detached.
+    Steps return ``loss``, and per example ``example_loss``, ``example_success`` and
+    ``example_log_likelihood``, ``(B,)``, detached.
     Logs ``train/loss``, ``train/accuracy``, ``val/loss`` and ``val/accuracy``.
 
     Args:
@@ -146,6 +147,7 @@ class AlgorithmicModule(LightningModule):
             "loss": example_loss.mean(),
             "example_loss": example_loss.detach(),
             "example_success": success,
+            "example_log_likelihood": -example_loss.detach(),
         }, logits.detach()
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:

@@ -1,8 +1,9 @@
 import json
+import time
 
 import pytest
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.loggers import CSVLogger
 
 from forge_lightning.callbacks import CodeEvaluation
@@ -89,3 +90,44 @@ def test_a_module_that_cannot_complete_and_data_without_problems_are_refused():
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         CodeEvaluation(**options)
+
+
+def test_training_problems_are_evaluated_in_turn_every_n_steps(tmp_path):
+    model = Answers()
+    callback = CodeEvaluation(every_n_steps=4, limit_problems=3, timeout=0.5)
+    seen = []
+
+    class Watches(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            if callback.outcomes and callback.outcomes not in seen:
+                seen.append(callback.outcomes)
+
+    fit([callback, Watches()], model, max_epochs=2)
+    assert [outcome[0]["step"] for outcome in seen] == [4, 8, 12, 16]
+    assert sorted(o["example"] for outcome in seen for o in outcome) == sorted([*range(4)] * 3)
+    assert {o["example"]: o["success"] for outcome in seen for o in outcome}[0] == 1
+    other = CodeEvaluation(every_n_steps=4, limit_problems=3)
+    other.load_state_dict(callback.state_dict())
+    assert other._next_problem == callback._next_problem == 0
+
+
+def test_a_time_for_all_leaves_problems_out():
+    class Slow(Answers):
+        def complete(self, prompts, **options):
+            time.sleep(0.3)
+            return super().complete(prompts, **options)
+
+    callback = CodeEvaluation(batch_size=1, max_seconds=0.8, timeout=1.0)
+    _, trainer = fit([callback], Slow())
+    assert 1 <= float(trainer.callback_metrics["forge/code_evaluation/num_problems"]) <= 3
+    assert float(trainer.callback_metrics["forge/code_evaluation/pass_at_1"]) > 0
+
+
+def test_a_system_that_cannot_confine_is_refused_at_start(monkeypatch):
+    from forge_lightning.sandbox import Capabilities, Sandbox
+
+    monkeypatch.setattr(Sandbox, "_try_out", lambda self: Capabilities(0, False, False))
+    with pytest.raises(
+        MisconfigurationException, match=r"`CodeEvaluation`: .* Missing: landlock .*`allow_weaker: true`"
+    ):
+        fit([CodeEvaluation()], Answers)

@@ -144,6 +144,40 @@ def test_outcomes_of_another_callback_are_taken_once():
     assert chance[:1000].mean() > chance[1000:].mean() + 0.3
 
 
+def test_features_of_the_datamodule_are_used_and_executed_programs_are_a_signal(small_mbpp, tmp_path):
+    """As configs/edge_mbpp.yaml: what the model writes is run, and tells the controller."""
+    from forge_lightning.callbacks import CodeEvaluation
+    from forge_lightning.data import CodeTasks
+    from forge_lightning.models import ForgeModule
+
+    class Writes(ForgeModule):
+        """Solves every second training problem."""
+
+        def complete(self, prompts, **options):
+            known = {p.prompt: (i, p.solution) for i, p in enumerate(self.trainer.datamodule.problems("train"))}
+            return [known[prompt][1] if known[prompt][0] % 2 else "pass" for prompt in prompts]
+
+    config = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 512}
+    controller = EdgeController(policy="item", signal="outcomes")
+    evaluation = CodeEvaluation(every_n_steps=2, limit_problems=8, batch_size=8)
+    data = CodeTasks(path=small_mbpp, batch_size=8, difficulty="complexity")
+    from lightning.pytorch import Trainer
+
+    trainer = Trainer(
+        accelerator="cpu", max_steps=9, max_epochs=-1, logger=CSVLogger(tmp_path, name="", version=""),
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        log_every_n_steps=1, callbacks=[controller, evaluation],
+    )  # fmt: skip
+    trainer.fit(Writes(config=config), data)
+    assert controller._tracker._x.shape == (24, 7)
+    assert controller._seen == 4 * 8
+    chance = controller._tracker.expected(range(24))
+    assert chance[1::2].min() > chance[0::2].max()
+    with open(tmp_path / "metrics.csv") as file:
+        rates = [row["forge/code_evaluation/pass_at_1"] for row in csv.DictReader(file)]
+    assert len([rate for rate in rates if rate]) == 4
+
+
 def test_generated_levels_follow_the_skill(tmp_path):
     class Guesses(LossOnly):
         """Right up to level 5, on average."""
@@ -221,6 +255,13 @@ def test_a_signal_of_another_length_is_refused():
 
     with pytest.raises(MisconfigurationException, match="returned 3 numbers for a batch of 32 examples"):
         fit([EdgeController()], Short)
+
+
+def test_outcomes_need_examples_and_somebody_who_measures_them():
+    with pytest.raises(MisconfigurationException, match=r"Add `CodeEvaluation\(every_n_steps=...\)`"):
+        fit([EdgeController(policy="item", signal="outcomes")], Learner)
+    with pytest.raises(MisconfigurationException, match=r"signal='outcomes' and policy='skill'"):
+        fit([EdgeController(policy="skill", signal="outcomes")], Learner)
 
 
 def test_two_that_steer_are_refused():

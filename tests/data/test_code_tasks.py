@@ -183,3 +183,53 @@ def test_an_absent_tokenizer_says_what_to_do():
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         CodeTasks(**options)
+
+
+def steered(path, **options):
+    data = CodeTasks(path=path, batch_size=4, **options)
+    data.setup("fit")
+    return data, data.train_dataloader().sampler
+
+
+def test_difficulty_is_measured_on_the_reference_programs(small_mbpp):
+    data, sampler = steered(small_mbpp, difficulty="tokens")
+    lengths = [len(data.tokenizer(p.solution)["input_ids"]) for p in data.problems("train")]
+    assert sampler.difficulty.tolist() == lengths  # the end token is counted in both
+    data, sampler = steered(small_mbpp, difficulty="complexity")
+    assert data.difficulty.shape == (24, 7)
+    assert data.difficulty.isfinite().all()
+    assert 0 <= sampler.difficulty.min() < sampler.difficulty.max() <= 1
+
+
+def test_difficulty_may_be_a_field_of_the_file_or_learned(small_mbpp, tmp_path):
+    records = [json.loads(line) | {"hard": n / 7} for n, line in enumerate(open_lines(small_mbpp))]
+    path = tmp_path / "graded.jsonl"
+    path.write_text("\n".join(map(json.dumps, records)))
+    data, sampler = steered(str(path), difficulty="hard")
+    train = [r["hard"] for r in records if r["task_id"] >= 601]
+    assert sampler.difficulty.tolist() == pytest.approx(train)
+    data, sampler = steered(small_mbpp, difficulty="learned")
+    assert sampler.difficulty is None
+    assert data.difficulty is None
+    with pytest.raises(
+        MisconfigurationException, match=r"`CodeTasks\(difficulty='hard'\)` is no measure, and 24 of 24"
+    ):
+        steered(small_mbpp, difficulty="hard")
+
+
+def open_lines(path):
+    with open(path) as file:
+        return file.read().splitlines()
+
+
+def test_problems_to_train_on_are_numbered_as_the_data_set(small_mbpp):
+    """Those too long to be trained on are no examples."""
+    everything = CodeTasks(path=small_mbpp)
+    sizes = [len(everything.tokenizer(p.prompt + p.solution)["input_ids"]) for p in everything.problems("train")]
+    data = CodeTasks(path=small_mbpp, max_length=max(sizes) - 1)
+    with pytest.warns(UserWarning, match="are left out"):
+        data.setup("fit")
+    problems, examples = data.problems("train"), data.train_dataloader().dataset.examples
+    assert 0 < len(problems) == len(examples) < 24
+    for problem, example in zip(problems, examples, strict=True):
+        assert problem.solution in data.tokenizer.decode(example.input_ids)
