@@ -7,6 +7,7 @@ on where it was stopped), then `python -m benchmarks.edge report`.
 import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import CSVLogger
 
 from benchmarks.environment import FOLDER, header, table
 from forge_lightning.callbacks import EdgeController
@@ -225,12 +227,14 @@ def simulate() -> None:
             shares = [finite(kind, seed, correlation) for seed in range(500, 520)]
             found["finite"][f"{kind}|{correlation}"] = [mean(shares), stdev(shares) / math.sqrt(len(shares))]
             print(kind, correlation, found["finite"][f"{kind}|{correlation}"], flush=True)
+    found["cost"] = cost()
     SIMULATED.write_text(json.dumps(found, indent=1) + "\n")
 
 
 TRAIN_STEPS, EVERY = 3000, 100
 TUNING, HELD_OUT = (100, 101, 102), (0, 1, 2, 3, 4)
 RATES, RAMPS = (5e-4, 1e-3, 3e-3), (500, 1000, 2000)
+RUNNERS_UP = (("uniform", 1e-3, 1), ("easy to hard", 1e-3, 500))  # three seeds tell little: baselines get a second try
 METHODS = ("uniform", "easy to hard", "edge", "edge, 30 to 50 %")
 
 
@@ -291,6 +295,43 @@ def run_all(wanted: list[tuple[str, float, int, int]]) -> None:
             print({key: value for key, value in row.items() if key != "validations"}, last(row), flush=True)
 
 
+def cost() -> dict[str, float]:
+    """CPU milliseconds a step of everything the controller does: its hooks, logging, and the sampler's draws."""
+    torch.set_num_threads(1)
+    spent = {"controller": 0.0, "step": 0.0}
+
+    def timed(owner: Any, name: str) -> None:
+        inner = getattr(owner, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            start = time.process_time()
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                spent["controller"] += time.process_time() - start
+
+        setattr(owner, name, call)
+
+    controller = EdgeController()
+    for hook in ("on_train_batch_start", "on_train_batch_end"):
+        timed(controller, hook)
+    data = GeneratedTasks(["addition"], max_level=16, steps_per_epoch=500)
+    loader = data.train_dataloader()
+    timed(loader.sampler, "_draw")
+    config = {"model_type": "gpt2", "n_layer": 2, "n_embd": 96, "n_head": 4, "n_positions": 64}
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            accelerator="cpu", max_steps=500, logger=CSVLogger(folder), log_every_n_steps=10, callbacks=[controller],
+            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        )  # fmt: skip
+        module = ForgeModule(config=config)
+        module.build(data.tokenizer)
+        start = time.process_time()
+        trainer.fit(module, loader)
+    steps = trainer.global_step
+    return {"controller": 1000 * spent["controller"] / steps, "step": 1000 * (time.process_time() - start) / steps}
+
+
 def last(row: dict[str, Any]) -> float:
     """Exact match over all levels, mean of the last five validations."""
     return mean(row["validations"][-5:])
@@ -315,6 +356,7 @@ def run_training() -> None:
     _, ramp = best("easy to hard")
     run_all([("easy to hard", lr, ramp, s) for lr in RATES for s in TUNING])
     run_all([(m, *best(m), s) for m in METHODS for s in HELD_OUT])
+    run_all([(*cell, s) for cell in RUNNERS_UP for s in HELD_OUT])
 
 
 def first(row: dict[str, Any], level: float) -> float:
@@ -341,7 +383,8 @@ chance is in 50 to 80 %.
 Trained: configs/edge_arithmetic.yaml, a GPT-2 of 0.1 M parameters on additions of 16 levels, 3,000 steps of 32. Exact
 match on 64 other additions of every level, every 100 steps. For each way of choosing, the learning rate (5e-4, 1e-3,
 3e-3; 6e-3 was tried too), and for "easy to hard" the ramp (500, 1000, 2000 steps), were tuned on seeds 100 to 102 by
-the mean over all validations; seeds 0 to 4 are held out. "In band" is that of 55 to 75 % for all.
+the mean over all validations; seeds 0 to 4 are held out. The baselines' second choices are shown too, as three seeds
+tell little. "In band" is that of 55 to 75 % for all, of the mean over four batches, after the first 10 % of the steps.
 """
 
 
@@ -363,14 +406,20 @@ def report() -> None:
         "CPU ms a step, 32",
     ]
     parts += ["## Simulated\n", table(columns, lines)]
+    spent, step = found["cost"]["controller"], found["cost"]["step"]
+    parts.append(
+        f"In training, with its hooks, its logging every ten steps and the sampler's draws, the controller takes"
+        f" {spent:.2f} ms of CPU a step: {100 * spent / step:.1f} % of one of {step:.0f} ms.\n"
+    )
     lines = []
     for kind in ("uniform", "right or wrong", "soft"):
         cells = [found["finite"][f"{kind}|{c}"] for c in (0.3, 0.6)]
         lines.append([kind, *(f"{100 * m:.1f} ± {100 * 1.96 * e:.1f} %" for m, e in cells)])
     parts += ["## A data set of 374 items\n", table(["outcomes", "feature's correlation 0.3", "0.6"], lines)]
     lines = []
-    for method in METHODS:
-        lr, ramp = best(method)
+    cells = [(method, *best(method)) for method in METHODS]
+    cells += [cell for cell in RUNNERS_UP if cell not in cells]
+    for method, lr, ramp in sorted(cells, key=lambda cell: METHODS.index(cell[0])):
         held = [
             r for s in HELD_OUT for r in rows() if (r["method"], r["lr"], r["ramp"], r["seed"]) == (method, lr, ramp, s)
         ]
@@ -378,7 +427,7 @@ def report() -> None:
         lines.append(
             [method, settings, *(reached([first(r, level) for r in held]) for level in (0.25, 0.5)),
              interval([area(r) for r in held]), interval([last(r) for r in held]),
-             interval([r["in_band"] for r in held]), f"{mean(r['cpu_seconds'] for r in held):.0f}"]
+             interval([r["in_band"] for r in held])]
         )  # fmt: skip
     columns = [
         "examples",
@@ -388,7 +437,7 @@ def report() -> None:
         "mean over the run",
         "at the end",
     ]
-    parts += ["## Trained\n", table([*columns, "steps in band", "CPU s"], lines)]
+    parts += ["## Trained\n", table([*columns, "steps in band"], lines)]
     lines = [
         [r["method"], f"{r['lr']:g}", str(r["ramp"]) if r["method"] == "easy to hard" else "–", str(r["seed"]),
          f"{100 * area(r):.1f} %", f"{100 * last(r):.1f} %", f"{100 * r['in_band']:.1f} %"]

@@ -16,7 +16,7 @@ from torch import Tensor
 from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, run_directory
 from forge_lightning.components.pass_at_k import PassAtK
 from forge_lightning.protocols import SupportsGenerate, SupportsProblems
-from forge_lightning.sandbox import Sandbox, SandboxError, Verdict
+from forge_lightning.sandbox import NO_TIME, Sandbox, SandboxError, Verdict
 
 
 class CodeEvaluation(ForgeCallback):
@@ -122,7 +122,9 @@ class CodeEvaluation(ForgeCallback):
 
     @property
     def outcomes(self) -> list[dict[str, Any]]:
-        """Of the last evaluation, on all processes: ``step``, ``example`` (its place in the split), ``success``."""
+        """Of the last evaluation on training problems, over all processes: ``step``, ``example`` (its place in the data
+        set) and ``success``.
+        """
         return list(self._outcomes)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -143,6 +145,9 @@ class CodeEvaluation(ForgeCallback):
                 pass
         except SandboxError as error:
             raise MisconfigurationException(f"`CodeEvaluation`: {error}") from None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._outcomes = []
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_before = trainer.global_step
@@ -214,7 +219,7 @@ class CodeEvaluation(ForgeCallback):
         with self._sandbox() as sandbox:
             programs = [problem.task(text) for problem, text in zip(tasks, completions, strict=True)]
             verdicts = sandbox.run_many(programs, left)
-        quantities = self._measure(trainer, pl_module, mine, verdicts)
+        quantities = self._measure(trainer, pl_module, split, mine, verdicts)
         if split == "train":
             self.log_metrics(trainer, {key: float(value) for key, value in quantities.items()})
         else:
@@ -226,21 +231,22 @@ class CodeEvaluation(ForgeCallback):
             self._keep(folder, trainer.global_step, split, tasks, completions, verdicts)
 
     def _measure(
-        self, trainer: Trainer, pl_module: Any, mine: Sequence[tuple[int, Any]], verdicts: Sequence[Verdict]
+        self, trainer: Trainer, pl_module: Any, split: str, mine: Sequence[tuple[int, Any]], verdicts: Sequence[Verdict]
     ) -> dict[str, Tensor]:
-        """Over all processes; a problem of which a program could not run is left out."""
+        """Over all processes; a problem of which a program was left out for want of time does not count."""
         device = pl_module.device
         rows = []
         for number, (place, _) in enumerate(mine):
             of_it = verdicts[number * self.num_samples : (number + 1) * self.num_samples]
-            if not any(verdict.status == "could not run" for verdict in of_it):
+            if not any(verdict.detail == NO_TIME for verdict in of_it):
                 rows.append([place, sum(v.passed for v in of_it), sum(v.status == "timeout" for v in of_it)])
         table = torch.tensor(rows, dtype=torch.long, device=device).view(-1, 3)
         if trainer.world_size > 1:
             table = _gathered(trainer, table)
         step, places, passed = trainer.global_step, table[:, 0].tolist(), table[:, 1]
         shares = (passed / self.num_samples).tolist()
-        self._outcomes = [{"step": step, "example": p, "success": s} for p, s in zip(places, shares, strict=True)]
+        if split == "train":
+            self._outcomes = [{"step": step, "example": p, "success": s} for p, s in zip(places, shares, strict=True)]
         quantities = {
             "timeout_rate": table[:, 2].sum() / (len(table) * self.num_samples),  # NaN without any
             "num_problems": torch.tensor(float(len(table))),

@@ -48,8 +48,10 @@ class EdgeController(ForgeCallback):
             families of tasks. "item": a skill, and a difficulty for each example of a data set, which declared ones
             help to know. "auto": "item" for a data set; for levels "skill" if they are in an order, else "bandit".
         signal: Entry of what ``training_step`` returns: for each example success in [0, 1], or a loss with
-            ``loss_threshold``, or with ``soft`` the log-likelihood of the right answer. "outcomes" takes success from
-            another callback that measured it, as `CodeEvaluation(every_n_steps=...)` does on examples of a data set.
+            ``loss_threshold``, or with ``soft`` the log-likelihood of the right answer. `ForgeModule` returns
+            "example_success", "example_token_accuracy", "example_loss" and "example_log_likelihood". "outcomes" takes
+            success from another callback that measured it, as `CodeEvaluation(every_n_steps=...)` does on examples of a
+            data set; ``success_rate`` is then that of the measured ones.
         loss_threshold: Count a ``signal`` up to this as success. A single loss counts for the whole batch.
         soft: For "item": learn from log-likelihoods, which tell much more than right and wrong.
         epsilon: Share of examples drawn from all difficulties, in [0, 1]: none is forgotten, and each stays known.
@@ -85,6 +87,8 @@ class EdgeController(ForgeCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
+        if not isinstance(target_range, Sequence) or len(target_range) != 2:
+            raise ValueError(f"`EdgeController(target_range={target_range!r})` must be two numbers, low and high.")
         low, high = target_range
         if not 0 < low < high < 1:
             raise ValueError(f"`EdgeController(target_range={tuple(target_range)})` must be low < high within (0, 1).")
@@ -96,6 +100,8 @@ class EdgeController(ForgeCallback):
             raise ValueError(f"`EdgeController(spread={spread})` must be at least 0.")
         if soft and (policy not in ("auto", "item") or loss_threshold is not None):
             raise ValueError("`EdgeController(soft=True)` goes with policy='item', and without `loss_threshold`.")
+        if signal == "loss" and loss_threshold is None:
+            raise ValueError("`EdgeController(signal='loss')` is no success: set `loss_threshold`.")
         self.target_range, self.policy, self.signal = (low, high), policy, signal
         self.loss_threshold, self.soft = loss_threshold, soft
         self.epsilon, self.spread, self.steer, self.seed = epsilon, spread, steer, seed
@@ -110,7 +116,8 @@ class EdgeController(ForgeCallback):
         self._iteration, self._batch = -1, 0
         self._rate, self._weight = 0.0, 0.0
         self._steps_in_band, self._steps_counted = 0, 0
-        self._seen = 0
+        self._seen, self._batches = 0, 0
+        self._warned: set[str] = set()
         self._last_outcomes: list[dict[str, Any]] = []
         self._told = False
 
@@ -120,7 +127,38 @@ class EdgeController(ForgeCallback):
         return self._rate / self._weight if self._weight else math.nan
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        loader, sampler = self._find_sampler(trainer)
+        sampler = self._find_sampler(trainer)
+        self._sampler = sampler
+        self._tracker = self._new_tracker(trainer, sampler)
+        self._clear()
+        if self._restored is not None:
+            self._take_up(self._restored)
+            self._restored = None
+        sampler.restored = False
+        if self.steer:
+            sampler.policy = self._tracker
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._sampler is None or any(self._sampler is sampler for sampler, _ in _samplers(trainer)):
+            return
+        before, self._sampler = self._sampler, self._find_sampler(trainer)  # the loader was made anew
+        self._sampler.load_state_dict(before.state_dict())
+        self._sampler.restored, before.policy, self._iteration = False, None, -1
+        if self.steer:
+            self._sampler.policy = self._tracker
+
+    def _find_sampler(self, trainer: Trainer) -> SupportsChoice:
+        found = next(iter(_samplers(trainer)), None)
+        if found is None:
+            raise self._no_sampler(trainer)
+        sampler, loader = found
+        dataset = getattr(sampler, "dataset", loader.dataset)
+        if dataset is not loader.dataset and len(dataset) != len(loader.dataset):
+            raise self.refuse(
+                f"a loader of {len(loader.dataset)} examples",
+                f"its sampler was made for {len(dataset)}",
+                "Give `DifficultySampler` the loader's data set.",
+            )
         if loader.batch_size != sampler.batch_size:
             raise self.refuse(
                 f"a loader of batch_size={loader.batch_size}",
@@ -133,15 +171,7 @@ class EdgeController(ForgeCallback):
                 "one must decide",
                 "Set `steer: false` in one of them.",
             )
-        self._sampler = sampler
-        self._tracker = self._new_tracker(trainer, sampler)
-        self._clear()
-        if self._restored is not None:
-            self._take_up(self._restored)
-            self._restored = None
-        sampler.restored = False
-        if self.steer:
-            sampler.policy = self._tracker
+        return sampler
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         assert self._sampler is not None
@@ -159,6 +189,7 @@ class EdgeController(ForgeCallback):
             arms, success = self._measured_elsewhere(trainer)
         else:
             arms, success = np.array(self._arms), self._everybodys(trainer, pl_module, outputs, len(self._arms))
+        self._batches += 1
         logs = is_logging_step(trainer)
         expected = self._expected(np.array(self._arms)) if logs else math.nan  # before it knows
         if len(arms):
@@ -212,13 +243,16 @@ class EdgeController(ForgeCallback):
             self._sampler = None
         self._arms, self._iteration = None, -1
 
-    def _find_sampler(self, trainer: Trainer) -> tuple[Any, SupportsChoice]:
-        for loader in _flattened(trainer.train_dataloader):
-            sampler = getattr(loader, "sampler", None)
-            if isinstance(sampler, SupportsChoice):
-                return loader, sampler
-        kinds = ", ".join(type(loader).__name__ for loader in _flattened(trainer.train_dataloader)) or "nothing"
-        raise self.refuse(
+    def _no_sampler(self, trainer: Trainer) -> MisconfigurationException:
+        loaders = list(_flattened(trainer.train_dataloader))
+        if any(isinstance(getattr(loader, "batch_sampler", None), SupportsChoice) for loader in loaders):
+            return self.refuse(
+                "a `DifficultySampler` as `batch_sampler`",
+                "it yields one example at a time",
+                "Give it to the loader as `sampler`, with `batch_size`.",
+            )
+        kinds = ", ".join(type(loader).__name__ for loader in loaders) or "nothing"
+        return self.refuse(
             f"this training data ({kinds})",
             "no loader has a `DifficultySampler`, so that there is nothing to choose with",
             "Use `GeneratedTasks`, or for a data set of yours: `sampler = DifficultySampler(dataset, difficulty,"
@@ -259,10 +293,11 @@ class EdgeController(ForgeCallback):
         options: dict[str, Any] = {"target": target, "epsilon": self.epsilon, "seed": self.seed}
         if policy == "bandit":
             return ItemTracker(features, replace=True, item_std=4.0, **options)
-        if sampler.num_arms < sampler.batch_size:
+        together = sampler.batch_size * trainer.world_size
+        if sampler.num_arms < together:
             raise self.refuse(
                 f"policy='item' on {sampler.num_arms} examples",
-                f"a batch holds {sampler.batch_size} different ones",
+                f"a batch of all processes holds {together} different ones",
                 "Use a smaller batch.",
             )
         return ItemTracker(features, **options)
@@ -299,34 +334,47 @@ class EdgeController(ForgeCallback):
             if not known:
                 raise self._no_signal(outputs)
             self._told = True
-        each = torch.full((count // world,), math.nan)
+        each = np.full(count // world, math.nan)
         if mine is not None:
-            values = mine.detach().float().flatten().cpu()
-            if len(values) == 1:
-                each[:] = values
-            elif len(values) == len(each):
-                each = values
-            else:
+            values = mine.detach().float().flatten().cpu().double().numpy()
+            if self.soft:
+                self._require(values, (values <= 1e-4).all(), "log-likelihoods are at most 0")
+                values = np.exp(values)
+            elif self.loss_threshold is None:
+                right = ((values > -1e-4) & (values < 1 + 1e-4))[np.isfinite(values)].all()
+                self._require(values, right, "success is in [0, 1]; for a loss set `loss_threshold`")
+            if len(values) not in (1, len(each)):
                 raise MisconfigurationException(
                     f"`EdgeController(signal={self.signal!r})`: `training_step` returned {len(values)} numbers for a"
                     f" batch of {len(each)} examples. Return one for each."
                 )
+            each[:] = values
         if world > 1:
-            each = trainer.strategy.all_gather(each.to(pl_module.device)).cpu().T.flatten()
-        return each.numpy().astype(float)
+            gathered = trainer.strategy.all_gather(torch.from_numpy(each).float().to(pl_module.device))
+            each = gathered.cpu().T.flatten().double().numpy()
+        return each
 
     def _success(self, trainer: Trainer, outputs: Any) -> Tensor | None:
         value = outputs.get(self.signal) if isinstance(outputs, Mapping) else None
+        key = self.signal
         if value is None and self.loss_threshold is not None:  # a bare loss
-            value = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-            if isinstance(value, Tensor) and trainer.lightning_module.automatic_optimization:
-                value = value * trainer.accumulate_grad_batches  # Lightning has divided it
+            value, key = (outputs.get("loss") if isinstance(outputs, Mapping) else outputs), "loss"
+        if isinstance(value, list | tuple | np.ndarray):
+            value = torch.as_tensor(np.asarray(value, dtype=float))
         if not isinstance(value, Tensor):
             return None
         value = value.detach()
+        if key == "loss" and trainer.lightning_module.automatic_optimization:
+            value = value * trainer.accumulate_grad_batches  # Lightning has divided it
         if self.loss_threshold is not None:
             return torch.where(value.isfinite(), (value <= self.loss_threshold).float(), 0.0)
-        return value.double().exp() if self.soft else value
+        return value
+
+    def _require(self, values: Any, ok: Any, allowed: str) -> None:
+        if not bool(ok):
+            raise MisconfigurationException(
+                f"`EdgeController(signal={self.signal!r})`: `training_step` returned {values[:3]} ..., and {allowed}."
+            )
 
     def _no_signal(self, outputs: Any) -> MisconfigurationException:
         found = sorted(map(str, outputs)) if isinstance(outputs, Mapping) else type(outputs).__name__
@@ -340,6 +388,7 @@ class EdgeController(ForgeCallback):
         """Outcomes of another callback that are new; the same on all processes."""
         callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
         sources = [callback for callback in callbacks if isinstance(callback, SupportsOutcomes)]
+        sources.sort(key=lambda callback: not callback.outcomes)
         if not sources:
             raise self.refuse(
                 "signal='outcomes'", "no callback measures outcomes", "Add `CodeEvaluation(every_n_steps=...)`."
@@ -348,7 +397,14 @@ class EdgeController(ForgeCallback):
         if not found or found == self._last_outcomes:
             return np.zeros(0, dtype=np.int64), np.zeros(0)
         self._last_outcomes = found
-        return np.array([o["example"] for o in found]), np.array([o["success"] for o in found], dtype=float)
+        examples = np.array([o["example"] for o in found])
+        assert self._sampler is not None
+        if examples.min() < 0 or examples.max() >= self._sampler.num_arms:
+            raise MisconfigurationException(
+                f"`EdgeController(signal='outcomes')`: `{type(sources[0]).__name__}` measured example {examples.max()},"
+                f" and there are {self._sampler.num_arms}. The problems of 'train' must be the data set's examples."
+            )
+        return examples, np.array([o["success"] for o in found], dtype=float)
 
     def _expected(self, arms: Any) -> float:
         assert self._tracker is not None
@@ -375,17 +431,41 @@ class EdgeController(ForgeCallback):
         }
         if isinstance(tracker, ItemTracker) and not tracker.replace:
             every = tracker.expected(np.arange(sampler.num_arms))
-            mastered = float((every > self.target_range[1]).mean())
-            metrics["mastered"] = mastered
-            if mastered > 0.8 and not self._warned:
-                self._warned = True
-                rank_zero_warn(
-                    f"EdgeController: {100 * mastered:.0f} % of the examples are mastered; there is little left to"
-                    " choose from. Add data, or augment it."
+            metrics["mastered"] = float((every > self.target_range[1]).mean())
+            if metrics["mastered"] > 0.8:
+                self._warn_once(
+                    f"{100 * metrics['mastered']:.0f} % of the examples are mastered; there is little left to choose"
+                    " from. Add data, or augment it."
                 )
+        self._warn_where_there_is_no_edge(tracker, sampler)
         return metrics
 
-    _warned = False
+    def _warn_where_there_is_no_edge(self, tracker: SkillTracker | ItemTracker, sampler: SupportsChoice) -> None:
+        if self._seen == 0 and self._batches >= 20 and self.signal != "outcomes":
+            self._warn_once(
+                f"no outcome so far is a number: `signal={self.signal!r}` is NaN. Nothing is steered by it."
+            )
+        if self._seen < 4 * _SMOOTHING:
+            return
+        arms = sampler.difficulty if isinstance(tracker, SkillTracker) else np.arange(sampler.num_arms)
+        chance, (low, high) = tracker.expected(arms), self.target_range
+        told = isinstance(tracker, ItemTracker) and not tracker.replace  # by "mastered"
+        if chance.min() > high and self.success_rate > high and not told:
+            self._warn_once("even the hardest examples are mastered, and success is above the band. Add harder ones.")
+        if chance.max() < low and self.success_rate < low:
+            self._warn_once("even the easiest examples fail, and success is below the band. Add easier ones.")
+
+    def _warn_once(self, message: str) -> None:
+        if message[:12] not in self._warned:
+            self._warned.add(message[:12])
+            rank_zero_warn(f"EdgeController: {message}")
+
+
+def _samplers(trainer: Trainer) -> list[tuple[SupportsChoice, Any]]:
+    """Samplers of the training loaders that choose, each with its loader."""
+    loaders = list(_flattened(trainer.train_dataloader))
+    found = [(getattr(loader, "sampler", None), loader) for loader in loaders]
+    return [(sampler, loader) for sampler, loader in found if isinstance(sampler, SupportsChoice)]
 
 
 def _flattened(loaders: Any) -> Iterator[Any]:

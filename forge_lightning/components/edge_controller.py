@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
+_LEAST_LOG_SLOPE = -1.2  # flatter, and slips on easy examples would make hard ones look within reach
 _UNITS = 10.0  # a range of difficulties is ten units wide, whatever it is called outside
 
 
@@ -70,7 +71,7 @@ class SkillTracker:
         spread: float = 0.8,
         epsilon: float = 0.05,
         drift: float = 0.002,
-        surprise: float = 3.0,
+        surprise: float = 3.5,
         seed: int = 0,
     ) -> None:
         if not low < high:
@@ -119,21 +120,24 @@ class SkillTracker:
     def update(self, arms: Any, success: Any) -> None:
         """Learn from outcomes in [0, 1] at difficulties; those that are not finite are left out."""
         d, y = self._units(arms), np.asarray(success, dtype=float)
-        there = np.isfinite(y) & np.isfinite(d)
-        d, y = d[there], np.clip(y[there], 0, 1)
+        if not (np.isfinite(y) & np.isfinite(d)).all():
+            there = np.isfinite(y) & np.isfinite(d)
+            d, y = d[there], y[there]
         if not len(d):
             return
-        cov = self._cov + np.diag([self.drift, 1e-4])
+        y = np.minimum(np.maximum(y, 0.0), 1.0)
+        cov = self._cov.copy()
+        cov[0, 0] += self.drift
+        cov[1, 1] += 1e-4
         slope = math.exp(self._mean[1])
         p = _sigmoid(slope * (self._mean[0] - d))
-        spread = float(np.sum(p * (1 - p))) + float(np.sum(slope * p * (1 - p))) ** 2 * cov[0, 0]
-        error = float(np.sum(y - p))
-        self._error, self._variance = 0.8 * self._error + error, 0.64 * self._variance + spread
-        if (
-            max(abs(error) / math.sqrt(spread + 1e-9), abs(self._error) / math.sqrt(self._variance + 1e-9))
-            > self.surprise
-        ):
-            cov = cov + np.diag([_UNITS**2 / 25, 0.0])
+        total = float((p * (1 - p)).sum())
+        variance = total + (slope * total) ** 2 * float(cov[0, 0])
+        error = float((y - p).sum())
+        self._error, self._variance = 0.8 * self._error + error, 0.64 * self._variance + variance
+        off = max(error**2 / (variance + 1e-9), self._error**2 / (self._variance + 1e-9))
+        if off > self.surprise**2:
+            cov[0, 0] += _UNITS**2 / 25
             self._error, self._variance = 0.0, 0.0
         self._fit(cov, d, y)
 
@@ -158,10 +162,10 @@ class SkillTracker:
             longest = max(abs(step[0]), abs(step[1]), 1e-9)
             scale = min(1.0, 1.5 / longest)
             skill += scale * step[0]
-            log_slope = min(2.0, max(-2.0, log_slope + scale * step[1]))
+            log_slope = min(2.0, max(_LEAST_LOG_SLOPE, log_slope + scale * step[1]))
             if longest < 1e-3:
                 break
-        skill = min(_UNITS * 1.3, max(-0.3 * _UNITS, skill))
+        skill = min(2.5 * _UNITS, max(-1.5 * _UNITS, skill))
         i00, i01, i11 = _inverse(h00, h01, h11)
         self._mean, self._cov = np.array([skill, log_slope]), np.array([[i00, i01], [i01, i11]])
 
@@ -171,6 +175,7 @@ class SkillTracker:
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists."""
         return {
+            "range": [self.low, self.high],
             "mean": self._mean.tolist(),
             "cov": self._cov.tolist(),
             "surprise": [float(self._error), float(self._variance)],
@@ -178,7 +183,13 @@ class SkillTracker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Go on from `state_dict`.
+
+        Raises:
+            ValueError: If it is of another range of difficulties.
+        """
+        if list(state["range"]) != [self.low, self.high]:
+            raise ValueError(f"The state is of difficulties {state['range']}, and these are {[self.low, self.high]}.")
         self._mean, self._cov = np.array(state["mean"]), np.array(state["cov"])
         self._error, self._variance = state["surprise"]
         self._rng.bit_generator.state = state["rng"]
@@ -224,7 +235,7 @@ class ItemTracker:
         item_std: float = 1.5,
         item_drift: float = 0.01,
         drift: float = 0.002,
-        surprise: float = 3.0,
+        surprise: float = 3.5,
         seed: int = 0,
     ) -> None:
         x = np.asarray(features, dtype=float)
@@ -276,8 +287,8 @@ class ItemTracker:
             chosen[~anywhere] = score.argmax(1)
             chosen[anywhere] = self._rng.integers(0, total, int(anywhere.sum()))
             return chosen
-        best = np.argsort(-score[0])
-        rest = self._rng.permutation(best[steered:])[: count - steered]
+        best = np.argpartition(-score[0], max(0, steered - 1))
+        rest = self._rng.choice(best[steered:], count - steered, replace=False)
         chosen = np.concatenate([best[:steered], rest]).astype(np.int64)
         return self._rng.permutation(chosen)
 
@@ -311,15 +322,14 @@ class ItemTracker:
             weight = np.maximum(p * (1 - p), 0.02)
             noise, residual = 1 / (weight * counts), (y - p) / weight
         own = noise + self._own_variance[i]
-        total = design @ cov @ design.T + np.diag(own)
         unit = 1 / own
-        if abs(float(residual @ unit)) > self.surprise * math.sqrt(float(unit @ total @ unit)):
-            cov = cov + np.diag([2.0, *[0.0] * self._x.shape[1]])
-            total = design @ cov @ design.T + np.diag(own)
-        gain = np.linalg.solve(total, design @ cov).T
-        step = gain @ residual
+        toward = design.T @ unit
+        if float(residual @ unit) ** 2 > self.surprise**2 * float(toward @ cov @ toward + unit.sum()):
+            cov[0, 0] += 2.0
+        # In the form of the few shared numbers, not of the many items.
+        cov = np.linalg.inv(np.linalg.inv(cov) + (design.T * unit) @ design)
+        step = cov @ (design.T @ (unit * residual))
         self._mean = self._mean + np.clip(step, -2, 2)
-        cov = (np.eye(len(cov)) - gain @ design) @ cov
         self._cov = (cov + cov.T) / 2
         share = self._own_variance[i] / own
         self._own[i] += np.clip(share * (residual - design @ step), -2, 2)
@@ -365,7 +375,7 @@ def _inverse(a: float, b: float, c: float) -> tuple[float, float, float]:
 
 
 def _sigmoid(x: Any) -> Floats:
-    found: Floats = 1 / (1 + np.exp(-np.clip(x, -30, 30)))
+    found: Floats = 1 / (1 + np.exp(-np.minimum(np.maximum(x, -30.0), 30.0)))
     return found
 
 

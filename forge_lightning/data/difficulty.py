@@ -12,7 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from forge_lightning.components.edge_controller import SkillTracker
 from forge_lightning.data.stateful import ResumableSampler
 
-_MOST_BLOCKS = 4096  # drawn batches that are remembered where nobody asks for them
+_MOST_BLOCKS = 512  # drawn batches that are remembered where nobody asks for them
 
 
 class DifficultySampler(ResumableSampler):
@@ -152,7 +152,7 @@ class DifficultySampler(ResumableSampler):
 
         ``None`` where it is no longer known.
         """
-        return next((arms for block, _, arms in self._drawn if block == batch), None)
+        return next((arms for block, _, arms in reversed(self._drawn) if block == batch), None)
 
     def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
         """Plain numbers and lists.
@@ -178,7 +178,13 @@ class DifficultySampler(ResumableSampler):
 def _checked(name: str, values: Any) -> Any:
     if values is None:
         return None
-    found = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values, dtype=float)
+    try:
+        found = np.asarray(values.detach().cpu() if isinstance(values, torch.Tensor) else values, dtype=float)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"`DifficultySampler({name}=...)` must be numbers, one for each, not {type(values).__name__} of"
+            f" {type(next(iter(values), None)).__name__ if hasattr(values, '__iter__') else 'nothing'}."
+        ) from None
     if found.ndim != 1 or not np.isfinite(found).all():
         missing = int((~np.isfinite(found)).sum())
         raise ValueError(

@@ -26,6 +26,7 @@ class GeneratedTask:
         answer: The completion.
         family: The kind of task.
         level: How hard, at least 1.
+        width: How large in the other way: see the family.
         tests: For a function, assertions that it meets.
     """
 
@@ -33,44 +34,50 @@ class GeneratedTask:
     answer: str
     family: str
     level: int
+    width: int = 1
     tests: str = ""
 
 
-def addition(rng: random.Random, level: int) -> GeneratedTask:
-    """Two numbers up to ``3 · 1.5^level``, all written from the last digit to the first: carries go with the text."""
-    a, b = (rng.randint(0, round(3 * 1.5**level)) for _ in range(2))
-    return GeneratedTask(f"{str(a)[::-1]}+{str(b)[::-1]}=", str(eval(f"{a} + {b}"))[::-1], "addition", level)
+def addition(rng: random.Random, level: int, width: int = 1) -> GeneratedTask:
+    """``width + 1`` numbers up to ``3 · 1.5^level``, all written from the last digit to the first, as carries go."""
+    numbers = [rng.randint(0, round(3 * 1.5**level)) for _ in range(width + 1)]
+    total = eval(" + ".join(map(str, numbers)))
+    prompt = "+".join(str(number)[::-1] for number in numbers)
+    return GeneratedTask(f"{prompt}=", str(total)[::-1], "addition", level, width)
 
 
-def expression(rng: random.Random, level: int) -> GeneratedTask:
-    """``level`` operations on single digits, with brackets where they nest; the answer modulo 100, last digit first."""
+def expression(rng: random.Random, level: int, width: int = 1) -> GeneratedTask:
+    """``level`` operations on numbers of ``width`` digits, with brackets; the answer modulo 100, last digit first."""
 
     def build(operations: int) -> str:
         if operations == 0:
-            return str(rng.randint(0, 9))
+            return str(rng.randint(0 if width == 1 else 10 ** (width - 1), 10**width - 1))
         left = rng.randrange(operations)
         parts = [build(left), build(operations - 1 - left)]
-        parts = [f"({part})" if len(part) > 1 else part for part in parts]
+        parts = [part if part.isdigit() else f"({part})" for part in parts]
         return rng.choice("+-*").join(parts)
 
     text = build(level)
     value = eval(text, {"__builtins__": {}})  # of digits and operators made above
-    return GeneratedTask(f"{text}%100=", str(value % 100)[::-1], "expression", level)
+    return GeneratedTask(f"{text}%100=", str(value % 100)[::-1], "expression", level, width)
 
 
-def python(rng: random.Random, level: int) -> GeneratedTask:
-    """A function of one number in ``level`` operations, asked for by what it gives; its tests are what it gave."""
+def python(rng: random.Random, level: int, width: int = 1) -> GeneratedTask:
+    """A function of one number in ``level`` operations with numbers of up to ``width`` digits.
+
+    Asked for by what it gives; its tests are what it gave.
+    """
     body = "x"
     for _ in range(level):
-        operator, constant = rng.choice("+-*"), rng.randint(1, 9)
+        operator, constant = rng.choice("+-*"), rng.randint(1, 10**width - 1)
         body = f"({body}) {operator} {constant}" if operator == "*" and " " in body else f"{body} {operator} {constant}"
     function = eval(f"lambda x: {body}", {"__builtins__": {}})  # of the operators made above
     tests = [f"assert f({x}) == {function(x)}" for x in (0, 1, rng.randint(2, 9), -rng.randint(1, 9))]
     prompt = "".join(f"# f({x}) = {function(x)}\n" for x in (0, 1, 2)) + "def f(x): return "
-    return GeneratedTask(prompt, body, "python", level, "\n".join(tests))
+    return GeneratedTask(prompt, body, "python", level, width, "\n".join(tests))
 
 
-FAMILIES: dict[str, Callable[[random.Random, int], GeneratedTask]] = {
+FAMILIES: dict[str, Callable[[random.Random, int, int], GeneratedTask]] = {
     "addition": addition,
     "expression": expression,
     "python": python,
@@ -82,20 +89,23 @@ class GeneratedDataset(Dataset[Any]):
 
     Args:
         families: Kinds of tasks.
-        levels: Levels of each; arm ``f · len(levels) + l`` is level ``l`` of family ``f``.
+        levels: Levels of each.
+        widths: Widths of each. Arms are all combinations: ``arms`` lists family, level and width.
         tokenizer: Makes tokens of them.
         seed: Another seed makes other tasks.
     """
 
-    def __init__(self, families: Sequence[str], levels: Sequence[int], tokenizer: Any, seed: int) -> None:
-        self.arms = [(family, level) for family in families for level in levels]
+    def __init__(
+        self, families: Sequence[str], levels: Sequence[int], widths: Sequence[int], tokenizer: Any, seed: int
+    ) -> None:
+        self.arms = [(family, level, width) for family in families for width in widths for level in levels]
         self.tokenizer, self.seed = tokenizer, seed
         self._batches = ExampleDataset([], tokenizer.pad_token_id)
 
     def task(self, serial: int, arm: int) -> GeneratedTask:
         """The task itself."""
-        family, level = self.arms[arm]
-        return FAMILIES[family](random.Random(f"{self.seed}/{serial}/{arm}"), level)
+        family, level, width = self.arms[arm]
+        return FAMILIES[family](random.Random(f"{self.seed}/{serial}/{arm}"), level, width)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Example, int]:
         serial, arm = key
@@ -127,12 +137,14 @@ class GeneratedTasks(TokenDataModule):
     Batches are ``{"input_ids", "attention_mask", "labels": (B, T), "sample_id", "level", "arm": (B,)}``; the loss is on
     the answer only. Answers are found by running the task. Every training example is drawn anew, and validation, the
     same number of tasks of every level, apart from them; of low levels, where there are few tasks, both have the same.
-    With one family `EdgeController` has levels in an order; with several, arms of a bandit.
+    With one family of one width `EdgeController` has levels in an order; with several, arms of a bandit.
 
     Args:
         families: "addition" (numbers up to ``3 · 1.5^level``), "expression" (``level`` operations), "python" (functions
             of ``level`` operations; an answer is one of many that its tests accept).
         max_level: Levels are 1 to this, at least 2.
+        widths: A second way to be hard, each at least 1: one number less than "addition" adds; digits of the numbers in
+            "expression" and "python". Several make arms of all combinations.
         batch_size: Examples a batch and process.
         steps_per_epoch: Batches an epoch, of all processes together.
         num_val: Validation tasks of each level and family.
@@ -151,6 +163,7 @@ class GeneratedTasks(TokenDataModule):
         self,
         families: Sequence[Family] = ("addition",),
         max_level: int = 8,
+        widths: Sequence[int] = (1,),
         batch_size: int = 32,
         steps_per_epoch: int = 200,
         num_val: int = 64,
@@ -168,16 +181,19 @@ class GeneratedTasks(TokenDataModule):
 
         require(bool(families) and set(families) <= set(FAMILIES), "families", families, f"of {list(FAMILIES)}")
         require(max_level >= 2, "max_level", max_level, "at least 2")
+        require(bool(widths) and min(widths) >= 1, "widths", widths, "at least 1 each")
         for argument, value in (("steps_per_epoch", steps_per_epoch), ("num_val", num_val), ("ramp_steps", ramp_steps)):
             require(value >= 1, argument, value, "at least 1")
-        self.families, self.max_level = list(families), max_level
+        self.families, self.max_level, self.widths = list(families), max_level, list(widths)
         self.steps_per_epoch, self.num_val = steps_per_epoch, num_val
         self.order, self.ramp_steps = order, ramp_steps
         self._data: GeneratedDataset | None = None
 
     def setup(self, stage: str | None = None) -> None:
         if self._data is None:
-            self._data = GeneratedDataset(self.families, range(1, self.max_level + 1), self.tokenizer, self.seed)
+            self._data = GeneratedDataset(
+                self.families, range(1, self.max_level + 1), self.widths, self.tokenizer, self.seed
+            )
 
     @property
     def data(self) -> GeneratedDataset:
@@ -188,7 +204,7 @@ class GeneratedTasks(TokenDataModule):
 
     def problems(self, split: str) -> list[Problem]:
         """The Python functions of "train", "val" or "test", to be judged by their tests."""
-        arms = [arm for arm, (family, _) in enumerate(self.data.arms) if family == "python"]
+        arms = [arm for arm, (family, _, _) in enumerate(self.data.arms) if family == "python"]
         first = {"train": 0, "val": -self.num_val, "test": -2 * self.num_val}[split]
         tasks = [self.data.task(first + i, arm) for arm in arms for i in range(self.num_val)]
         names = [f"{t.family}/{t.level}/{i}" for i, t in enumerate(tasks)]
@@ -198,16 +214,17 @@ class GeneratedTasks(TokenDataModule):
         ]
 
     def train_dataloader(self) -> StatefulDataLoader:
-        levels = [float(level) for _, level in self.data.arms]
+        levels = [float(level) for _, level, _ in self.data.arms]
+        ordered = len(self.families) == len(self.widths) == 1
         sampler_type = _EasyToHard if self.order == "easy_to_hard" else DifficultySampler
         sampler = sampler_type(
             self.data,
-            levels=levels if len(self.families) == 1 else range(len(levels)),
+            levels=levels if ordered else range(len(levels)),
             batch_size=self.batch_size,
             num_samples=self.steps_per_epoch * self.batch_size,
             seed=self.seed,
         )
-        sampler.ordered = len(self.families) == 1
+        sampler.ordered = ordered
         if isinstance(sampler, _EasyToHard):
             sampler.ramp = self.ramp_steps * self.batch_size
         return StatefulDataLoader(

@@ -30,7 +30,8 @@ class ForgeModule(LightningModule):
 
     Steps return ``loss`` (mean over the batch's labelled tokens; accumulated batches weigh alike, whatever they hold),
     and per example ``example_loss`` (mean over its own), ``example_success`` (1 where every labelled token is the
-    likeliest one) and ``example_log_likelihood`` (of all labelled tokens together), ``(B,)``, detached.
+    likeliest one), ``example_token_accuracy`` and ``example_log_likelihood`` (of all labelled tokens together),
+    ``(B,)``, detached.
     Logs ``train/loss``, ``train/token_accuracy``; ``val/loss``, ``val/perplexity``, ``val/token_accuracy``,
     ``val/exact_match``; the same under ``test/``.
 
@@ -156,6 +157,7 @@ class ForgeModule(LightningModule):
             "loss": token_loss.sum() / labelled.sum(),
             "example_loss": example_loss.detach(),
             "example_success": success,
+            "example_token_accuracy": torch.where(count > 0, 1 - (~right).sum(1) / count, torch.nan),
             "example_log_likelihood": torch.where(count > 0, -token_loss.sum(1), torch.nan).detach(),
         }
         return outputs, logits.detach(), target

@@ -227,20 +227,23 @@ def edge(run: RunTrace) -> Any | None:
     share = f": {100 * inside[1][-1]:.0f} % of the steps in the band" if inside and math.isfinite(inside[1][-1]) else ""
     above.set(ylabel="share right", ylim=(-0.03, 1.03))
     above.set_title(f"Success of the training examples{share}")
-    above.legend(loc="lower right", ncols=3)
+    _legend_above(above)
     series = {key: run.find(f"forge/edge/difficulty{key}") for key in ("", "_p10", "_p90")}
     drawn, low, high = (series[key] for key in ("", "_p10", "_p90"))
     if drawn is not None and low is not None and high is not None:
         color = _tone(BLUE)
         below.fill_between(low[0], low[1], high[1], color=color, alpha=0.2, linewidth=0, label="middle 80 %")
         _draw(below, drawn, "mean drawn", BLUE)
-        below.set_ylim(*_with_room(low[1] + high[1]))
-    below.set(xlabel=STEP, ylabel="difficulty")
-    below.set_title("Difficulty")
+    below.set(xlabel=STEP, ylabel="difficulty, as declared")
+    below.set_title("Difficulty of what was drawn")
     skill = run.find("forge/edge/skill")
-    if skill is not None:
-        _draw(below, skill, "skill", PURPLE)
-    below.legend(loc="lower right", ncols=3)
+    if skill is not None and drawn is not None and low is not None and high is not None:
+        bottom, top = min(low[1]), max(high[1])
+        reach = 0.5 * (top - bottom)  # a skill far beyond what there is to draw would press the rest together
+        shown = [min(top + reach, max(bottom - reach, value)) for value in skill[1]]
+        _draw(below, (skill[0], shown), "skill (half succeed)", PURPLE)
+        below.set_ylim(*_with_room(low[1] + high[1] + shown))
+    _legend_above(below)
     return figure
 
 
@@ -325,6 +328,8 @@ def compared(runs: Sequence[RunTrace]) -> list[tuple[str, str, dict[str, tuple[i
         ("Training success", "share right", ("forge/telemetry/success",)),
         ("Validation success", "share right", SUCCESS),
         ("Validation loss", "loss (nats)", VAL_LOSS),
+        ("Success of what was drawn", "share right", ("forge/edge/success_rate",)),
+        ("Difficulty of what was drawn", "difficulty", ("forge/edge/difficulty",)),
         ("Dimension of the last layer", "Levina–Bickel", tuple(_last_layer(runs, "levina_bickel"))),
         ("Participation ratio of the last layer", "directions", tuple(_last_layer(runs, "participation_ratio"))),
     ]
@@ -456,6 +461,11 @@ def _tone(color: Any) -> Any:
 
 def _last_layer(runs: Sequence[RunTrace], estimator: str) -> list[str]:
     return [f"forge/geometry/{layers[-1]}/{estimator}" for run in runs if (layers := layers_of(run))]
+
+
+def _legend_above(axis: Any) -> None:
+    """Where it covers nothing: beside the title."""
+    axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=3, borderaxespad=0.0)
 
 
 def _with_room(values: Sequence[float]) -> tuple[float, float]:

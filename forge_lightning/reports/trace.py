@@ -189,7 +189,9 @@ def _remark(run: RunTrace) -> None:
 
 
 def stage_spans(run: RunTrace) -> list[tuple[str, int, int]]:
-    """``(stage, from step, to step)``, without gaps."""
+    """``(stage, from step, to step)``, without gaps; nothing where no stage is known."""
+    if not run.stages and run.find("forge/stage/number") is None:
+        return []
     spans, since, current = [], 0, "warm_up"
     for change in run.stages:
         spans.append((current, since, int(change["step"])))

@@ -11,7 +11,7 @@ import struct
 import sys
 from collections.abc import Iterable
 
-_NO_NEW_PRIVILEGES, _SECCOMP_MODE_FILTER, _SET_SECCOMP, _PARENT_DEATH_SIGNAL = 38, 2, 22, 1
+_NO_NEW_PRIVILEGES, _SECCOMP_MODE_FILTER, _SET_SECCOMP, _PARENT_DEATH_SIGNAL, _SET_DUMPABLE = 38, 2, 22, 1, 4
 
 # name: (x86_64, aarch64); None where the architecture has no such call.
 SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
@@ -48,15 +48,22 @@ SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
     "bpf": (321, 280), "perf_event_open": (298, 241), "userfaultfd": (323, 282), "io_uring_setup": (425, 425),
     "io_uring_enter": (426, 426), "io_uring_register": (427, 427), "keyctl": (250, 219), "add_key": (248, 217),
     "request_key": (249, 218), "seccomp": (317, 277), "personality": (135, 92),
+    # some of what they do: see `_DENIED_ARGUMENTS`
+    "fcntl": (72, 25), "ioctl": (16, 29), "prctl": (157, 167),
 }  # fmt: skip
 """What a program is denied: `EPERM`, or `ENOSYS` for ``clone3``, so that libraries fall back to ``clone``."""
 
-WORKERS_OWN = ("fork", "vfork", "clone", "clone3", "kill", "tgkill", "setsid", "setrlimit", "prlimit64")
+WORKERS_OWN = ("fork", "vfork", "clone", "clone3", "kill", "tgkill", "setsid", "setrlimit", "prlimit64", "prctl")
 """Of those, what a worker needs to start, limit and end programs."""
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _TO_SELF_ONLY = ("kill", "tgkill")  # `abort` signals the process itself
 _THREAD = 0x10000  # CLONE_THREAD
+_DENIED_ARGUMENTS = {  # name: (which argument, values)
+    "fcntl": (1, (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX: signals by way of a pipe
+    "ioctl": (1, (0x8901, 0x8902, 0x5452, 0x5412)),  # FIOSETOWN, SIOCSPGRP, FIOASYNC, TIOCSTI
+    "prctl": (0, (_PARENT_DEATH_SIGNAL, _SET_DUMPABLE, 0x59616D61)),  # to outlive the worker; to be traced
+}
 
 _ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
 _LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
@@ -97,6 +104,12 @@ def seccomp_filter(machine: str, pid: int, names: Iterable[str]) -> bytes:
         if number is None:
             continue
         denied = (_RETURN, 0, 0, _ERROR | (errno.ENOSYS if name == "clone3" else errno.EPERM))
+        if name in _DENIED_ARGUMENTS:
+            place, values = _DENIED_ARGUMENTS[name]
+            tests = [step for value in values for step in ((_EQUAL, 0, 1, value), denied)]
+            code += [(_EQUAL, 0, len(tests) + 2, number), (_LOAD, 0, 0, _FIRST_ARGUMENT + 8 * place), *tests]
+            code.append((_LOAD, 0, 0, _NUMBER))
+            continue
         if name == "clone":
             test = (_ANY_BIT, 1, 0, _THREAD)
         elif name in _TO_SELF_ONLY:
@@ -147,15 +160,30 @@ def apply_landlock(readable: Iterable[str]) -> int:
     """
     if not sys.platform.startswith("linux"):
         return 0
-    libc = _libc()
-    version = libc.syscall(444, None, 0, 1)
+    version = int(_libc().syscall(444, None, 0, 1))
     if version < 1:
         return 0
     handled = (1 << 13) - 1
     for least, right in ((2, 1 << 13), (3, 1 << 14), (5, 1 << 15)):
         handled |= right if version >= least else 0
-    # Files; TCP binds and connections; abstract sockets and signals to processes outside.
-    attributes = struct.pack("QQQ", handled, 3 if version >= 4 else 0, 3 if version >= 6 else 0)
+    _enter_domain(version, handled, 3 if version >= 4 else 0, readable)  # TCP: bind, connect
+    return version
+
+
+def leave_siblings(version: int) -> None:
+    """Enter a domain of one's own, which has no part in the pipes, memory and signals of processes outside it.
+
+    Args:
+        version: Of landlock, as `apply_landlock` returned it; 0 does nothing.
+    """
+    if version:
+        _enter_domain(version, 1 << 0, 0, ())  # may not execute a file, which is forbidden already
+
+
+def _enter_domain(version: int, handled: int, network: int, readable: Iterable[str]) -> None:
+    libc = _libc()
+    # The last: abstract sockets, and signals to processes outside.
+    attributes = struct.pack("QQQ", handled, network, 3 if version >= 6 else 0)
     attributes = attributes[: 8 if version < 4 else 16 if version < 6 else 24]
     ruleset = libc.syscall(444, attributes, len(attributes), 0)
     if ruleset < 0:
@@ -174,7 +202,6 @@ def apply_landlock(readable: Iterable[str]) -> int:
             raise OSError(ctypes.get_errno(), "landlock_restrict_self")
     finally:
         os.close(ruleset)
-    return int(version)
 
 
 def drop_capabilities() -> None:
@@ -182,6 +209,12 @@ def drop_capabilities() -> None:
     if sys.platform.startswith("linux") and _machine() in _ARCHITECTURES:
         header = struct.pack("Ii", 0x20080522, 0)
         _libc().syscall({"x86_64": 126, "aarch64": 91}[_machine()], header, struct.pack("6I", *[0] * 6))
+
+
+def hide() -> None:
+    """Close what is in ``/proc`` of this process and its children to others of the same user: pipes, memory."""
+    if sys.platform.startswith("linux"):
+        _libc().prctl(_SET_DUMPABLE, 0, 0, 0, 0)
 
 
 def end_with_parent() -> None:

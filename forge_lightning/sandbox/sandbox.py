@@ -1,26 +1,31 @@
 """`Sandbox`: persistent workers that judge programs by their tests."""
 
 import contextlib
+import json
 import os
 import queue
 import select
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from forge_lightning.sandbox.wire import MOST_BYTES, read_frame, write_frame
+from forge_lightning.sandbox.wire import MOST_BYTES, frame
 
 Status = Literal["passed", "failed", "timeout", "out of memory", "killed", "could not run"]
 
 _GRACE = 10.0  # seconds that a worker may need beyond a program's own
 _STARTUP = 60.0
+NO_TIME = "no time was left"
+"""Detail of a program that was not run because ``max_seconds`` were over."""
 
 
 class SandboxError(RuntimeError):
@@ -97,7 +102,7 @@ class Task:
 
 
 _TRIAL = """
-import ctypes, os, socket
+import ctypes, fcntl, os, socket
 def trial(secret):
     done, mine = [], f"/tmp/forge-trial-{os.getpid()}"
     def attempt(what, action):
@@ -111,7 +116,9 @@ def trial(secret):
     attempt("start a process", lambda: os._exit(0) if os.fork() == 0 else None)
     attempt("open a socket", lambda: socket.socket().close())
     attempt("signal another process", lambda: os.kill(os.getppid(), 0))
-    attempt("change a file's mode", lambda: os.chmod(secret, 0o644))
+    attempt("change a file's mode", lambda: os.chmod(secret, 0o600))
+    attempt("reach the pipes of another process", lambda: os.open(f"/proc/{os.getppid()}/fd/3", os.O_RDONLY))
+    attempt("have another process signalled", lambda: fcntl.fcntl(3, fcntl.F_SETOWN, os.getppid()))
     return done
 """
 
@@ -123,8 +130,9 @@ class Sandbox:
     of a program can pass for a right answer. Arguments and results cross by value: what a program changes in place, its
     tests do not see, and objects of its own classes can be called and read, but not compared.
 
-    A program has no file to write, no network, no other process, an empty environment, no input, and limits on time,
-    memory and output. It can still read Python's own library, and learn which files exist where there is no bubblewrap.
+    Programs and tests have Python's own library, and no installed package; no file to write, no network, no other
+    process, an empty environment, no input, and limits on time, memory and output. They can learn which files exist
+    where there is no bubblewrap.
 
     Use it as a context manager, or call `close`. Safe to use from several threads.
 
@@ -235,7 +243,7 @@ class Sandbox:
 
     def _run(self, task: Task, stop: threading.Event) -> Verdict:
         if stop.is_set():
-            return Verdict("could not run", "no time was left")
+            return Verdict("could not run", NO_TIME)
         if len(task.solution) + len(task.tests) + len(task.setup) > MOST_BYTES // 8:
             return Verdict("could not run", "the program is too long")
         try:
@@ -244,14 +252,14 @@ class Sandbox:
             return Verdict("could not run", str(error))
         try:
             verdict = worker.judge(task, self.timeout_seconds, self.memory_bytes)
-        except (OSError, EOFError, ValueError, TimeoutError) as error:
+        except _LOST as error:
             self._drop(worker)
             return Verdict("could not run", f"the worker was lost: {error}")
-        if verdict.pop("out_of_step", False):
-            self._drop(worker)
-        else:
+        if worker.goes_on:
             self._idle.put(worker)
-        return Verdict(**verdict)
+        else:
+            self._drop(worker)
+        return verdict
 
     def _take(self) -> "_Worker":
         with contextlib.suppress(queue.Empty):
@@ -275,16 +283,16 @@ class Sandbox:
             with contextlib.suppress(SandboxError):  # user namespaces may be forbidden
                 worker = _Worker(bubblewrap=True)
         worker = worker or _Worker(bubblewrap=False)
-        secret = str(Path(__file__).resolve())
-        task = Task(_TRIAL, f"done = trial({secret!r})\nassert not done, '|'.join(done)", "trial")
-        try:
-            verdict = worker.judge(task, 10.0, max(self.memory_bytes, 256 << 20))
-        except (OSError, EOFError, ValueError, TimeoutError) as error:
-            worker.close()
-            raise SandboxError(f"`Sandbox`: the trial program could not run: {error}") from None
+        with tempfile.NamedTemporaryFile(prefix="forge-trial-") as secret:
+            task = Task(_TRIAL, f"done = trial({secret.name!r})\nassert not done, '|'.join(done)", "trial")
+            try:
+                verdict = worker.judge(task, 10.0, max(self.memory_bytes, 256 << 20))
+            except _LOST as error:
+                worker.close()
+                raise SandboxError(f"`Sandbox`: the trial program could not run: {error}") from None
         escapes: tuple[str, ...] = ()
-        if verdict["status"] != "passed":
-            said = verdict["detail"].removeprefix("AssertionError: ").split("  in: ")[0]
+        if not verdict.passed:
+            said = verdict.detail.removeprefix("AssertionError: ").split("  in: ")[0]
             escapes = tuple(said.split("|"))
         self._workers.append(worker)
         self._idle.put(worker)
@@ -292,48 +300,56 @@ class Sandbox:
 
 
 class _Worker:
-    """One warm process, and what it says of itself."""
+    """One warm process, and what it says of itself. Nothing it does can keep this process waiting."""
 
     def __init__(self, bubblewrap: bool) -> None:
         self.bubblewrap = bubblewrap
+        self.goes_on = True  # whether it can judge another program
         try:
-            self._process = subprocess.Popen(
-                _command(bubblewrap),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                bufsize=0,
-                cwd="/",
-                env={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "LANG": "C.UTF-8"},
-                start_new_session=True,
-            )
+            self._process = _start(_command(bubblewrap))
         except OSError as error:
             raise SandboxError(f"`Sandbox`: no worker can be started: {error}") from None
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._requests, self._results = self._process.stdin.fileno(), self._process.stdout.fileno()
+        for fd in (self._requests, self._results):
+            os.set_blocking(fd, False)
         try:
-            hello = self._read(_STARTUP)
-        except (OSError, EOFError, ValueError, TimeoutError) as error:
+            hello = self._read_frame(time.monotonic() + _STARTUP)
+            self.landlock, self.seccomp = int(hello["landlock"]), bool(hello["seccomp"])
+        except _LOST as error:
             self.close()
-            raise SandboxError(f"`Sandbox`: a worker did not start: {error}") from None
-        self.landlock, self.seccomp = int(hello["landlock"]), bool(hello["seccomp"])
+            raise SandboxError(f"`Sandbox`: a worker did not start: {error!r}") from None
 
-    def judge(self, task: Task, timeout: float, memory: int) -> dict[str, Any]:
+    def judge(self, task: Task, timeout: float, memory: int) -> Verdict:
         """What the worker says of a program.
 
         Raises:
-            OSError, EOFError, ValueError, TimeoutError: If the worker is lost.
+            OSError, EOFError, ValueError, KeyError, TypeError, TimeoutError: If the worker is lost.
         """
         names = [task.entry_point] if isinstance(task.entry_point, str) else list(task.entry_point)
-        limits = {"timeout": timeout, "memory": memory}
-        write_frame(self._requests, {"solution": task.solution, "names": names, **limits})
-        write_frame(self._requests, {"tests": task.tests, "setup": task.setup})
-        verdict: dict[str, Any] = self._read(timeout + _GRACE)
-        return verdict
+        end = time.monotonic() + timeout + _GRACE
+        self._write(
+            frame({"timeout": timeout, "memory": memory})
+            + frame({"solution": task.solution, "names": names})
+            + frame({"tests": task.tests, "setup": task.setup, "names": names}),
+            end,
+        )
+        header = self._read_frame(end)
+        self.goes_on = bool(header["again"])
+        status, note = header["status"], str(header["note"])
+        if status not in get_args(Status) or status == "could not run":
+            raise ValueError(f"status {status!r}, {note}")
+        length, printed = int(header["detail"]), int(header["stdout"])
+        if not 0 <= length <= _MOST_SAID or not 0 <= printed <= _MOST_SAID:
+            raise ValueError("it announces too much")
+        detail, stdout = (self._read(count, end).decode(errors="replace") for count in (length, printed))
+        if select.select([self._results], [], [], 0)[0]:
+            raise ValueError("it says more than it may")
+        return Verdict(status, note or detail, float(header["seconds"]), stdout)
 
     def close(self) -> None:
-        """End it, and everything that it started."""
+        """End it, and everything that it started: its children end with it."""
         self._process.kill()
         self._process.wait()
         for pipe in (self._process.stdin, self._process.stdout):
@@ -341,13 +357,55 @@ class _Worker:
                 with contextlib.suppress(OSError):
                     pipe.close()
 
-    def _read(self, seconds: float) -> Any:
-        if not select.select([self._results], [], [], seconds)[0]:
-            raise TimeoutError("it does not answer")
-        value = read_frame(self._results)
-        if value is None:
-            raise EOFError("it has ended")
-        return value
+    def _write(self, data: bytes, end: float) -> None:
+        rest = memoryview(data)
+        while rest:
+            if not select.select([], [self._requests], [], max(0.0, end - time.monotonic()))[1]:
+                raise TimeoutError("it does not listen")
+            with contextlib.suppress(BlockingIOError):
+                rest = rest[os.write(self._requests, rest[: 1 << 16]) :]
+
+    def _read_frame(self, end: float) -> dict[str, Any]:
+        size = int.from_bytes(self._read(4, end), "little")
+        if size > _MOST_SAID:
+            raise ValueError("it announces too much")
+        found = json.loads(self._read(size, end))
+        if not isinstance(found, dict):
+            raise ValueError("it says nothing that is known")
+        return found
+
+    def _read(self, count: int, end: float) -> bytes:
+        data = b""
+        while len(data) < count:
+            if not select.select([self._results], [], [], max(0.0, end - time.monotonic()))[0]:
+                raise TimeoutError("it does not answer")
+            part = os.read(self._results, count - len(data))
+            if not part:
+                raise EOFError("it has ended")
+            data += part
+        return data
+
+
+_LOST = (OSError, EOFError, ValueError, KeyError, TypeError)  # `TimeoutError` is an `OSError`
+_MOST_SAID = 1 << 14
+
+_starters: dict[int, ThreadPoolExecutor] = {}
+
+
+def _start(command: list[str]) -> "subprocess.Popen[bytes]":
+    """From a thread that lives as long as this process: workers ask the kernel to end them when that thread does."""
+    starter = _starters.setdefault(os.getpid(), ThreadPoolExecutor(1, thread_name_prefix="sandbox"))
+    return starter.submit(
+        subprocess.Popen,
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        bufsize=0,
+        cwd="/",
+        env={"PYTHONHASHSEED": "0", "PYTHONDONTWRITEBYTECODE": "1", "LANG": "C.UTF-8"},
+        start_new_session=True,
+    ).result()
 
 
 def _close_all(workers: "list[_Worker]") -> None:
@@ -373,7 +431,7 @@ def _command(bubblewrap: bool) -> list[str]:
     if not bubblewrap:
         return python
     folders = ["/usr", "/lib", "/lib64", "/etc/ld.so.cache", sys.base_prefix, str(Path(interpreter).parents[1])]
-    command = ["bwrap", "--unshare-all", "--new-session", "--cap-drop", "ALL"]
+    command = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL"]
     for folder in dict.fromkeys([*folders, str(package)]):
         command += ["--ro-bind-try", folder, folder]
-    return [*command, "--proc", "/proc", "--dev", "/dev", "--remount-ro", "/", "--chdir", "/", *python]
+    return [*command, "--dev", "/dev", "--remount-ro", "/", "--chdir", "/", *python]

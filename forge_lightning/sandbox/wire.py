@@ -36,10 +36,15 @@ def read_frame(fd: int) -> Any:
     return json.loads(_read(fd, size))
 
 
+def frame(value: Any) -> bytes:
+    """A value of JSON's types as it is written."""
+    data = json.dumps(value, separators=(",", ":")).encode()
+    return struct.pack("<I", len(data)) + data
+
+
 def write_frame(fd: int, value: Any) -> None:
     """Write a value of JSON's types."""
-    data = json.dumps(value, separators=(",", ":")).encode()
-    data = struct.pack("<I", len(data)) + data
+    data = frame(value)
     while data:
         data = data[os.write(fd, data) :]
 

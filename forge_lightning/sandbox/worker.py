@@ -2,14 +2,12 @@
 
 It forks two processes for each program. One holds the program, and only answers calls; the other holds the tests, calls
 the program by message, and compares what comes back. The first never sees the tests, the expected values, or the way to
-a verdict; this process never does either, so that its later children cannot find them in its memory. Standard library
-only.
+a verdict; nor does this process, whose later children would find them in their memory. Standard library only.
 """
 
 import builtins
 import fcntl
 import gc
-import json
 import os
 import random
 import select
@@ -44,6 +42,8 @@ def serve(protections: Sequence[str] = ("landlock", "seccomp")) -> None:
     for fd in (0, 1, 2):
         os.dup2(nothing, fd)
     os.chdir("/")
+    protection.end_with_parent()
+    protection.hide()
     landlock = protection.apply_landlock(protection.readable_folders()) if "landlock" in protections else 0
     protection.drop_capabilities()
     gc.collect()
@@ -54,45 +54,141 @@ def serve(protections: Sequence[str] = ("landlock", "seccomp")) -> None:
             protection.apply_seccomp(set(protection.SYSTEM_CALLS) - set(protection.WORKERS_OWN))
             filtered = True
     write_frame(results, {"landlock": landlock, "seccomp": filtered})
-    while (request := read_frame(requests)) is not None:
-        verdict = _judge(request, requests, filtered)
-        write_frame(results, verdict)
-        if verdict.pop("out_of_step", False):
-            return
+    judge = _Judge(requests, results, landlock, filtered)
+    while (limits := read_frame(requests)) is not None:
+        if not judge.run(limits["timeout"], limits["memory"]):
+            return  # what is left in `requests` is not known
 
 
-def _judge(request: dict[str, Any], requests: int, filtered: bool) -> dict[str, Any]:
-    """Run one program; its tests are still in ``requests``."""
-    start = time.monotonic()
-    end = start + request["timeout"]
-    call_read, call_write = os.pipe()
-    reply_read, reply_write = os.pipe()
-    verdict_read, verdict_write = os.pipe()
-    output_read, output_write = os.pipe()
+class _Judge:
+    """Runs one program after another, and passes on what is said of them without reading it.
 
-    def program() -> None:
-        _confine([call_read, reply_write], output_write, request, filtered)
-        _answer(request["solution"], request["names"])
+    What this process has once had in its memory, every later program has in its own: so solution and tests are read by
+    the processes that need them, the tests' words go from pipe to pipe in the kernel, and what the program prints is
+    held in a buffer that is wiped.
+    """
 
-    def tests() -> None:
-        given = read_frame(requests)
-        os.write(verdict_write, b"\n")  # what is left in `requests` is the next program
-        _confine([reply_read, call_write, verdict_write], None, request, filtered)
-        _test(given["setup"], given["tests"], request["names"])
+    def __init__(self, requests: int, results: int, landlock: int, filtered: bool) -> None:
+        self.requests, self.results, self.landlock, self.filtered = requests, results, landlock, filtered
+        self._chunk, self._tail, self._printed = bytearray(1 << 16), bytearray(OUTPUT_BYTES), 0
 
-    pids = [_fork(program), _fork(tests)]
-    for fd in (call_read, call_write, reply_read, reply_write, verdict_write, output_write):
-        os.close(fd)
-    said, output, in_time = _listen(verdict_read, output_read, end)
-    codes = [_end(pid) for pid in pids]
-    output = (output + _rest(output_read))[-OUTPUT_BYTES:]
-    os.close(verdict_read)
-    os.close(output_read)
-    status, detail = _status(said, in_time, codes)
-    verdict = {"status": status, "detail": detail[:_DETAIL], "seconds": time.monotonic() - start}
-    if not said.startswith(b"\n"):
-        verdict["out_of_step"] = True
-    return verdict | {"stdout": output.decode(errors="replace")}
+    def run(self, timeout: float, memory: int) -> bool:
+        """Judge one program; whether the next one can follow."""
+        start = time.monotonic()
+        end = start + timeout
+        pipes = {name: os.pipe() for name in ("call", "reply", "ready", "verdict", "detail", "output")}
+        read, write = ({name: pipe[side] for name, pipe in pipes.items()} for side in (0, 1))
+
+        def program() -> None:
+            given = read_frame(self.requests)
+            os.write(write["ready"], b"\n")  # what is left in `requests` are its tests
+            self._confine([read["call"], write["reply"]], write["output"], timeout, memory)
+            _answer(given["solution"], given["names"])
+
+        def tests() -> None:
+            given = read_frame(self.requests)
+            os.write(write["verdict"], b"\n")  # what is left in `requests` is the next program
+            self._confine([read["reply"], write["call"], write["verdict"], write["detail"]], None, timeout, memory)
+            _test(given["setup"], given["tests"], given["names"])
+
+        pids = [_fork(program)]
+        os.close(write["ready"])
+        is_read = _wait_for(read["ready"], end)
+        if is_read:
+            pids.append(_fork(tests))
+        for name in ("call", "reply", "verdict", "detail", "output"):
+            os.close(write[name])
+        said, in_time = self._listen(read["verdict"], read["output"], end) if is_read else (b"", end > time.monotonic())
+        codes = [_end(pid) for pid in pids]
+        self._drain(read["output"])
+        status, note, length = _status(said, in_time, codes)
+        again = is_read and said.startswith(b"\n")
+        header = {"status": status, "note": note, "seconds": time.monotonic() - start, "again": again}
+        write_frame(self.results, header | {"detail": length, "stdout": self._printed})
+        _pass_on(read["detail"], self.results, length)
+        os.writev(self.results, [memoryview(self._tail)[OUTPUT_BYTES - self._printed :]])
+        self._wipe()
+        for fd in read.values():
+            os.close(fd)
+        return again
+
+    def _listen(self, verdict: int, output: int, end: float) -> tuple[bytes, bool]:
+        """Until the tests have ended or the time has; the program's output is drained all the while."""
+        said, waiting = b"", [verdict, output]
+        while verdict in waiting:
+            left = end - time.monotonic()
+            if left <= 0:
+                return said, False
+            for fd in select.select(waiting, [], [], left)[0]:
+                if fd == output:
+                    if not self._take(output):
+                        waiting.remove(output)
+                    continue
+                part = os.read(verdict, 64)
+                said += part
+                if not part:
+                    waiting.remove(verdict)
+        return said, True
+
+    def _take(self, output: int) -> int:
+        """Read some of what the program prints, and keep its end."""
+        count = os.readv(output, [self._chunk])
+        chunk, tail = memoryview(self._chunk), memoryview(self._tail)
+        if count >= OUTPUT_BYTES:
+            tail[:] = chunk[count - OUTPUT_BYTES : count]
+        elif count:
+            tail[: OUTPUT_BYTES - count] = tail[count:]
+            tail[OUTPUT_BYTES - count :] = chunk[:count]
+        self._printed = min(OUTPUT_BYTES, self._printed + count)
+        return count
+
+    def _drain(self, output: int) -> None:
+        """What is left of it, once the program has ended."""
+        os.set_blocking(output, False)
+        with suppress(BlockingIOError):
+            while self._take(output):
+                pass
+
+    def _wipe(self) -> None:
+        if self._printed:
+            memoryview(self._chunk)[:] = _ZEROS
+            memoryview(self._tail)[:] = _ZEROS[:OUTPUT_BYTES]
+            self._printed = 0
+
+    def _confine(self, keep: Sequence[int], output: int | None, timeout: float, memory: int) -> None:
+        """Leave this child with the pipes it needs, as 3, 4, ..., and with what every program may do."""
+        os.setsid()
+        protection.end_with_parent()
+        high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in keep]
+        if output is not None:
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+        for index, fd in enumerate(high):
+            os.dup2(fd, 3 + index)
+        os.closerange(3 + len(keep), 1 << 16)
+        random.seed(0)
+        protection.limit(memory, int(timeout) + 1)
+        protection.leave_siblings(self.landlock)
+        if self.filtered:
+            protection.apply_seccomp(protection.WORKERS_OWN)
+
+
+_ZEROS = bytes(1 << 16)
+
+
+def _wait_for(fd: int, end: float) -> bool:
+    """Whether a byte comes in time."""
+    ready = select.select([fd], [], [], max(0.0, end - time.monotonic()))[0]
+    return bool(ready) and os.read(fd, 1) == b"\n"
+
+
+def _pass_on(source: int, target: int, count: int) -> None:
+    """From pipe to pipe, past this process where the system can."""
+    while count > 0:
+        moved = os.splice(source, target, count) if hasattr(os, "splice") else os.write(target, os.read(source, count))
+        if moved <= 0:
+            raise EOFError("the tests said less than they announced")
+        count -= moved
 
 
 def _fork(main: Callable[[], None]) -> int:
@@ -103,32 +199,6 @@ def _fork(main: Callable[[], None]) -> int:
         finally:
             os._exit(1)
     return pid
-
-
-def _listen(verdict: int, output: int, end: float) -> tuple[bytes, bytes, bool]:
-    """Until the tests have ended or the time has; the program's output is drained all the while."""
-    said = printed = b""
-    waiting = [verdict, output]
-    while verdict in waiting:
-        left = end - time.monotonic()
-        if left <= 0:
-            return said, printed, False
-        for fd in select.select(waiting, [], [], left)[0]:
-            part = os.read(fd, 1 << 16)
-            if not part:
-                waiting.remove(fd)
-            elif fd == verdict:
-                said += part
-            else:
-                printed = (printed + part)[-OUTPUT_BYTES:]
-    return said, printed, True
-
-
-def _rest(fd: int) -> bytes:
-    os.set_blocking(fd, False)
-    with suppress(BlockingIOError):
-        return os.read(fd, 1 << 20)
-    return b""
 
 
 def _end(pid: int) -> int:
@@ -142,36 +212,23 @@ def _end(pid: int) -> int:
     return os.waitstatus_to_exitcode(status)
 
 
-def _status(said: bytes, in_time: bool, codes: Sequence[int]) -> tuple[str, str]:
-    program, tests = codes
-    if not in_time or -signal.SIGXCPU in (program, tests):
-        return "timeout", "ran out of time"
-    try:
-        status, detail = json.loads(said)
-    except ValueError:
-        return ("killed", f"the tests were ended by signal {-tests}") if tests < 0 else ("could not run", "no verdict")
+_CODES = {"passed": b"p", "failed": b"f", "out of memory": b"m", "lost": b"l"}
+
+
+def _status(said: bytes, in_time: bool, codes: Sequence[int]) -> tuple[str, str, int]:
+    """Status, what there is to note of it, and the length of what the tests say."""
+    if not in_time or -signal.SIGXCPU in codes:
+        return "timeout", "ran out of time", 0
+    status = next((name for name, code in _CODES.items() if said[1:2] == code), "")
+    if len(said) != 4 or not status:
+        if len(codes) > 1 and codes[1] < 0:
+            return "killed", f"the tests were ended by signal {-codes[1]}", 0
+        return "could not run", "no verdict", 0
     if status == "lost":
-        if program < 0:
-            return "killed", f"the program was ended by signal {-program}"
-        return "failed", f"the program ended itself with code {program}"
-    return str(status), str(detail)
-
-
-def _confine(keep: Sequence[int], output: int | None, request: dict[str, Any], filtered: bool) -> None:
-    """Leave this child with the pipes it needs, as 3, 4, ..., and with what every program may do."""
-    os.setsid()
-    protection.end_with_parent()
-    high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in keep]
-    if output is not None:
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-    for index, fd in enumerate(high):
-        os.dup2(fd, 3 + index)
-    os.closerange(3 + len(keep), 1 << 16)
-    random.seed(0)
-    protection.limit(request["memory"], int(request["timeout"]) + 1)
-    if filtered:
-        protection.apply_seccomp(protection.WORKERS_OWN)
+        if codes[0] < 0:
+            return "killed", f"the program was ended by signal {-codes[0]}", 0
+        return "failed", f"the program ended itself with code {codes[0]}", 0
+    return status, "", int.from_bytes(said[2:4], "little")
 
 
 def _answer(source: str, names: Sequence[str]) -> NoReturn:
@@ -290,14 +347,15 @@ def _answer_of(answer: Any) -> Any:
     if answer[0] == "ok":
         return decode(answer[1], _Remote)
     kind, text = getattr(builtins, str(answer[1]), None), str(answer[2])
+    error: Exception = RuntimeError(f"{answer[1]}: {text}")
     if isinstance(kind, type) and issubclass(kind, Exception):
         with suppress(TypeError):  # of those that need more than a text
-            raise kind(text)
-    raise RuntimeError(f"{answer[1]}: {text}")
+            error = kind(text)
+    raise error
 
 
 def _test(setup: str, tests: str, names: Sequence[str]) -> NoReturn:
-    """Be the tests. Replies come on 3, calls go to 4, the verdict to 5."""
+    """Be the tests. Replies come on 3, calls go to 4, the verdict to 5, and what there is to say of it to 6."""
     status, detail = "failed", ""
     try:
         module = types.ModuleType("tests")
@@ -311,17 +369,22 @@ def _test(setup: str, tests: str, names: Sequence[str]) -> NoReturn:
             namespace.pop(name, None)  # the program's own, or none
         found = first[1] if first[0] == "ok" else _answer_of(first)
         namespace |= {name: decode(value, _Remote) for name, value in found.items() if name in names}
-        exec(compile(tests, "tests.py", "exec"), namespace)
+        try:
+            compiled = compile(tests, "tests.py", "exec")
+        except SyntaxError as error:
+            raise SyntaxError(f"in the tests: {error}") from None
+        exec(compiled, namespace)
         status = "passed"
     except _Lost:
         status = "lost"
     except MemoryError:
         status, detail = "out of memory", "MemoryError"
     except BaseException as error:  # a test may raise anything
-        detail = _explain(error, tests)
-    data = json.dumps([status, detail]).encode()
-    while data:
-        data = data[os.write(5, data) :]
+        detail = _explain(error, tests, names)
+    said = detail.encode(errors="replace")[:_DETAIL]
+    if said:
+        os.write(6, said)  # first, so that it is there once it is announced
+    os.write(5, _CODES[status] + len(said).to_bytes(2, "little"))
     os._exit(0)
 
 
@@ -332,11 +395,16 @@ def _text(error: BaseException) -> str:
         return ""
 
 
-def _explain(error: BaseException, tests: str) -> str:
+def _explain(error: BaseException, tests: str, names: Sequence[str]) -> str:
     """The error, and the line of the tests that it came from."""
     import traceback  # late: each module makes every fork dearer
 
-    said = f"{type(error).__name__}: {_text(error)}".removesuffix(": ")
+    missing = getattr(error, "name", None) if isinstance(error, NameError) else None
+    said = (
+        f"the program defines no {missing!r}"
+        if missing in names
+        else f"{type(error).__name__}: {_text(error)}".removesuffix(": ")
+    )
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == "tests.py"]
     lines = tests.splitlines()
     if frames and 0 < (frames[-1].lineno or 0) <= len(lines):

@@ -264,6 +264,106 @@ def test_outcomes_need_examples_and_somebody_who_measures_them():
         fit([EdgeController(policy="skill", signal="outcomes")], Learner)
 
 
+@pytest.mark.parametrize(
+    ("returned", "options", "message"),
+    [
+        (torch.full((32,), 77.0), {}, r"success is in \[0, 1\]; for a loss set `loss_threshold`"),
+        (torch.ones(32), {"soft": True, "policy": "item"}, "log-likelihoods are at most 0"),
+    ],
+)
+def test_a_signal_out_of_range_is_refused(returned, options, message):
+    class Odd(Learner):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) | {"example_success": returned}
+
+    with pytest.raises(MisconfigurationException, match=message):
+        fit([EdgeController(**options)], Odd)
+
+
+def test_a_signal_may_be_a_list_and_one_that_is_never_a_number_is_told():
+    class Lists(Learner):
+        def training_step(self, batch, batch_idx):
+            returned = super().training_step(batch, batch_idx)
+            return {"loss": returned["loss"], "example_success": returned["example_success"].tolist()}
+
+    controller = EdgeController(policy="skill")
+    fit([controller], Lists)
+    assert controller._tracker.skill == pytest.approx(7, abs=1)
+
+    class Nothing(Learner):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch, batch_idx) | {
+                "example_success": torch.full((len(batch[0]),), torch.nan)
+            }
+
+    with pytest.warns(UserWarning, match="`signal='example_success'` is NaN. Nothing is steered by it"):
+        fit([EdgeController()], Nothing, log_every_n_steps=5)
+
+
+@pytest.mark.parametrize(
+    ("skill", "says"), [(30.0, "even the hardest examples are mastered"), (-20.0, "even the easiest")]
+)
+def test_where_there_is_no_edge_it_says_so_and_stays_at_the_end(skill, says):
+    """Also where one in twenty fails for no reason, as wrong labels do: that makes no hard example easy."""
+
+    class Beyond(Learner):
+        def training_step(self, batch, batch_idx):
+            returned = super().training_step(batch, batch_idx)
+            slips = torch.rand(len(batch[0]), generator=self.draws) < 0.05
+            return returned | {
+                "example_success": torch.where(slips, 1 - returned["example_success"], returned["example_success"])
+            }
+
+    Beyond.skill = skill
+    collects = Collects()
+    with pytest.warns(UserWarning, match=says):
+        fit([EdgeController(policy="skill"), collects], Beyond, max_epochs=8, log_every_n_steps=5)
+    end = sum(collects.difficulty[-50:]) / 50
+    assert end > 9 if skill > 0 else end < 1
+
+
+def test_a_loader_that_is_made_anew_is_steered_too():
+    collects, controller = Collects(), EdgeController(policy="skill")
+    fit([controller, collects], Learner, max_epochs=4, reload_dataloaders_every_n_epochs=1)
+    assert controller._seen == 2000 * 4
+    assert 6 < sum(collects.difficulty[-60:]) / 60 < 7.5
+
+
+def test_a_loss_as_signal_is_that_before_accumulation_divides_it():
+    class Loss(Plain):
+        def training_step(self, batch, batch_idx):
+            return {"loss": super().training_step(batch, batch_idx) * 0 + 1.0}
+
+    for options in ({"signal": "loss"}, {}):
+        controller = EdgeController(policy="skill", loss_threshold=0.6, **options)
+        fit([controller], with_choices(Loss), accumulate_grad_batches=4)
+        assert controller.success_rate == 0
+
+
+def test_a_sampler_of_another_data_set_or_in_the_wrong_place_is_refused():
+    class Other(LossOnly):
+        def train_dataloader(self):
+            return DataLoader(examples(64), batch_size=8, sampler=DifficultySampler(examples(32), batch_size=8))
+
+    class Misplaced(LossOnly):
+        def train_dataloader(self):
+            return DataLoader(examples(64), batch_sampler=DifficultySampler(examples(64), batch_size=1))
+
+    with pytest.raises(MisconfigurationException, match="a loader of 64 examples: its sampler was made for 32"):
+        fit([EdgeController(loss_threshold=1.0)], Other)
+    with pytest.raises(MisconfigurationException, match="a `DifficultySampler` as `batch_sampler`.* as `sampler`"):
+        fit([EdgeController(loss_threshold=1.0)], Misplaced)
+
+
+def test_a_state_of_other_difficulties_is_refused():
+    controller = EdgeController(policy="skill")
+    fit([controller], Learner)
+    other = EdgeController(policy="skill", loss_threshold=1.0)
+    other.load_state_dict(controller.state_dict())
+    with pytest.raises(MisconfigurationException, match="The state is of difficulties"):
+        fit([other], with_choices(LossOnly))
+
+
 def test_two_that_steer_are_refused():
     with pytest.raises(MisconfigurationException, match=r"another `EdgeController` steers: one must decide"):
         fit([EdgeController(), EdgeController(name="second")], Learner)
@@ -292,6 +392,8 @@ def test_a_data_set_that_is_mastered_is_told():
         ({"target_range": (0.75, 0.55)}, r"`EdgeController\(target_range=\(0.75, 0.55\)\)` must be low < high"),
         ({"target_range": (0.0, 0.5)}, r"within \(0, 1\)"),
         ({"policy": "random"}, r"`EdgeController\(policy='random'\)` must be"),
+        ({"target_range": 0.65}, r"`EdgeController\(target_range=0.65\)` must be two numbers"),
+        ({"signal": "loss"}, r"`EdgeController\(signal='loss'\)` is no success: set `loss_threshold`"),
         ({"epsilon": 1.5}, r"`EdgeController\(epsilon=1.5\)` must be in \[0, 1\]"),
         ({"spread": -1.0}, r"`EdgeController\(spread=-1.0\)` must be at least 0"),
         ({"soft": True, "policy": "skill"}, r"`EdgeController\(soft=True\)` goes with policy='item'"),

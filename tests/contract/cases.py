@@ -95,7 +95,8 @@ def edge_controller(policy, low, more=()) -> Case:
 
 CASES = [
     edge_controller("skill", low=0.5),
-    edge_controller("item", low=0.4, more=["mastered"]),
+    edge_controller("item", low=0.6, more=["mastered"]),
+    edge_controller("bandit", low=0.6),
     grokfast("grokfast-ema", alpha=0.9, lamb=2.0),
     grokfast("grokfast-ma", filter="ma", window_size=3, lamb=2.0),
     grokfast("grokfast-projection", filter="projection", alpha=0.9, lamb=0.25, schedule="cosine_similarity"),

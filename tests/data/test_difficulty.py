@@ -141,6 +141,8 @@ def test_two_lines_over_a_data_set_of_ones_own():
         ({"difficulty": range(49)}, ValueError, "`difficulty` has 49 numbers, and the data set 50 examples"),
         ({"levels": [1, 2]}, ValueError, "goes with `num_samples`"),
         ({"levels": [2, 2], "num_samples": 9}, ValueError, r"levels=...\)` is the same for all"),
+        ({"difficulty": ["easy"] * 50}, ValueError, "must be numbers, one for each, not list of str"),
+        ({"difficulty": len}, ValueError, "must be numbers, one for each"),
         ({"batch_size": 0}, ValueError, r"`DifficultySampler\(batch_size=0\)` must be at least 1"),
     ],
 )

@@ -110,3 +110,17 @@ def test_problems_are_the_functions():
 def test_bad_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         GeneratedTasks(**arguments)
+
+
+def test_widths_are_a_second_way_to_be_hard():
+    for width in (1, 2, 3):
+        task = FAMILIES["addition"](random.Random(0), 6, width)
+        assert task.prompt.count("+") == width
+        assert sum(int(part[::-1]) for part in task.prompt.removesuffix("=").split("+")) == int(task.answer[::-1])
+        numbers = FAMILIES["expression"](random.Random(0), 2, width).prompt.removesuffix("%100=")
+        assert {len(n) for n in numbers.translate(str.maketrans("+-*()", "     ")).split()} == {width}
+    data = GeneratedTasks(["addition"], max_level=3, widths=[1, 2])
+    assert data.data.arms == [("addition", level, width) for width in (1, 2) for level in (1, 2, 3)]
+    sampler = data.train_dataloader().sampler
+    assert (sampler.num_arms, sampler.ordered) == (6, False)
+    assert GeneratedTasks(["addition"], max_level=3).train_dataloader().sampler.ordered

@@ -134,7 +134,7 @@ def test_success_and_difficulty_of_the_edge_are_drawn_with_their_band(tmp_path, 
     above, below = figures.edge(read_run(tmp_path)).axes
     assert "90 % of the steps in the band" in above.get_title()
     labels = [text.get_text() for axis in (above, below) for text in axis.get_legend().get_texts()]
-    assert labels == ["band", "success", "expected", "middle 80 %", "mean drawn", "skill"]
+    assert labels == ["band", "success", "expected", "middle 80 %", "mean drawn", "skill (half succeed)"]
     assert below.get_ylim()[0] < 1 < 5 < below.get_ylim()[1]
 
 

@@ -21,7 +21,8 @@ def box():
         ("def f(x): return x + 1", "assert f(1) == 2\nassert f(2) == 3", "passed", ""),
         ("def f(x): return x", "assert f(2) == 2\nassert f(1) == 2", "failed", "AssertionError  in: assert f(1) == 2"),
         ("def f(:", "assert f(1) == 2", "failed", "SyntaxError: invalid syntax"),
-        ("def g(x): pass", "assert f(1) == 2", "failed", "NameError: name 'f' is not defined  in: assert f(1) == 2"),
+        ("def g(x): pass", "assert f(1) == 2", "failed", "the program defines no 'f'  in: assert f(1) == 2"),
+        ("def f(x): pass", "assert f(1 == 2", "failed", "SyntaxError: in the tests: '(' was never closed"),
         ("def f(x): return {}[x]", "assert f(1) == 2", "failed", "KeyError"),
         ("raise SystemExit(0)", "assert f(1) == 2", "failed", "SystemExit"),
         ("import os; os._exit(0)", "assert f(1) == 2", "failed", "the program ended itself with code 0"),
@@ -69,6 +70,9 @@ def test_what_is_no_number_is_none(box):
 def test_exceptions_keep_their_type(box):
     tests = "try: f(0)\nexcept ZeroDivisionError: pass\nelse: assert False"
     assert box.run("def f(x): return 1 / x", tests, "f").passed
+    for kind in ("TypeError", "KeyError", "RecursionError", "AssertionError"):
+        tests = f"try: f()\nexcept {kind}: pass\nelse: assert False"
+        assert box.run(f"def f(): raise {kind}('x')", tests, "f").passed
     own = "class Mine(ValueError): pass\ndef f(x): raise Mine('text')"
     assert "RuntimeError: Mine: text" in box.run(own, "f(0)", "f").detail
 
@@ -150,7 +154,7 @@ def test_the_setup_is_the_tests_own_and_the_entry_point_the_programs(box):
     setup = "def helper(x): return x\ndef f(x): return 'from the setup'"
     assert box.run("def f(x): return 1\ndef helper(x): return 1", "assert helper(f(2)) == 1 == f(3)", "f", setup).passed
     assert not box.run("def helper(x): return 1", "assert helper(2) == 1", "f", setup).passed
-    assert "name 'f' is not defined" in box.run("", "f(1)", "f", setup).detail
+    assert "the program defines no 'f'" in box.run("", "f(1)", "f", setup).detail
 
 
 def test_a_time_for_all_of_them_leaves_the_rest_out(box):
