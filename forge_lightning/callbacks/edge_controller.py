@@ -445,8 +445,8 @@ class EdgeController(ForgeCallback):
             self._warn_once(
                 f"no outcome so far is a number: `signal={self.signal!r}` is NaN. Nothing is steered by it."
             )
-        if self._seen < 4 * _SMOOTHING:
-            return
+        if self._seen < (_SMOOTHING // 4 if self.signal == "outcomes" else 4 * _SMOOTHING):
+            return  # programs that were run are dear, and few
         arms = sampler.difficulty if isinstance(tracker, SkillTracker) else np.arange(sampler.num_arms)
         chance, (low, high) = tracker.expected(arms), self.target_range
         told = isinstance(tracker, ItemTracker) and not tracker.replace  # by "mastered"

@@ -164,7 +164,7 @@ def _section(run: RunTrace, output: Path, prefix: str) -> str:
         facts.append(("last validation loss", f"{loss[1][-1]:.4g} nats"))
     time = numbers["median_step_seconds"].get("step")
     if time is not None:
-        facts.append(("time of a step, median", f"{1000 * time:.3g} ms"))
+        facts.append(("time of a step, median", figures.duration(time)))
     parts = [f"<h2>{html.escape(run.name)}</h2>", _table(facts)]
     if run.remarks:
         parts.append("<ul class=remarks>" + "".join(f"<li>{html.escape(r)}</li>" for r in run.remarks) + "</ul>")
@@ -180,7 +180,7 @@ def _section(run: RunTrace, output: Path, prefix: str) -> str:
 
 
 def _comparison_table(runs: Sequence[RunTrace]) -> str:
-    header = ("group", "runs", "steps to success 0.5", "to 0.95", "last validation success", "ms a step")
+    header = ("group", "runs", "steps to success 0.5", "to 0.95", "last validation success", "a step")
     rows = []
     for group, numbers in _groups(runs).items():
         success, seconds = numbers["last_validation_success"], numbers["median_step_seconds"]
@@ -190,7 +190,7 @@ def _comparison_table(runs: Sequence[RunTrace]) -> str:
                 str(len(numbers["runs"])),
                 *(_reached(steps) for steps in numbers["steps_to"].values()),
                 "–" if success is None else f"{success:.4g}",
-                "–" if seconds is None else f"{1000 * seconds:.3g}",
+                "–" if seconds is None else figures.duration(seconds),
             )
         )
     return _table(rows, header)

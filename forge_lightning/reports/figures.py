@@ -270,7 +270,7 @@ def step_time(run: RunTrace) -> Any | None:
     left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
     steps = next(iter(there.values()))[0]
     heights = [1000 * np.nan_to_num(np.asarray(values)) for _, values in there.values()]
-    labels = [f"{key.replace('_', ' + ')}, {1000 * median(v):.3g} ms" for key, (_, v) in there.items()]
+    labels = [f"{key.replace('_', ' + ')}, {duration(median(v))}" for key, (_, v) in there.items()]
     left.stackplot(steps, *heights, labels=labels, colors=_cycle(len(there)), alpha=0.85)
     left.set(xlabel=STEP, ylabel="milliseconds a step", xlim=(0, max(1, run.last_step)))
     left.set_ylim(0, 1.7 * float(np.quantile(np.sum(heights, axis=0), 0.95)) or None)
@@ -437,6 +437,8 @@ def _pairs(run: RunTrace, train: str, val: Sequence[str]) -> dict[str, Series]:
 def _draw(axis: Any, series: Series, label: str, color: Any) -> None:
     steps, values = series
     values = [value if math.isfinite(value) else math.nan for value in values]
+    if all(map(math.isnan, values)):
+        label = f"{label}: no number"
     axis.plot(steps, values, label=label, color=_tone(color), marker="." if len(steps) < 20 else "")
 
 
@@ -461,6 +463,11 @@ def _tone(color: Any) -> Any:
 
 def _last_layer(runs: Sequence[RunTrace], estimator: str) -> list[str]:
     return [f"forge/geometry/{layers[-1]}/{estimator}" for run in runs if (layers := layers_of(run))]
+
+
+def duration(seconds: float) -> str:
+    """With three digits, in milliseconds or seconds."""
+    return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 def _legend_above(axis: Any) -> None:
