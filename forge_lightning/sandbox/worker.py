@@ -99,7 +99,8 @@ class _Judge:
         for name in ("call", "reply", "verdict", "detail", "output"):
             os.close(write[name])
         said, in_time = self._listen(read["verdict"], read["output"], end) if is_read else (b"", end > time.monotonic())
-        codes = [_end(pid) for pid in pids]
+        is_lost = said[1:2] == _CODES["lost"]
+        codes = [_end(pid, 0.2 if is_lost else 0.0) for pid in pids]
         self._drain(read["output"])
         status, note, length = _status(said, in_time, codes)
         again = is_read and said.startswith(b"\n")
@@ -201,9 +202,13 @@ def _fork(main: Callable[[], None]) -> int:
     return pid
 
 
-def _end(pid: int) -> int:
-    """Kill a child, if it is still there; how it ended."""
+def _end(pid: int, patience: float) -> int:
+    """Kill a child, if it is still there after so many seconds; how it ended."""
+    until = time.monotonic() + patience
     ended, status = os.waitpid(pid, os.WNOHANG)
+    while not ended and time.monotonic() < until:  # its pipes close a little before it has ended
+        time.sleep(0.001)
+        ended, status = os.waitpid(pid, os.WNOHANG)
     if not ended:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
