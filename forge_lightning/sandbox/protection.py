@@ -25,14 +25,19 @@ SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
     "sched_setscheduler": (144, 119), "sched_setattr": (314, 274), "prlimit64": (302, 261), "setrlimit": (160, 164),
     "move_pages": (279, 239), "migrate_pages": (256, 238), "setpgid": (109, 154), "setsid": (112, 157),
     # the network, and memory that outlives the process
-    "socket": (41, 198), "socketpair": (53, 199), "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186),
-    "mq_open": (240, 180), "memfd_create": (319, 279), "memfd_secret": (447, 447),
+    "socket": (41, 198), "socketpair": (53, 199), "shmget": (29, 194), "shmat": (30, 196), "shmctl": (31, 195),
+    "semget": (64, 190), "semop": (65, 193), "semctl": (66, 191), "semtimedop": (220, 192), "msgget": (68, 186),
+    "msgsnd": (69, 189), "msgrcv": (70, 188), "msgctl": (71, 187), "mq_open": (240, 180), "mq_unlink": (241, 181),
+    "io_setup": (206, 0), "memfd_create": (319, 279), "memfd_secret": (447, 447),
     # what a set of file rules does not cover
     "chmod": (90, None), "fchmod": (91, 52), "fchmodat": (268, 53), "fchmodat2": (452, 452), "chown": (92, None),
     "fchown": (93, 55), "lchown": (94, None), "fchownat": (260, 54), "truncate": (76, 45), "utime": (132, None),
     "utimes": (235, None), "futimesat": (261, None), "utimensat": (280, 88), "setxattr": (188, 5),
     "lsetxattr": (189, 6), "fsetxattr": (190, 7), "removexattr": (197, 14), "lremovexattr": (198, 15),
-    "fremovexattr": (199, 16), "setxattrat": (463, 463), "removexattrat": (466, 466), "mknod": (133, None),
+    "fremovexattr": (199, 16), "setxattrat": (463, 463), "removexattrat": (466, 466), "getxattr": (191, 8),
+    "lgetxattr": (192, 9), "fgetxattr": (193, 10), "getxattrat": (464, 464), "listxattr": (194, 11),
+    "llistxattr": (195, 12), "flistxattr": (196, 13), "listxattrat": (465, 465), "file_getattr": (468, 468),
+    "file_setattr": (469, 469), "mknod": (133, None),
     "mknodat": (259, 33), "name_to_handle_at": (303, 264), "open_by_handle_at": (304, 265),
     "inotify_init": (253, None), "inotify_init1": (294, 26), "fanotify_init": (300, 262), "flock": (73, 32),
     # the machine
@@ -58,15 +63,21 @@ WORKERS_OWN = ("fork", "vfork", "clone", "clone3", "kill", "tgkill", "setsid", "
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _TO_SELF_ONLY = ("kill", "tgkill")  # `abort` signals the process itself
-_THREAD = 0x10000  # CLONE_THREAD
 _DENIED_ARGUMENTS = {  # name: (which argument, values)
-    "fcntl": (1, (8, 10, 15)),  # F_SETOWN, F_SETSIG, F_SETOWN_EX: signals by way of a pipe
-    "ioctl": (1, (0x8901, 0x8902, 0x5452, 0x5412)),  # FIOSETOWN, SIOCSPGRP, FIOASYNC, TIOCSTI
+    # F_SETOWN, F_SETSIG, F_SETOWN_EX: signals by way of a pipe. Locks, leases and notices on what others read too.
+    "fcntl": (1, (8, 10, 15, 6, 7, 37, 38, 1024, 1026)),
     "prctl": (0, (_PARENT_DEATH_SIGNAL, _SET_DUMPABLE, 0x59616D61)),  # to outlive the worker; to be traced
 }
 
+_ALLOWED_ARGUMENTS = {
+    "ioctl": (
+        1,
+        (0x5401, 0x5413, 0x541B, 0x5421, 0x5451, 0x5450),
+    ),  # what Python asks of a descriptor, changing no file
+}
+
 _ALLOW, _ERROR, _KILL = 0x7FFF0000, 0x00050000, 0x80000000
-_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
 _NUMBER, _ARCHITECTURE, _FIRST_ARGUMENT = 0, 4, 16  # offsets in struct seccomp_data; the argument's low half
 
 
@@ -88,7 +99,7 @@ def _machine() -> str:
 
 
 def seccomp_filter(machine: str, pid: int, names: Iterable[str]) -> bytes:
-    """A BPF program that denies some of `SYSTEM_CALLS`; new threads stay allowed, and signals to ``pid`` itself.
+    """A BPF program that denies some of `SYSTEM_CALLS`; signals to ``pid`` itself stay allowed.
 
     Raises:
         KeyError: If the machine's numbers are not known.
@@ -110,14 +121,13 @@ def seccomp_filter(machine: str, pid: int, names: Iterable[str]) -> bytes:
             code += [(_EQUAL, 0, len(tests) + 2, number), (_LOAD, 0, 0, _FIRST_ARGUMENT + 8 * place), *tests]
             code.append((_LOAD, 0, 0, _NUMBER))
             continue
-        if name == "clone":
-            test = (_ANY_BIT, 1, 0, _THREAD)
-        elif name in _TO_SELF_ONLY:
-            test = (_EQUAL, 1, 0, pid)
-        else:
-            code += [(_EQUAL, 0, 1, number), denied]
+        if name in _ALLOWED_ARGUMENTS or name in _TO_SELF_ONLY:
+            place, values = _ALLOWED_ARGUMENTS.get(name, (0, (pid,)))
+            tests = [(_EQUAL, len(values) - index, 0, value) for index, value in enumerate(values)]
+            code += [(_EQUAL, 0, len(tests) + 3, number), (_LOAD, 0, 0, _FIRST_ARGUMENT + 8 * place), *tests, denied]
+            code.append((_LOAD, 0, 0, _NUMBER))
             continue
-        code += [(_EQUAL, 0, 4, number), (_LOAD, 0, 0, _FIRST_ARGUMENT), test, denied, (_LOAD, 0, 0, _NUMBER)]
+        code += [(_EQUAL, 0, 1, number), denied]
     code.append((_RETURN, 0, 0, _ALLOW))
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 

@@ -90,7 +90,8 @@ class Task:
     Args:
         solution: The program. Not trusted.
         tests: Statements that fail where the program is wrong, as assertions do. They call the program by the names in
-            ``entry_point``.
+            ``entry_point``. What it returns should be compared here: a method of an object of the program's that is
+            given the expected value can say what it likes.
         entry_point: Name, or names, that the program defines and the tests use.
         setup: Statements that the tests need before: imports, helpers. They run beside the tests.
     """
@@ -131,8 +132,8 @@ class Sandbox:
     tests do not see, and objects of its own classes can be called and read, but not compared.
 
     Programs and tests have Python's own library, and no installed package; no file to write, no network, no other
-    process, an empty environment, no input, and limits on time, memory and output. They can learn which files exist
-    where there is no bubblewrap.
+    process, no further thread, an empty environment, no input, and limits on time, memory and output. Where there is no
+    bubblewrap they can learn which files exist, their sizes, and where links lead.
 
     Use it as a context manager, or call `close`. Safe to use from several threads.
 

@@ -159,7 +159,6 @@ class _Judge:
     def _confine(self, keep: Sequence[int], output: int | None, timeout: float, memory: int) -> None:
         """Leave this child with the pipes it needs, as 3, 4, ..., and with what every program may do."""
         os.setsid()
-        protection.end_with_parent()
         high = [fcntl.fcntl(fd, fcntl.F_DUPFD, 100) for fd in keep]
         if output is not None:
             os.dup2(output, 1)
@@ -193,10 +192,13 @@ def _pass_on(source: int, target: int, count: int) -> None:
 
 
 def _fork(main: Callable[[], None]) -> int:
+    parent = os.getpid()
     pid = os.fork()
     if pid == 0:
         try:
-            main()
+            protection.end_with_parent()
+            if os.getppid() == parent:  # it may have ended before it was asked for
+                main()
         finally:
             os._exit(1)
     return pid
@@ -283,8 +285,11 @@ def _answer(source: str, names: Sequence[str]) -> NoReturn:
     os._exit(0)
 
 
-class _Lost(Exception):
+class _Lost(BaseException):
     """The program's process is gone."""
+
+
+_PREDICATES = ("startswith", "endswith", "issubset", "issuperset", "isdisjoint", "equals")
 
 
 class _Remote(_Handle):
@@ -300,6 +305,10 @@ class _Remote(_Handle):
         return _ask("call", self, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        if name in _PREDICATES:
+            raise TypeError(
+                f"{name!r} of a {self._type!r} is not the program's to say: return a value of Python's types"
+            )
         return _ask("get", self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -328,7 +337,9 @@ class _Remote(_Handle):
         raise TypeError(f"what {self._type!r} contains is not the program's to say: return a list, set or dict")
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Remote) and other._handle == self._handle
+        if other is not self and isinstance(other, _Remote):
+            raise TypeError(f"whether two {self._type!r} are equal is not the program's to say: compare their values")
+        return other is self
 
     def __hash__(self) -> int:
         return hash(self._handle)
@@ -353,7 +364,8 @@ def _answer_of(answer: Any) -> Any:
         return decode(answer[1], _Remote)
     kind, text = getattr(builtins, str(answer[1]), None), str(answer[2])
     error: Exception = RuntimeError(f"{answer[1]}: {text}")
-    if isinstance(kind, type) and issubclass(kind, Exception):
+    ends_a_loop = kind in (StopIteration, StopAsyncIteration)  # of the tests, and with it what they still had to ask
+    if isinstance(kind, type) and issubclass(kind, Exception) and not ends_a_loop:
         with suppress(TypeError):  # of those that need more than a text
             error = kind(text)
     raise error

@@ -111,6 +111,28 @@ ATTACKS = {
     ),
     "to outlive the worker": "import ctypes; secret = '' if ctypes.CDLL(None).prctl(1, 0, 0, 0, 0) else 'the secret'",
     "to be traced": "import ctypes; secret = '' if ctypes.CDLL(None).prctl(4, 1, 0, 0, 0) else 'the secret'",
+    "shared memory by number": (
+        "import ctypes; libc = ctypes.CDLL(None, use_errno=True); libc.shmctl(0, 13, 0); code = ctypes.get_errno()\n"
+        "libc.shmat(0, 0, 0); secret = '' if code == 1 and ctypes.get_errno() == 1 else 'the secret'"
+    ),
+    "a queue by name": (
+        "import ctypes; libc = ctypes.CDLL(None, use_errno=True); libc.mq_unlink(b'/x')\n"
+        "secret = '' if ctypes.get_errno() in (1, 13) else 'the secret'"  # not: there is none of that name
+    ),
+    "a thread": "import threading; threading.Thread(target=print).start(); secret = 'the secret'",
+    "an attribute of a file": "import os; os.getxattr('{tmp}/secret', 'user.x'); secret = 'the secret'",
+    "flags of a file": (
+        "import fcntl, os, struct\nfd = os.open(os.__file__, os.O_RDONLY)\n"
+        "fcntl.ioctl(fd, 0x40086602, struct.pack('l', 0)); secret = 'the secret'"
+    ),
+    "a lock on a library": (
+        "import fcntl, os; fcntl.lockf(os.open(os.__file__, os.O_RDONLY), fcntl.LOCK_SH | fcntl.LOCK_NB)\n"
+        "secret = 'the secret'"
+    ),
+    "asynchronous input": (
+        "import ctypes; libc = ctypes.CDLL(None, use_errno=True); x = ctypes.c_ulong()\n"
+        "libc.syscall({io_setup}, 1, ctypes.byref(x)); secret = '' if ctypes.get_errno() == 1 else 'the secret'"
+    ),
     "the pipes of the worker": (
         "import os\nfor fd in range(5, 512):\n  try: os.write(fd, b'x'); secret = 'the secret'\n  except OSError: pass"
     ),
@@ -119,10 +141,13 @@ ATTACKS = {
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_no_attack_reaches_outside(box, outside, name):
-    attack = ATTACKS[name].format(**{key: outside[key] for key in ("tmp", "tcp", "udp", "pid")})
+    attack = ATTACKS[name].format(
+        io_setup=SYSTEM_CALLS["io_setup"][_ARCHITECTURES[os.uname().machine][0]],
+        **{key: outside[key] for key in ("tmp", "tcp", "udp", "pid")},
+    )
     before = os.stat(f"{outside['tmp']}/victim")
     solution = "secret = ''\ntry:\n" + "\n".join(f"  {line}" for line in attack.splitlines())
-    solution += "\nexcept (OSError, AttributeError) as error: print(error)\ndef f(): return secret"
+    solution += "\nexcept (OSError, AttributeError, RuntimeError) as error: print(error)\ndef f(): return secret"
     verdict = box.run(solution, "assert 'the secret' not in f(), f()", "f")
     assert verdict.status in ("passed", "failed", "killed"), verdict
     assert "the secret" not in verdict.detail + verdict.stdout
@@ -253,6 +278,31 @@ def f():
 
 def needle():
     return f"needle-{os.urandom(8).hex()}"
+
+
+@pytest.mark.parametrize(
+    ("solution", "tests"),
+    [
+        ("def f(x): raise StopIteration", "for got, want in zip(map(f, [1, 2]), [43987, 5]): assert got == want"),
+        ("def f(x): raise StopIteration", "assert all(map(lambda c: f(c[0]) == c[1], [(1, 43987)]))"),
+        (
+            "import os\ndef f(x): os._exit(0)",
+            "for x in (1, 2):\n  try: f(x)\n  except Exception: continue\n  else: assert False",
+        ),
+        (
+            "class P:\n  one = None\n  def __new__(cls, *_):\n    P.one = P.one or object.__new__(cls)\n"
+            "    return P.one\ndef f(p): return p",
+            "assert f(P(0)) == P(1)",
+        ),
+        (
+            "class Y:\n  __getattr__ = lambda *_: lambda *_: True\ndef f(): return Y()",
+            "assert f().startswith('expected')",
+        ),
+        ("class Y:\n  __getattr__ = lambda *_: lambda *_: True\ndef f(): return Y()", "assert f().equals(43987)"),
+    ],
+)
+def test_no_way_around_the_comparison(box, solution, tests):
+    assert box.run(solution, tests, ["f", "P"]).status == "failed"
 
 
 def test_nothing_of_earlier_programs_is_in_a_later_ones_memory(box):

@@ -101,7 +101,7 @@ root.left = Node(2)
 assert depth(root) == 2
 assert root.left.value == 2 and root.double() == 2
 assert len(root) == 7 and root[3] == 3 and bool(root) and repr(root) == "a node"
-assert root.left == root.left and root.left != root and root in [root]
+assert root == root and root in [root] and root != 1
 """
     verdict = box.run(solution, tests, ["Node", "depth"])
     assert verdict.passed, verdict.detail
