@@ -100,9 +100,9 @@ def is_logging_step(trainer: Trainer) -> bool:
     """Whether the coming or just finished optimizer step is one of ``log_every_n_steps``, or of `log_also_every`."""
     every: Any = getattr(trainer, "log_every_n_steps", 1)
     step = step_of_log(trainer) + 1
-    return is_dev_run(trainer) or any(
-        step % interval == 0 for interval in (max(1, every), *_intervals.get(trainer, ()))
-    )
+    if step % max(1, every) == 0 or is_dev_run(trainer):
+        return True
+    return any(step % interval == 0 for interval in _intervals.get(trainer, ()))
 
 
 def log_also_every(trainer: Trainer, interval: int | None) -> None:

@@ -25,7 +25,7 @@ class EdgeController(ForgeCallback):
     lines. What was drawn is compared with how it went, an estimate of skill is kept, and the sampler asks it what to
     draw next.
 
-    Hooks: the start and end of every training batch. Costs about 0.3 ms of CPU a batch, and one small exchange between
+    Hooks: the start and end of every training batch. Costs about 0.5 ms of CPU a batch, and one small exchange between
     processes.
 
     Reads: ``signal`` in what ``training_step`` returns; the datamodule's ``difficulty``, where it has one, as features.
@@ -39,8 +39,9 @@ class EdgeController(ForgeCallback):
     ``forge/edge/target_high``; with "item" also ``forge/edge/mastered`` (share of examples expected to succeed more
     often than the band allows).
 
-    When it does not help: where uniform sampling learns as fast (`benchmarks/edge.md`), and on a small data set that is
-    soon mastered whole: ``forge/edge/mastered`` says so. Success of one batch of 32 wavers by 8 %; judge by the mean.
+    When it does not help: where an easy-to-hard ramp of the right length is known (`benchmarks/edge.md`), and on a
+    small data set that is soon mastered whole: ``forge/edge/mastered`` says so. Success of one batch of 32 wavers by
+    8 %; judge by the mean.
 
     Args:
         target_range: Band of success to hold, within (0, 1). Its middle is aimed at.

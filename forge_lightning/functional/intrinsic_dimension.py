@@ -68,9 +68,11 @@ class PointCloud:
         if x.device.type == "mps":  # no fp64 there, which the rare cases need
             x = x.cpu()
         x = x if x.dtype == torch.float64 else x.float()
-        largest = float(x.abs().max()) if x.numel() else 0.0
-        # By a power of two, which rounds nothing: fourth powers of huge or tiny activations have no place in fp32.
-        self.points = x * 2.0 ** -math.frexp(largest)[1] if math.isfinite(largest) and largest > 0 else x
+        largest = float(torch.linalg.vector_norm(x, math.inf)) if x.numel() else 0.0
+        if math.isfinite(largest) and largest > 0 and not 2.0**-16 < largest < 2.0**16:
+            # By a power of two, which rounds nothing: fourth powers of huge or tiny activations have no place in fp32.
+            x = x * 2.0 ** -math.frexp(largest)[1]
+        self.points = x
         self.reason = ""
         self._nearest: Tensor
         with _full_precision(x.device.type):
