@@ -188,9 +188,8 @@ class CodeTasks(TokenDataModule):
 
         Of "train", once set up, those that are trained on: the ``i``-th is example ``i`` of the data set.
         """
-        if split == "train" and split in self._kept:
-            return [problem for i, problem in enumerate(self._problems(split)) if i in set(self._kept[split])]
-        return self._problems(split)
+        problems = self._problems(split)
+        return [problems[i] for i in self._kept[split]] if split == "train" and split in self._kept else problems
 
     def _problems(self, split: str) -> list[Problem]:
         dataset, path = (self.test_dataset, self.test_path) if split == "test" else (self.dataset, self.path)

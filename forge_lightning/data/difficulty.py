@@ -66,9 +66,7 @@ class DifficultySampler(ResumableSampler):
         assert length is not None
         if length < 1:
             raise ValueError("`DifficultySampler`: there are no examples.")
-        self.difficulty = _checked(
-            "levels" if levels is not None else "difficulty", levels if levels is not None else difficulty
-        )
+        self.difficulty = _checked("levels", levels) if self.makes_examples else _checked("difficulty", difficulty)
         if self.difficulty is not None and not self.makes_examples and len(self.difficulty) != length:
             raise ValueError(f"`difficulty` has {len(self.difficulty)} numbers, and the data set {length} examples.")
         self.epoch_size = num_samples or length
