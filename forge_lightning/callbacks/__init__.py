@@ -7,6 +7,7 @@ from forge_lightning.callbacks.grokfast import Grokfast as Grokfast
 from forge_lightning.callbacks.interrupt_checkpoint import InterruptCheckpoint as InterruptCheckpoint
 from forge_lightning.callbacks.rng_state import RNGState as RNGState
 from forge_lightning.callbacks.run_summary import RunSummary as RunSummary
+from forge_lightning.callbacks.self_model import SelfModel as SelfModel
 from forge_lightning.callbacks.stage_classifier import StageClassifier as StageClassifier
 from forge_lightning.callbacks.telemetry import Telemetry as Telemetry
 from forge_lightning.components.stage_classifier import TrainingStage as TrainingStage
@@ -19,6 +20,7 @@ __all__ = [
     "InterruptCheckpoint",
     "RNGState",
     "RunSummary",
+    "SelfModel",
     "StageClassifier",
     "Telemetry",
     "TrainingStage",

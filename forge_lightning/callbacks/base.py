@@ -4,17 +4,19 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
-from weakref import WeakKeyDictionary
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from forge_lightning.components.step_log import is_dev_run as is_dev_run
+from forge_lightning.components.step_log import is_logging_step as is_logging_step
+from forge_lightning.components.step_log import last_logged as last_logged
+from forge_lightning.components.step_log import log_also_every as log_also_every
+from forge_lightning.components.step_log import log_at_this_step
+from forge_lightning.components.step_log import logged_at_this_step as logged_at_this_step
+from forge_lightning.components.step_log import step_of_log as step_of_log
 from forge_lightning.protocols import SupportsEvents
-
-_logged: WeakKeyDictionary[Trainer, dict[str, tuple[int, float]]] = WeakKeyDictionary()
-_intervals: WeakKeyDictionary[Trainer, set[int]] = WeakKeyDictionary()
 
 
 class ForgeCallback(Callback):
@@ -50,12 +52,7 @@ class ForgeCallback(Callback):
         loggers: at every step the other costs more.
         """
         named = {self.metric_name(quantity): float(value) for quantity, value in metrics.items()}
-        step = step_of_log(trainer)
-        for logger in trainer.loggers:
-            logger.log_metrics(named, step=step)
-        if monitor:
-            trainer.callback_metrics.update({key: torch.tensor(value) for key, value in named.items()})
-        _logged.setdefault(trainer, {}).update({key: (step, value) for key, value in named.items()})
+        log_at_this_step(trainer, named, monitor)
 
     def read_metric(self, trainer: Trainer, monitor: str, argument: str) -> Tensor:
         """The latest value logged as ``monitor``, by the module or by any callback.
@@ -91,51 +88,12 @@ def run_directory(trainer: Trainer) -> Path | None:
     return Path(*(str(part) for part in parts if part))
 
 
-def step_of_log(trainer: Trainer) -> int:
-    """The step number under which Lightning's own monitors log."""
-    return trainer.fit_loop.epoch_loop._batches_that_stepped
-
-
-def is_logging_step(trainer: Trainer) -> bool:
-    """Whether the coming or just finished optimizer step is one of ``log_every_n_steps``, or of `log_also_every`."""
-    every: Any = getattr(trainer, "log_every_n_steps", 1)
-    step = step_of_log(trainer) + 1
-    if step % max(1, every) == 0 or is_dev_run(trainer):
-        return True
-    return any(step % interval == 0 for interval in _intervals.get(trainer, ()))
-
-
-def log_also_every(trainer: Trainer, interval: int | None) -> None:
-    """What one callback records at an interval of its own, the others log there too; ``None`` ends it."""
-    if interval is None:
-        _intervals.pop(trainer, None)
-    else:
-        _intervals.setdefault(trainer, set()).add(interval)
-
-
-def is_dev_run(trainer: Trainer) -> bool:
-    """Whether this is a `fast_dev_run`, which leaves nothing on disk."""
-    return bool(getattr(trainer, "fast_dev_run", False))
-
-
 def events_of(callback: Callback) -> list[dict[str, Any]]:
     """The events that a callback has found; none of one whose ``events`` are something else."""
     events: Any = callback.events if isinstance(callback, SupportsEvents) else ()
     if not isinstance(events, list | tuple):
         return []
     return [dict(event) for event in events if isinstance(event, Mapping) and {"kind", "step"} <= event.keys()]
-
-
-def logged_at_this_step(trainer: Trainer) -> dict[str, float]:
-    """What callbacks of the suite logged at the step that is being finished, by full name."""
-    step = step_of_log(trainer)
-    return {key: value for key, (at, value) in _logged.get(trainer, {}).items() if at == step}
-
-
-def last_logged(trainer: Trainer, *names: str) -> float:
-    """The value that callbacks of the suite logged last under the first of these full names; NaN without one."""
-    logged = _logged.get(trainer, {})
-    return next((logged[name][1] for name in names if name in logged), math.nan)
 
 
 def loss_of_step(trainer: Trainer, outputs: Any) -> Tensor | None:

@@ -36,6 +36,24 @@ def field_of(batch: Any, key: str | int | None) -> Tensor | None:
     return value if isinstance(value, Tensor) else None
 
 
+def activation_of(output: Any, name: str, key: str | None = None) -> Tensor:
+    """The activation in what a layer puts out: a tensor; the first of a tuple or list; of a mapping that of a key.
+
+    Raises:
+        ValueError: If it holds none, naming the layer.
+    """
+    if isinstance(output, Mapping):
+        output = output[key] if key in output else tuple(output.values())
+    if isinstance(output, tuple | list):
+        output = next((value for value in output if isinstance(value, Tensor)), None)
+    if not isinstance(output, Tensor) or not output.is_floating_point():
+        raise ValueError(
+            f"Layer {name!r} puts out {type(output).__name__}, which holds no activations. Name another layer, or"
+            " the entry with `output_key`."
+        )
+    return output
+
+
 class ActivationTap:
     """Forward hooks that copy sampled rows of activations while switched on, once per layer and forward pass.
 
@@ -137,10 +155,10 @@ class ActivationTap:
 
     @torch.no_grad()
     def _copy(self, name: str, output: Any) -> None:
-        x = self._activation(name, output).detach()
+        x = activation_of(output, name, self.output_key).detach()
         if x.ndim < 2:
             raise ValueError(f"Layer {name!r} puts out {tuple(x.shape)}; a probe needs (N, D), (B, T, D) or more.")
-        if _is_positions_first(x, self._fields):
+        if is_positions_first(x, self._fields):
             x = x.transpose(0, 1)
         shape = tuple(x.shape[:2]) if x.ndim == 3 else (len(x),)
         x = x.flatten(0, 1) if x.ndim == 3 else x.flatten(1)
@@ -150,18 +168,6 @@ class ActivationTap:
         if parts and parts[-1].shape[1] != x.shape[1]:
             parts.clear()  # inputs of another size: rows of two widths make no cloud
         parts.append(x.index_select(0, self._index[shape]))
-
-    def _activation(self, name: str, output: Any) -> Tensor:
-        if isinstance(output, Mapping):
-            output = output[self.output_key] if self.output_key in output else tuple(output.values())
-        if isinstance(output, tuple | list):
-            output = next((value for value in output if isinstance(value, Tensor)), None)
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            raise ValueError(
-                f"Layer {name!r} puts out {type(output).__name__}, which holds no activations. Name another layer, or"
-                " the entry with `output_key`."
-            )
-        return output
 
     def _choose(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Indices of the rows to keep, in the flattened activations."""
@@ -210,7 +216,7 @@ class ActivationTap:
         return everything[(later if bool(later.any()) else labelled).flatten()]
 
 
-def _is_positions_first(x: Tensor, fields: BatchFields) -> bool:
+def is_positions_first(x: Tensor, fields: BatchFields) -> bool:
     """Whether activations are ``(T, B, D)``, by what the batch holds as ``(B, T)``."""
     known = [tuple(t.shape) for t in (fields.mask, fields.labels, fields.tokens) if t is not None and t.ndim == 2]
     shape = tuple(x.shape[:2])

@@ -1,8 +1,9 @@
 """Finding layers of a model by name, by depth, or by its structure."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -16,9 +17,24 @@ def plain_name(name: str) -> str:
     return name
 
 
+def network_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """``named_modules`` without what callbacks added: modules that say ``is_auxiliary``, and what is inside them."""
+    seen: set[int] = set()
+
+    def walk(module: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+        if id(module) in seen or getattr(module, "is_auxiliary", False):
+            return
+        seen.add(id(module))
+        yield name, module
+        for child_name, child in module.named_children():
+            yield from walk(child, f"{name}.{child_name}" if name else child_name)
+
+    return walk(model, prefix)
+
+
 def block_list(model: nn.Module) -> nn.ModuleList | None:
     """The stack of blocks of a transformer: the module list that holds the most parameters."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
+    lists = [m for _, m in network_modules(model) if isinstance(m, nn.ModuleList)]
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=None)
 
 
@@ -30,12 +46,12 @@ def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """
     stack: nn.Module | None = block_list(model)
     if stack is None:
-        chains = [m for m in model.modules() if isinstance(m, nn.Sequential) and len(m) > 1]
+        chains = [m for _, m in network_modules(model) if isinstance(m, nn.Sequential) and len(m) > 1]
         stack = max(chains, key=lambda chain: sum(p.numel() for p in chain.parameters()), default=None)
     if stack is None:
-        found = {name: m for name, m in model.named_children() if any(True for _ in m.parameters())}
-        return {plain_name(name): m for name, m in found.items()}
-    prefix = next(name for name, m in model.named_modules() if m is stack)
+        found = {name: m for name, m in network_modules(model) if name and "." not in name}
+        return {plain_name(name): m for name, m in found.items() if any(True for _ in m.parameters())}
+    prefix = next(name for name, m in network_modules(model) if m is stack)
     return {plain_name(f"{prefix}.{name}" if prefix else name): m for name, m in stack.named_children()}
 
 
@@ -60,7 +76,7 @@ def select_layers(model: nn.Module, layers: str | Sequence[float | str]) -> dict
             raise ValueError(f"{type(model).__name__} has no layers that could be found by depth. Name its modules.")
     if layers == "all":
         return found
-    modules = {plain_name(name): m for name, m in model.named_modules() if name}
+    modules = {plain_name(name): m for name, m in network_modules(model) if name}
     chosen: dict[str, nn.Module] = {}
     for layer in [layers] if isinstance(layers, str) else layers:
         if isinstance(layer, str):
@@ -81,3 +97,54 @@ def select_layers(model: nn.Module, layers: str | Sequence[float | str]) -> dict
 def _matches(name: str, pattern: str) -> bool:
     parts, patterns = name.split("."), pattern.split(".")
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
+
+
+def output_layer(model: nn.Module, name: str | None = None) -> nn.Module:
+    """The module that turns final features into outputs.
+
+    Args:
+        model: Where to look.
+        name: Its name. Default: the output embedding of a Hugging Face model, in ``model`` or its only such child;
+            else the last ``nn.Linear``.
+
+    Raises:
+        ValueError: If there is none, naming what there is.
+    """
+    modules: dict[str, nn.Module] = {plain_name(key): m for key, m in network_modules(model) if key}
+    if name is not None:
+        if name not in modules:
+            close = get_close_matches(name, modules, n=5, cutoff=0.3) or list(modules)[:5]
+            raise ValueError(f"No module is called {name!r}. Close: {close}.")
+        return modules[name]
+    for candidate in (model, *modules.values()):
+        found: Any = getattr(candidate, "get_output_embeddings", lambda: None)()
+        if isinstance(found, nn.Module):
+            return found
+    linear = [m for m in modules.values() if isinstance(m, nn.Linear)]
+    if not linear:
+        raise ValueError(f"{type(model).__name__} has no `nn.Linear` that could be its output layer. Name it.")
+    return linear[-1]
+
+
+def output_width(model: nn.Module, module: nn.Module) -> int | None:
+    """Units that a layer puts out, told from the last of its parts that has weights; ``None`` if that does not tell.
+
+    A layer without weights, as an activation function, keeps the width of what comes before it in the model.
+    """
+    width, found = None, None
+    inside = {id(part) for part in module.modules()}
+    for _, part in network_modules(model):
+        own = _own_width(part)
+        width = width if own is None else own
+        if id(part) in inside:
+            found = width
+    return found
+
+
+def _own_width(module: nn.Module) -> int | None:
+    for attribute in ("out_features", "embedding_dim", "embed_dim", "nf"):
+        value = getattr(module, attribute, None)
+        if isinstance(value, int):
+            return value
+    weight = getattr(module, "weight", None)
+    return len(weight) if isinstance(weight, nn.Parameter) and weight.ndim == 1 else None  # a norm's scales

@@ -15,6 +15,8 @@ from torchmetrics.classification import MulticlassAccuracy
 from torchmetrics.text import Perplexity
 
 from forge_lightning.components.layers import block_list
+from forge_lightning.components.self_model import SelfModelHead
+from forge_lightning.components.step_log import is_logging_step, log_at_this_step
 from forge_lightning.components.tokens import IGNORED
 from forge_lightning.models.optimizers import optimizer_config, weight_decay_groups
 from forge_lightning.protocols import SupportsTokenizer
@@ -32,7 +34,8 @@ class ForgeModule(LightningModule):
     and per example ``example_loss`` (mean over its own), ``example_success`` (1 where every labelled token is the
     likeliest one), ``example_token_accuracy`` and ``example_log_likelihood`` (of all labelled tokens together),
     ``(B,)``, detached.
-    Logs ``train/loss``, ``train/token_accuracy``; ``val/loss``, ``val/perplexity``, ``val/token_accuracy``,
+    Logs ``train/loss`` (without that of ``self_model``, whose keys are those of the callback `SelfModel`),
+    ``train/token_accuracy``; ``val/loss``, ``val/perplexity``, ``val/token_accuracy``,
     ``val/exact_match``; the same under ``test/``.
 
     Args:
@@ -44,6 +47,8 @@ class ForgeModule(LightningModule):
         group_weight_decay: Leave norms, biases and embeddings out of weight decay.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
         compile: Compile the model with ``torch.compile``.
+        self_model: A head that predicts the model's own activations, whose error is added to the training loss. Off by
+            default, and not exported.
 
     Raises:
         ValueError: If not exactly one of ``pretrained`` and ``config`` is given, or ``config`` has no ``model_type``.
@@ -59,6 +64,7 @@ class ForgeModule(LightningModule):
         group_weight_decay: bool = True,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        self_model: SelfModelHead | None = None,
     ) -> None:
         super().__init__()
         if (pretrained is None) == (config is None):
@@ -71,6 +77,7 @@ class ForgeModule(LightningModule):
         self.group_weight_decay = group_weight_decay
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_model = compile
+        self.self_model = None if self_model is None or self_model.is_off else self_model
         self.model: Any = None
         self.tokenizer: Any = None
 
@@ -97,8 +104,13 @@ class ForgeModule(LightningModule):
         self.model.train()  # `from_pretrained` leaves evaluation mode, and Lightning keeps what it finds
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+        if self.self_model is not None:
+            try:
+                self.self_model.attach(self.model, width=self.model.config.hidden_size)
+            except ValueError as error:
+                raise MisconfigurationException(str(error)) from None
         if self.device_mesh is not None:
-            _shard(self.model, self.device_mesh["data_parallel"])
+            _shard(self.model, self.device_mesh["data_parallel"], self.self_model)
         if self.compile_model:
             self.model.compile()
         self.metrics = nn.ModuleDict({f"{split}_metrics": _metrics(vocab_size) for split in ("val", "test")})
@@ -136,7 +148,7 @@ class ForgeModule(LightningModule):
         return logits
 
     def _step(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Outputs, logits and targets, one forward pass; the self-model head will add its loss here."""
+        """Outputs, logits and targets, one forward pass."""
         length, context = batch["input_ids"].shape[1], context_length(self.model)
         if context is not None and length > context:
             raise MisconfigurationException(
@@ -163,12 +175,48 @@ class ForgeModule(LightningModule):
         return outputs, logits.detach(), target
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        outputs, logits, target = self._step(batch)
-        labelled = target != IGNORED
-        accuracy = (logits.argmax(-1) == target)[labelled].float().mean()
-        self.log("train/loss", outputs["loss"], prog_bar=True)
-        self.log("train/token_accuracy", accuracy)
+        if self.self_model is not None:
+            self.self_model.start()
+        try:
+            outputs, logits, target = self._step(batch)
+            labelled = target != IGNORED
+            accuracy = (logits.argmax(-1) == target)[labelled].float().mean()
+            self.log("train/loss", outputs["loss"], prog_bar=True)  # of the task alone
+            self.log("train/token_accuracy", accuracy)
+            if self.self_model is not None:
+                outputs["loss"] = outputs["loss"] + self._self_model_loss(self.self_model, batch["attention_mask"])
+        finally:
+            if self.self_model is not None:
+                self.self_model.stop()
         return outputs
+
+    def _self_model_loss(self, head: SelfModelHead, mask: Tensor) -> Tensor:
+        try:
+            loss = head.loss(step=self.global_step, mask=mask)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from None
+        assert loss is not None, "the model has been run"
+        return loss
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        self._step_before = self.global_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if self.self_model is None or self.global_step == self._step_before:
+            return
+        trainer: Any = self.trainer
+        reduce = None if trainer.world_size == 1 else lambda t: trainer.strategy.reduce(t, reduce_op="sum")
+        metrics = self.self_model.end_step(step=self.global_step, measure=is_logging_step(trainer), reduce=reduce)
+        if metrics:
+            log_at_this_step(trainer, {f"forge/self_model/{quantity}": value for quantity, value in metrics.items()})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.self_model is not None:
+            checkpoint["self_model"] = self.self_model.running_state()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.self_model is not None and "self_model" in checkpoint:
+            self.self_model.load_running_state(checkpoint["self_model"])
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         return self._evaluation_step(batch, "val")
@@ -277,12 +325,14 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return found
 
 
-def _shard(model: nn.Module, mesh: Any) -> None:
+def _shard(model: nn.Module, mesh: Any, head: nn.Module | None) -> None:
     from torch.distributed.fsdp import fully_shard
 
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
+    if head is not None:
+        fully_shard(head, mesh=mesh)
 
 
 def _metrics(vocab_size: int) -> nn.ModuleDict:

@@ -93,7 +93,28 @@ def edge_controller(policy, low, more=()) -> Case:
     )
 
 
+def self_model(id: str, targets, **kwargs) -> Case:
+    options = {"warmup_steps": 3, "watch_every_n_steps": 2, **kwargs}
+    logs = {f"forge/self_model/net.{n}/{key}" for n in targets for key in HEAD_LOGS}
+    return Case(
+        build=lambda: callbacks.SelfModel(**options),
+        id=id,
+        inert=lambda: callbacks.SelfModel(**options | {"weight": 0.0}),
+        twin=lambda: callbacks.SelfModel(**options, name="second"),
+        logs=frozenset(logs | {"forge/self_model/loss", "forge/self_model/weight"}),
+        placeholders={r"net\.\d": "<layer>"},
+        exempt={
+            "foreign_modules: PartlyFrozen": "all that could learn to be predictable is frozen there, and it says so",
+            "checkpoints_cross": "the head's weights are in the optimizer, whose state must fit",
+        },
+    )
+
+
+HEAD_LOGS = ("explained_variance", "gain_over_copy", "effective_rank")
+
 CASES = [
+    self_model("self-model-paper", targets=(0, 1), layers=["net.0", "net.1"], adaptive=True),
+    self_model("self-model-forward", targets=(2,), layers=["net.0", "net.2"], form="forward", weight=3.0),
     edge_controller("skill", low=0.5),
     edge_controller("item", low=0.6, more=["mastered"]),
     edge_controller("bandit", low=0.6),

@@ -1,0 +1,224 @@
+"""SelfModel: a head that predicts the network's own activations, on any LightningModule."""
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch import Tensor
+
+from forge_lightning.callbacks.base import ForgeCallback, is_logging_step
+from forge_lightning.components.activation_tap import field_of
+from forge_lightning.components.loss_terms import add_loss_term, remove_loss_term
+from forge_lightning.components.self_model import Form, SelfModelHead
+
+
+class SelfModel(ForgeCallback):
+    """Add to the loss how badly the network's activations are predicted, by a small head that is trained along.
+
+    Hooks: forward hooks on the layers; the module's ``training_step`` is wrapped while fitting. The head becomes the
+    module's ``self_model_head`` in ``configure_model``, so that strategies, precision, clipping and checkpoints treat
+    it as the module's own. Its weights are in the checkpoint and in the optimizer (where ``configure_optimizers``
+    leaves them out, they join the first parameter group), and a run cannot go on without this callback. They are no
+    part of a Hugging Face model that is exported. `ForgeModule` has the same built in, as ``self_model``.
+
+    Reads: activations; the batch's mask.
+    Changes: the loss.
+    Logs: at logging steps ``forge/self_model/loss`` (mean error of the targets; 1 is that of a prediction of 0),
+    ``forge/self_model/weight``, for each target ``forge/self_model/<layer>/explained_variance`` (over the best
+    constant; 1 is perfect, 0 no better) and ``forge/self_model/<layer>/gain_over_copy`` (over predicting the source
+    unchanged); and every ``watch_every_n_steps``, ``forge/self_model/<layer>/effective_rank``.
+
+    When it does not help: benchmarks/self_knowledge.md. It is a regulariser of features, and helps where a network
+    over-fits.
+
+    Args:
+        form: "paper": what the output layer reads (the final features) predicts every layer of ``layers`` at the same
+            position. "next_latent": the final features and the embedding of the next token predict the final features
+            at the next position. "forward": every layer of ``layers`` predicts the one after it.
+        layers: Names and patterns of modules, and fractions of the depth in [0, 1], or "all". "next_latent" takes none.
+            Default: a quarter, half, three quarters and all of the depth.
+        weight: Factor of the error in the loss, at least 0; 0 turns it off. 1 to 3 was best where it was measured.
+        stop_gradient: Detach the targets. Without it they move towards the prediction too.
+        warmup_steps: Optimizer steps over which the weight rises from 0.
+        hidden_size: Width inside the predictor.
+        adaptive: Weigh layers in inverse proportion to their running errors, between 0.5 and 2, mean 1.
+        collapse_below: Divide the weight by 4 when the effective rank of a target falls below this share of the
+            largest it had; ``None`` never does.
+        watch_every_n_steps: Optimizer steps between measurements of the rank.
+        output_layer: Name of the module that reads the final features. Default: the output embedding of a Hugging Face
+            model, else the last ``nn.Linear``.
+        width: Units of the layers, where they cannot be told from the modules.
+        mask: Key or position in the batch of the attention mask, ``(B, T)``; ``None`` for no mask.
+        name: Tells two instances apart.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: At start, if a layer is not found, its width cannot be told, or the module has a head
+            of its own; at the first step, if activations do not fit the head.
+
+    References:
+        Premakumar et al., `Unexpected Benefits of Self-Modeling in Neural Systems <https://arxiv.org/abs/2407.10188>`_,
+        2024.
+    """
+
+    namespace: ClassVar[str] = "self_model"
+
+    def __init__(
+        self,
+        form: Form = "paper",
+        layers: Sequence[float | str] | str | None = None,
+        weight: float = 1.0,
+        stop_gradient: bool = True,
+        warmup_steps: int = 100,
+        hidden_size: int = 256,
+        adaptive: bool = False,
+        collapse_below: float | None = 0.25,
+        watch_every_n_steps: int = 50,
+        output_layer: str | None = None,
+        width: int | None = None,
+        mask: str | int | None = "attention_mask",
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        self._new_head = lambda: SelfModelHead(
+            form,
+            layers,
+            weight,
+            stop_gradient,
+            warmup_steps,
+            hidden_size,
+            adaptive,
+            collapse_below,
+            watch_every_n_steps,
+            owner="SelfModel",
+        )
+        self._off = self._new_head().is_off  # also refuses bad arguments here, where they were written
+        self.output_layer, self.width, self.mask = output_layer, width, mask
+        self.attribute = "self_model_head" if name is None else f"self_model_head_{name}"
+        self._head: SelfModelHead | None = None
+        self._restored: dict[str, Any] = {}
+        self._batch: Any = None
+        self._trainer: Trainer | None = None
+        self._step_before = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self._off:
+            return
+        if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy):
+            raise self.refuse(
+                type(trainer.strategy).__name__,
+                "it flattens or partitions weights before the head is there",
+                "Use DDP, or `ModelParallelStrategy` (FSDP2).",
+            )
+        if isinstance(getattr(pl_module, "self_model", None), SelfModelHead):
+            raise self.refuse(type(pl_module).__name__, "it has a head of its own, `self_model`", "Use one of the two.")
+        found = getattr(pl_module, self.attribute, None)
+        if isinstance(found, SelfModelHead):
+            self._head = found  # from an earlier fit
+            return
+        configure_model = pl_module.configure_model
+
+        def and_head() -> None:
+            vars(pl_module).pop("configure_model", None)
+            configure_model()
+            self._attach(pl_module)
+
+        # The only hook between the model's making and the optimizer's; Lightning calls it for any other code than its
+        # own, which a wrapper that says what it wraps would hide.
+        pl_module.configure_model = and_head  # type: ignore[method-assign]
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._off:
+            return
+        self._attach(pl_module)
+        self._trainer = trainer
+        assert self._head is not None
+        self._join_optimizer(trainer, self._head)
+        add_loss_term(pl_module, self)
+
+    def begin(self, batch: Any) -> None:
+        """Called by the wrapped training step."""
+        assert self._head is not None
+        self._batch = batch
+        self._head.start()
+
+    def added(self, loss: Tensor) -> Tensor | None:
+        """Called by the wrapped training step."""
+        assert self._head is not None
+        assert self._trainer is not None
+        mask = field_of(self._batch, self.mask)
+        try:
+            return self._head.loss(step=self._trainer.global_step, mask=mask)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from None
+
+    def end(self) -> None:
+        """Called by the wrapped training step."""
+        self._batch = None
+        if self._head is not None:
+            self._head.stop()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step_before = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._head is None or trainer.global_step == self._step_before:
+            return
+        reduce = None if trainer.world_size == 1 else lambda t: trainer.strategy.reduce(t, reduce_op="sum")
+        metrics = self._head.end_step(step=trainer.global_step, measure=is_logging_step(trainer), reduce=reduce)
+        if metrics:
+            self.log_metrics(trainer, metrics)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self._restored) if self._head is None else self._head.running_state()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = dict(state_dict)
+        if self._head is not None:
+            self._head.load_running_state(state_dict)
+
+    def _leave(self, pl_module: LightningModule) -> None:
+        remove_loss_term(pl_module, self)
+        self._trainer = None
+        if not self._off:
+            vars(pl_module).pop("configure_model", None)
+        if self._head is not None:
+            self._head.detach()
+
+    def _attach(self, pl_module: LightningModule) -> None:
+        found = getattr(pl_module, self.attribute, None)
+        made = not isinstance(found, SelfModelHead)
+        head = found if isinstance(found, SelfModelHead) else self._new_head()
+        try:
+            head.attach(pl_module, reads=self.output_layer, width=self.width)
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from None
+        self._head = head
+        if made:
+            setattr(pl_module, self.attribute, head)
+            if pl_module.device_mesh is not None:
+                from torch.distributed.fsdp import fully_shard
+
+                fully_shard(head, mesh=pl_module.device_mesh["data_parallel"])
+
+    @torch.no_grad()
+    def _join_optimizer(self, trainer: Trainer, head: SelfModelHead) -> None:
+        """Before the optimizer's state is restored."""
+        mine = list(head.parameters())
+        known = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
+        if trainer.optimizers and not any(id(p) in known for p in mine):
+            trainer.optimizers[0].param_groups[0]["params"].extend(mine)

@@ -1,0 +1,103 @@
+"""Adding to the loss of a training step that somebody else wrote, and undoing it."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Protocol
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+_STEP, _BACKWARD = "training_step", "manual_backward"
+
+
+class LossTerm(Protocol):
+    """Something that adds to a training step's loss."""
+
+    def begin(self, batch: Any) -> None:
+        """Before the step."""
+
+    def added(self, loss: Tensor) -> Tensor | None:
+        """What to add to the loss that the step made, once per backward pass; ``None`` for nothing."""
+
+    def end(self) -> None:
+        """After the step, also when it raised."""
+
+
+class LossTerms:
+    """Wraps ``training_step`` of one module, so that its loss is what it was plus that of every term.
+
+    Inside the step, so that precision, gradient scaling, accumulation and the strategies treat the sum as they treat
+    the module's own loss. Under manual optimization the loss that is given to ``manual_backward`` gets it. Several
+    callbacks share one wrapper: each term sees the module's own loss, in whatever order they came.
+
+    Args:
+        module: A LightningModule.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self.module = module
+        self.terms: list[LossTerm] = []
+        self._before = {name: vars(module).get(name) for name in (_STEP, _BACKWARD)}
+        self._step, self._backward = module.training_step, module.manual_backward
+
+        @functools.wraps(self._step)
+        def training_step(*args: Any, **kwargs: Any) -> Any:
+            return self._run(*args, **kwargs)
+
+        @functools.wraps(self._backward)
+        def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+            self._backward(self._sum(loss), *args, **kwargs)
+
+        self._wrappers = {_STEP: training_step, _BACKWARD: manual_backward}
+        for name, wrapper in self._wrappers.items():
+            setattr(module, name, wrapper)
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        batch = args[0] if args else kwargs.get("batch")
+        try:
+            for term in self.terms:
+                term.begin(batch)
+            returned = self._step(*args, **kwargs)
+            if not self.module.automatic_optimization or returned is None:
+                return returned
+            if isinstance(returned, Mapping):
+                loss = returned.get("loss")
+                return returned if loss is None else {**returned, "loss": self._sum(loss)}
+            return self._sum(returned)
+        finally:
+            for term in self.terms:
+                term.end()
+
+    def _sum(self, loss: Tensor) -> Tensor:
+        added = [term.added(loss) for term in self.terms]
+        return sum((term for term in added if term is not None), loss)
+
+    def restore(self) -> bool:
+        """Put back what was there. Returns whether nothing of this is left on the module."""
+        if any(vars(self.module).get(name) is not wrapper for name, wrapper in self._wrappers.items()):
+            return False  # somebody has wrapped it since, and keeps calling it: without terms it adds nothing
+        for name, before in self._before.items():
+            if before is None:
+                delattr(self.module, name)
+            else:
+                setattr(self.module, name, before)
+        return True
+
+
+_wrapped: WeakKeyDictionary[Any, LossTerms] = WeakKeyDictionary()
+
+
+def add_loss_term(module: Any, term: LossTerm) -> None:
+    """Have a term add to a module's loss until `remove_loss_term`."""
+    found = _wrapped.get(module) or _wrapped.setdefault(module, LossTerms(module))
+    if term not in found.terms:
+        found.terms.append(term)
+
+
+def remove_loss_term(module: Any, term: LossTerm) -> None:
+    """Undo `add_loss_term`; nothing where it was not done."""
+    found = _wrapped.get(module)
+    if found is not None and term in found.terms:
+        found.terms.remove(term)
+        if not found.terms and found.restore():
+            del _wrapped[module]

@@ -1,0 +1,64 @@
+"""Numbers that belong to one optimizer step: when they are logged, and what was."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+
+_logged: WeakKeyDictionary[Any, dict[str, tuple[int, float]]] = WeakKeyDictionary()
+_intervals: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
+
+
+def log_at_this_step(trainer: Any, metrics: Mapping[str, float], monitor: bool = True) -> None:
+    """Log at this optimizer step only, to every logger, and unless told otherwise where `EarlyStopping` looks.
+
+    `LightningModule.log` would repeat a sparse value at every later logging step.
+    """
+    step = step_of_log(trainer)
+    for logger in trainer.loggers:
+        logger.log_metrics(dict(metrics), step=step)
+    if monitor:
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+    _logged.setdefault(trainer, {}).update({key: (step, value) for key, value in metrics.items()})
+
+
+def step_of_log(trainer: Any) -> int:
+    """The step number under which Lightning's own monitors log."""
+    step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    return step
+
+
+def is_logging_step(trainer: Any) -> bool:
+    """Whether the coming or just finished optimizer step is one of ``log_every_n_steps``, or of `log_also_every`."""
+    every: Any = getattr(trainer, "log_every_n_steps", 1)
+    step = step_of_log(trainer) + 1
+    if step % max(1, every) == 0 or is_dev_run(trainer):
+        return True
+    return any(step % interval == 0 for interval in _intervals.get(trainer, ()))
+
+
+def log_also_every(trainer: Any, interval: int | None) -> None:
+    """What one callback records at an interval of its own, the others log there too; ``None`` ends it."""
+    if interval is None:
+        _intervals.pop(trainer, None)
+    else:
+        _intervals.setdefault(trainer, set()).add(interval)
+
+
+def is_dev_run(trainer: Any) -> bool:
+    """Whether this is a `fast_dev_run`, which leaves nothing on disk."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def logged_at_this_step(trainer: Any) -> dict[str, float]:
+    """What callbacks of the suite logged at the step that is being finished, by full name."""
+    step = step_of_log(trainer)
+    return {key: value for key, (at, value) in _logged.get(trainer, {}).items() if at == step}
+
+
+def last_logged(trainer: Any, *names: str) -> float:
+    """The value that callbacks of the suite logged last under the first of these full names; NaN without one."""
+    logged = _logged.get(trainer, {})
+    return next((logged[name][1] for name in names if name in logged), math.nan)

@@ -1,0 +1,102 @@
+"""How well activations are predicted, on a scale that does not depend on theirs."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+class PredictionSums(NamedTuple):
+    """Sums of squares over rows and units, from which all that is reported of a prediction follows.
+
+    Sums of several batches add up, entry by entry.
+
+    Args:
+        error: ``Σ (prediction - target)²``; carries the gradient.
+        spread: ``Σ (target - mean of the batch)²``: the error of the best constant.
+        copy_error: ``Σ (source - target)²``, the error of predicting the source unchanged; NaN where widths differ.
+        size: Numbers predicted, rows × units.
+    """
+
+    error: Tensor
+    spread: Tensor
+    copy_error: Tensor
+    size: Tensor
+
+
+def normalized_target(x: Tensor, stop_gradient: bool = True) -> Tensor:
+    """Activations with mean 0 and variance 1 over the units of each row, in at least single precision.
+
+    A layer cannot make itself easier to predict by shrinking, and layers of all scales weigh alike.
+
+    Args:
+        x: ``(..., D)``.
+        stop_gradient: Detach. With the gradient, targets move towards the prediction too.
+
+    Returns:
+        ``(..., D)``; a row whose units are all equal is 0.
+
+    Example:
+        >>> normalized_target(torch.tensor([[1.0, 3.0]]))
+        tensor([[-1.0000,  1.0000]])
+    """
+    x = x.detach() if stop_gradient else x
+    with torch.autocast(x.device.type, enabled=False):
+        return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:])
+
+
+def prediction_sums(prediction: Tensor, target: Tensor, source: Tensor | None = None) -> PredictionSums:
+    """Squared error of a prediction beside those of the trivial ones.
+
+    Args:
+        prediction: ``(N, D)``.
+        target: ``(N, D)``, from `normalized_target`.
+        source: ``(N, D)``, what was predicted from, on the target's scale.
+
+    Returns:
+        `PredictionSums`. All but ``error`` are detached.
+
+    References:
+        Premakumar et al., `Unexpected Benefits of Self-Modeling in Neural Systems <https://arxiv.org/abs/2407.10188>`_,
+        2024, eq. 1, with targets normalised here.
+    """
+    error = (prediction.to(target.dtype) - target).square().sum()
+    with torch.no_grad():
+        spread = (target - target.mean(0)).square().sum()
+        same = source is not None and source.shape == target.shape
+        copy_error = (source - target).square().sum() if same and source is not None else spread * torch.nan
+        size = torch.tensor(float(target.numel()), dtype=target.dtype, device=target.device)
+    return PredictionSums(error, spread, copy_error, size)
+
+
+def explained_variance(error: Tensor, trivial_error: Tensor) -> Tensor:
+    """Share of a trivial predictor's error that a prediction takes away: ``1 - error / trivial_error``.
+
+    At most 1; 0 for one that is no better, below 0 for a worse one; NaN where the trivial one makes no error.
+    """
+    return torch.where(trivial_error > 0, 1 - error / trivial_error, torch.nan)
+
+
+def uncertainty_weights(losses: Sequence[float], low: float = 0.5, high: float = 2.0) -> list[float]:
+    """Weights of mean 1 in inverse proportion to running losses, bounded before they are normalised.
+
+    The closed form of learned uncertainty weights, without their two ways to cheat: a bound keeps an easy loss from
+    taking all the weight, and a mean of 1 keeps the sum from falling by shrinking the weights.
+
+    Args:
+        losses: Running mean of each loss, relative to what predicting nothing costs; NaN where there is none yet.
+        low: Smallest weight before normalising.
+        high: Largest weight before normalising.
+
+    Returns:
+        A weight for each loss; 1 where none is known.
+
+    Example:
+        >>> uncertainty_weights([1.0, 0.25])  # 1 and 4, bounded to 2
+        [0.6666666666666666, 1.3333333333333333]
+    """
+    raw = [1.0 if loss != loss else min(high, max(low, 1 / max(loss, 1e-12))) for loss in losses]
+    mean = sum(raw) / len(raw)
+    return [weight / mean for weight in raw]

@@ -1,0 +1,55 @@
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from forge_lightning.functional.self_model import (
+    explained_variance,
+    normalized_target,
+    prediction_sums,
+    uncertainty_weights,
+)
+
+
+def test_target_is_layer_norm_without_scale_or_gradient():
+    x = torch.randn(5, 7, requires_grad=True)
+    assert torch.allclose(normalized_target(x), F.layer_norm(x, (7,)))
+    assert not normalized_target(x).requires_grad
+    assert normalized_target(x, stop_gradient=False).requires_grad
+    assert torch.allclose(normalized_target(1000 * x + 3), normalized_target(x), atol=1e-3)
+
+
+def test_half_precision_target_is_computed_in_single():
+    x = torch.randn(3, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert normalized_target(x).dtype == torch.float32
+    assert normalized_target(x.double()).dtype == torch.float64
+
+
+def test_sums_against_numpy():
+    generator = torch.Generator().manual_seed(0)
+    prediction, target, source = (torch.randn(6, 4, generator=generator) for _ in range(3))
+    sums = prediction_sums(prediction, target, source)
+    p, t, s = prediction.numpy(), target.numpy(), source.numpy()
+    assert float(sums.error) == pytest.approx(((p - t) ** 2).sum(), rel=1e-6)
+    assert float(sums.spread) == pytest.approx(t.var(0).sum() * 6, rel=1e-6)
+    assert float(sums.copy_error) == pytest.approx(((s - t) ** 2).sum(), rel=1e-6)
+    assert float(sums.size) == 24
+    assert math.isnan(prediction_sums(prediction, target, source[:, :2]).copy_error)
+
+
+@pytest.mark.parametrize(("error", "trivial", "expected"), [(0.0, 2.0, 1.0), (2.0, 2.0, 0.0), (4.0, 2.0, -1.0)])
+def test_explained_variance(error, trivial, expected):
+    assert float(explained_variance(torch.tensor(error), torch.tensor(trivial))) == expected
+
+
+def test_explained_variance_of_a_trivial_predictor_without_error_is_unknown():
+    assert math.isnan(explained_variance(torch.tensor(0.0), torch.tensor(0.0)))
+
+
+@pytest.mark.parametrize("losses", [[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [math.nan, 1e-9, 50.0], [3.0]])
+def test_weights_are_bounded_and_of_mean_one(losses):
+    weights = uncertainty_weights(losses)
+    assert sum(weights) / len(weights) == pytest.approx(1)
+    assert max(weights) / min(weights) <= 4 + 1e-9
