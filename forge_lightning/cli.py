@@ -213,7 +213,10 @@ def _load_run(run: Path, ckpt_path: Path | None) -> tuple[Any, Any]:
         )
     module.build(datamodule.tokenizer)
     print(f"Weights: {ckpt_path}", file=sys.stderr)
-    module.load_state_dict(torch.load(ckpt_path, map_location="cpu", weights_only=True)["state_dict"])
+    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    weights = {name: w for name, w in checkpoint["state_dict"].items() if not name.startswith("self_model_head")}
+    module.load_state_dict(weights)  # without what `SelfModel` added for training
+    module.on_load_checkpoint(checkpoint)
     return module.eval(), datamodule
 
 

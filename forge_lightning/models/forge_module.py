@@ -1,5 +1,6 @@
 """ForgeModule: any Hugging Face causal language model as a LightningModule."""
 
+import math
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,7 @@ class ForgeModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_model = compile
         self.self_model = None if self_model is None or self_model.is_off else self_model
+        self.fitted_temperature = math.nan
         self.model: Any = None
         self.tokenizer: Any = None
 
@@ -211,10 +213,12 @@ class ForgeModule(LightningModule):
             log_at_this_step(trainer, {f"forge/self_model/{quantity}": value for quantity, value in metrics.items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["fitted_temperature"] = self.fitted_temperature
         if self.self_model is not None:
             checkpoint["self_model"] = self.self_model.running_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.fitted_temperature = checkpoint.get("fitted_temperature", math.nan)
         if self.self_model is not None and "self_model" in checkpoint:
             self.self_model.load_running_state(checkpoint["self_model"])
 
@@ -281,7 +285,13 @@ class ForgeModule(LightningModule):
             self.model.train(was_training)
 
     def export(self, folder: str | Path) -> None:
-        """Write model and tokenizer as a Hugging Face folder, for ``from_pretrained``."""
+        """Write model and tokenizer as a Hugging Face folder, for ``from_pretrained``.
+
+        A temperature that `Calibration` has fitted is ``fitted_temperature`` in config.json: logits divided by it are
+        calibrated. Generation is left as it is, because the temperature for sampling is another matter.
+        """
+        if math.isfinite(self.fitted_temperature):
+            self.model.config.fitted_temperature = self.fitted_temperature
         if Path(folder).is_file():
             raise MisconfigurationException(f"`{folder}` is a file. Name a folder to export to.")
         self.model.save_pretrained(folder)

@@ -110,6 +110,22 @@ def self_model(id: str, targets, **kwargs) -> Case:
     )
 
 
+def temperature_curriculum(weight=0.5, **kwargs):
+    options = {"bins": [(2, 4), (0.5, 2)], "teacher_decay": 0.9, "warmup_steps": 3, "max_steps_per_bin": 9}
+    return callbacks.TemperatureCurriculum(weight=weight, **options | kwargs)
+
+
+TEMPERATURE_LOGS = frozenset(
+    f"forge/temperature/{key}"
+    for key in (
+        *("temperature", "kl", "weight", "round", "bin", "accuracy"),
+        *(f"{edges}/{name}" for edges in ("2-4", "0.5-2") for name in ("nll", "ece", "entropy", "p_correct")),
+    )
+)
+CALIBRATION_LOGS = frozenset(
+    f"forge/calibration/{key}"
+    for key in ("nll", "ece", "brier", "accuracy", "entropy", "nll_fitted", "ece_fitted", "temperature")
+)
 HEAD_LOGS = ("explained_variance", "gain_over_copy", "effective_rank")
 
 CASES = [
@@ -118,6 +134,23 @@ CASES = [
     edge_controller("skill", low=0.5),
     edge_controller("item", low=0.6, more=["mastered"]),
     edge_controller("bandit", low=0.6),
+    Case(
+        build=lambda: temperature_curriculum(),
+        id="temperature-curriculum",
+        inert=lambda: temperature_curriculum(weight=0.0),
+        twin=lambda: temperature_curriculum(name="second"),
+        logs=TEMPERATURE_LOGS,
+        constant_logs=frozenset({"forge/temperature/accuracy"}),
+        placeholders={r"2-4|0.5-2": "<low>-<high>"},
+    ),
+    Case(
+        build=callbacks.Calibration,
+        id="calibration",
+        observer=True,
+        twin=lambda: callbacks.Calibration(name="second"),
+        logs=CALIBRATION_LOGS,
+        constant_logs=frozenset({"forge/calibration/accuracy"}),  # of eight examples
+    ),
     grokfast("grokfast-ema", alpha=0.9, lamb=2.0),
     grokfast("grokfast-ma", filter="ma", window_size=3, lamb=2.0),
     grokfast("grokfast-projection", filter="projection", alpha=0.9, lamb=0.25, schedule="cosine_similarity"),

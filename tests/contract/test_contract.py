@@ -7,6 +7,7 @@ from lightning.pytorch import Callback
 from forge_lightning import callbacks
 from tests.contract import distributed, naive
 from tests.contract.cases import CASES, Case
+from tests.contract.modules import FOREIGN
 from tests.contract.rows import ADAPT, ROWS
 
 

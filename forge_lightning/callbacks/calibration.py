@@ -1,0 +1,245 @@
+"""Calibration: how far a model's probabilities can be trusted, and the temperature that would mend them."""
+
+import json
+import math
+from typing import Any, ClassVar
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+
+from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, run_directory
+from forge_lightning.components.activation_tap import field_of
+from forge_lightning.components.calibration import CalibrationMetric, FittedTemperature
+from forge_lightning.components.logit_tap import LogitTap, find_network, is_shifted, labels_of, predicted_rows
+
+
+class Calibration(ForgeCallback):
+    """Measure calibration on validation and test data, and fit the temperature that would make it best.
+
+    Hook: a forward hook on the network; validation and testing. Costs two softmaxes of all labelled tokens, and 17 of
+    up to ``max_rows`` of a batch. The temperature is fitted on validation data; the next validation, and testing,
+    measure the model with it too. It is kept in checkpoints, and handed to a module with an attribute
+    ``fitted_temperature``, as `ForgeModule` has, which exports it. The bins of the reliability diagram are kept in
+    ``calibration.json`` in the run directory.
+
+    Reads: logits and labels.
+    Changes: nothing.
+    Logs: after validation and testing ``forge/calibration/nll`` (nats), ``forge/calibration/ece`` (expected calibration
+    error), ``forge/calibration/brier``, ``forge/calibration/accuracy``, ``forge/calibration/entropy`` (nats),
+    ``forge/calibration/nll_fitted`` and ``forge/calibration/ece_fitted`` (at the temperature that the validation before
+    gave; NaN without one), and after validation ``forge/calibration/temperature`` (fitted; above 1 for a model that is
+    too sure).
+
+    Args:
+        num_bins: Bins of confidence.
+        max_rows: Predictions of a batch that the temperature is fitted on; ``None`` for all.
+        network: Name of the part of the module that puts out logits, ``(B, V)`` or ``(B, T, V)``. Default: the only one
+            with parameters, or "model", "net", "network".
+        labels: Key or position in the batch of the labels; "auto" for the usual names, or the last of a tuple.
+        shift: Whether the label of a position is what the position before it predicts. Default: as the network has it;
+            true for Hugging Face models.
+        name: Tells two instances apart.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: At start, if the network is not found; at the first batch, if it puts out no logits.
+
+    References:
+        Guo et al., `On Calibration of Modern Neural Networks <https://arxiv.org/abs/1706.04599>`_, 2017.
+    """
+
+    namespace: ClassVar[str] = "calibration"
+
+    def __init__(
+        self,
+        num_bins: int = 15,
+        max_rows: int | None = 512,
+        network: str | None = None,
+        labels: str | int = "auto",
+        shift: bool | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        try:
+            CalibrationMetric(num_bins=num_bins)
+            FittedTemperature(max_rows=max_rows)
+        except ValueError as error:
+            raise ValueError(f"`Calibration`: {error}") from None
+        self.num_bins, self.max_rows = num_bins, max_rows
+        self.network, self.labels, self.shift = network, labels, shift
+        self.fitted_temperature = math.nan
+        self._tap: LogitTap | None = None
+        self._shifted = False
+        self._plain: CalibrationMetric | None = None
+        self._fitted: CalibrationMetric | None = None
+        self._fit: FittedTemperature | None = None
+        self._warned = False
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._attach(pl_module)  # before the network is compiled
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._begin(pl_module)
+
+    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin(pl_module)
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._tap is not None and self._plain is not None:
+            self._tap.start()
+
+    on_test_batch_start = on_validation_batch_start
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._tap is None or self._plain is None:
+            return
+        try:
+            call = self._tap.take()
+        except ValueError as error:
+            raise MisconfigurationException(f"`Calibration`: {error}") from None
+        finally:
+            self._tap.stop()
+        if call is None:
+            return
+        rows, labels = predicted_rows(
+            call[2], labels_of(batch, self.labels), field_of(batch, "attention_mask"), self._shifted
+        )
+        if labels is None:
+            return
+        assert self._fit is not None
+        self._plain.update(rows, labels)
+        self._fit.update(rows, labels)
+        if self._fitted is not None:
+            self._fitted.update(rows, labels)
+
+    on_test_batch_end = on_validation_batch_end
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = self._finish(trainer, "val")
+        if metrics is None:
+            return
+        assert self._fit is not None
+        metrics["temperature"] = float(self._fit.compute()["temperature"])
+        self.fitted_temperature = metrics["temperature"]
+        module: Any = pl_module
+        if hasattr(module, "fitted_temperature"):
+            module.fitted_temperature = self.fitted_temperature
+        if trainer.state.fn == "fit":
+            self.log_metrics(trainer, metrics)
+        else:
+            self._log_result(pl_module, metrics)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = self._finish(trainer, "test")
+        if metrics is not None:
+            self._log_result(pl_module, metrics)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave()
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"fitted_temperature": self.fitted_temperature}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.fitted_temperature = state_dict["fitted_temperature"]
+
+    def _attach(self, pl_module: LightningModule) -> None:
+        self._leave()
+        try:
+            network = find_network(pl_module, self.network)
+        except ValueError as error:
+            raise MisconfigurationException(f"`Calibration(network={self.network!r})`: {error}") from None
+        self._shifted = is_shifted(network) if self.shift is None else self.shift
+        self._tap = LogitTap(network)
+
+    def _begin(self, pl_module: LightningModule) -> None:
+        if self._tap is None:
+            self._attach(pl_module)
+        device, known = pl_module.device, self.fitted_temperature
+        self._plain = CalibrationMetric(num_bins=self.num_bins).to(device)
+        self._fit = FittedTemperature(max_rows=self.max_rows).to(device)
+        self._fitted = CalibrationMetric(known, self.num_bins).to(device) if known > 0 else None
+
+    def _finish(self, trainer: Trainer, split: str) -> dict[str, float] | None:
+        """What is logged, the same on all processes; ``None`` in a sanity check, and where there were no labels."""
+        plain, fitted, fit = self._plain, self._fitted, self._fit
+        if plain is None or fit is None:
+            return None
+        self._plain = self._fitted = None
+        if trainer.world_size > 1:
+            for metric in (plain, fit, *(() if fitted is None else (fitted,))):
+                metric.sum_over_processes(lambda t: trainer.strategy.reduce(t, reduce_op="sum"))
+        if plain.is_empty:
+            self._warn_once(
+                f"no labels of the {split} data fit the logits, and nothing is measured. Name them with `labels`, and"
+                " the part that puts out logits with `network`."
+            )
+            return None
+        values = {name: float(value) for name, value in plain.compute().items()}
+        scaled = fitted.compute() if fitted is not None else {}
+        metrics = {name: values[name] for name in ("nll", "ece", "brier", "accuracy", "entropy")}
+        metrics |= {f"{name}_fitted": float(scaled.get(name, math.nan)) for name in ("nll", "ece")}
+        self._keep(trainer, split, metrics, plain, fitted)
+        return metrics
+
+    def _log_result(self, pl_module: LightningModule, metrics: dict[str, float]) -> None:
+        for quantity, value in metrics.items():
+            pl_module.log(self.metric_name(quantity), value, on_step=False, on_epoch=True)
+
+    def _keep(
+        self,
+        trainer: Trainer,
+        split: str,
+        metrics: dict[str, float],
+        plain: CalibrationMetric,
+        fitted: CalibrationMetric | None,
+    ) -> None:
+        folder = run_directory(trainer)
+        if not trainer.is_global_zero or folder is None or is_dev_run(trainer):
+            return
+        path = folder / ("calibration.json" if self.name is None else f"calibration_{self.name}.json")
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        bins = {"as it is": plain.reliability()} | ({} if fitted is None else {"fitted": fitted.reliability()})
+        kept[split] = {
+            "step": trainer.global_step,
+            "temperature": _number(self.fitted_temperature),
+            "metrics": {name: _number(value) for name, value in metrics.items()},
+            "bins": {
+                which: {name: getattr(found, name).tolist() for name in ("total", "confidence", "correct")}
+                for which, found in bins.items()
+            },
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(kept, indent=1) + "\n")
+
+    def _leave(self) -> None:
+        if self._tap is not None:
+            self._tap.detach()
+        self._tap = self._plain = self._fitted = self._fit = None
+
+    def _warn_once(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(f"Calibration: {message}")
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,315 @@
+"""TemperatureCurriculum: agreement with a running mean of the model itself, at temperatures that change."""
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from forge_lightning.callbacks.base import ForgeCallback, is_logging_step
+from forge_lightning.components.activation_tap import field_of
+from forge_lightning.components.calibration import CalibrationMetric
+from forge_lightning.components.ema_teacher import EMATeacher
+from forge_lightning.components.logit_tap import (
+    LogitTap,
+    find_network,
+    is_shifted,
+    labels_of,
+    logits_of,
+    predicted_rows,
+)
+from forge_lightning.components.loss_terms import add_loss_term, remove_loss_term
+from forge_lightning.components.temperature_curriculum import TemperatureSchedule
+from forge_lightning.functional.calibration import temperature_kl
+
+
+class TemperatureCurriculum(ForgeCallback):
+    r"""Train towards agreement with a running mean of the model's own weights, at temperatures that move through bins.
+
+    The loss becomes ``(1 - weight) · loss + weight · τ² KL(teacher at τ ‖ model at τ)``, averaged over the tokens that
+    have a label. Round 1 takes one bin of temperatures at a time, and goes on when the held-out likelihood there stops
+    improving; round 2 draws from all bins, widened so that they overlap, in proportion to their held-out negative
+    log-likelihood. Nothing is generated.
+
+    Hooks: a forward hook on the network; the module's ``training_step`` is wrapped while fitting, and its loss, with
+    whatever it already holds, is what ``1 - weight`` scales. Costs a forward pass a step and an fp32 copy of the
+    trainable weights; in validation a softmax for each bin.
+
+    Reads: logits, labels, the batch's mask.
+    Changes: the loss.
+    Logs: at logging steps ``forge/temperature/temperature`` (τ), ``forge/temperature/kl`` (τ² KL, in nats),
+    ``forge/temperature/weight``, ``forge/temperature/round`` and ``forge/temperature/bin`` (place of the bin in
+    ``bins``); after each validation, of the model at the middle of each bin, ``forge/temperature/<low>-<high>/nll``,
+    ``forge/temperature/<low>-<high>/ece``, ``forge/temperature/<low>-<high>/entropy`` and
+    ``forge/temperature/<low>-<high>/p_correct`` (how often a sample would be right), and
+    ``forge/temperature/accuracy``.
+
+    When it does not help: where it was measured, the gain is that of agreeing with the mean of the weights, at whatever
+    temperature; walking through the bins ties with one temperature (benchmarks/self_knowledge.md). A temperature fitted
+    after training is cheaper, and helps on top.
+
+    Args:
+        bins: ``(low, high)`` of the temperatures, in the order of round 1.
+        weight: Share of the divergence in the loss, in [0, 1); 0 turns it off.
+        teacher_decay: Decay of the running mean of the weights, in [0, 1).
+        warmup_steps: Optimizer steps over which the weight rises from 0.
+        overlap: Share of a bin's width by which round 2 widens it at both ends. Widths are ratios.
+        patience: Validations without improvement that end a bin of round 1.
+        max_steps_per_bin: Optimizer steps of a bin of round 1 at most. Default: so many that round 1 takes half the
+            training, where its length is known.
+        network: Name of the part of the module that puts out logits, ``(B, V)`` or ``(B, T, V)``. Its last call before
+            the loss counts. Default: the only one with parameters, or "model", "net", "network".
+        labels: Key or position in the batch of the labels; "auto" for the usual names, or the last of a tuple.
+        mask: Key or position of the attention mask, for batches without a label for each token.
+        shift: Whether the label of a position is what the position before it predicts. Default: as the network has it;
+            true for Hugging Face models.
+        seed: Of the temperatures.
+        name: Tells two instances apart.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: At start, if the network is not found; at the first step, if it puts out no logits.
+
+    References:
+        Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015.
+        Tarvainen and Valpola, `Mean teachers are better role models <https://arxiv.org/abs/1703.01780>`_, 2017.
+    """
+
+    namespace: ClassVar[str] = "temperature"
+
+    def __init__(
+        self,
+        bins: Sequence[Sequence[float]] = ((2.0, 4.0), (1.0, 2.0), (0.5, 1.0)),
+        weight: float = 0.5,
+        teacher_decay: float = 0.995,
+        warmup_steps: int = 100,
+        overlap: float = 0.1,
+        patience: int = 2,
+        max_steps_per_bin: int | None = None,
+        network: str | None = None,
+        labels: str | int | None = "auto",
+        mask: str | int | None = "attention_mask",
+        shift: bool | None = None,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        if not 0 <= weight < 1:
+            raise ValueError(f"`TemperatureCurriculum(weight={weight})` must be in [0, 1).")
+        if not 0 <= teacher_decay < 1:
+            raise ValueError(f"`TemperatureCurriculum(teacher_decay={teacher_decay})` must be in [0, 1).")
+        if warmup_steps < 0:
+            raise ValueError(f"`TemperatureCurriculum(warmup_steps={warmup_steps})` must be at least 0.")
+        self._new_schedule = lambda limit: TemperatureSchedule(
+            bins, overlap, patience, max_steps_per_bin=limit, seed=seed, owner="TemperatureCurriculum"
+        )
+        self._schedule = self._new_schedule(max_steps_per_bin)  # refuses bad arguments here, where they were written
+        self.weight, self.teacher_decay, self.warmup_steps = weight, teacher_decay, warmup_steps
+        self.max_steps_per_bin = max_steps_per_bin
+        self.network, self.labels, self.mask, self.shift = network, labels, mask, shift
+        self._keys = [f"{low:g}-{high:g}" for low, high in self._schedule.bins]
+        self._restored: dict[str, Any] = {}
+        self._teacher: EMATeacher | None = None
+        self._tap: LogitTap | None = None
+        self._metrics: list[CalibrationMetric] = []
+        self._trainer: Trainer | None = None
+        self._batch: Any = None
+        self._divergences: list[Tensor] = []
+        self._step_before = -1
+        self._warned = False
+
+    @property
+    def temperature(self) -> float:
+        """τ of the step under way."""
+        return self._schedule.draw(self._step())[1]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if self.weight and isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy):
+            raise self.refuse(
+                type(trainer.strategy).__name__,
+                "weights cannot be exchanged for their mean there",
+                "Use DDP, or `ModelParallelStrategy` (FSDP2).",
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave(pl_module)
+        if not self.weight:
+            return
+        try:
+            network = find_network(pl_module, self.network)
+        except ValueError as error:
+            raise MisconfigurationException(f"`TemperatureCurriculum(network={self.network!r})`: {error}") from None
+        self._trainer = trainer
+        self._shifted = is_shifted(network) if self.shift is None else self.shift
+        self._teacher = EMATeacher(network, self.teacher_decay)
+        self._tap = LogitTap(network)
+        self._schedule = self._new_schedule(self.max_steps_per_bin)
+        self._take_restored()
+        add_loss_term(pl_module, self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._teacher is None:
+            return
+        self._teacher.begin()
+        total = trainer.estimated_stepping_batches
+        if self.max_steps_per_bin is None and math.isfinite(total):
+            self._schedule.max_steps_per_bin = max(1, int(total) // (2 * len(self._schedule.bins)))
+
+    def begin(self, batch: Any) -> None:
+        """Called by the wrapped training step."""
+        assert self._tap is not None
+        self._batch = batch
+        self._tap.start()
+
+    def added(self, loss: Tensor) -> Tensor | None:
+        """Called by the wrapped training step."""
+        assert self._tap is not None
+        assert self._teacher is not None
+        try:
+            call = self._tap.take()
+            if call is None:
+                return None
+            args, kwargs, logits = call
+            taught = logits_of(self._teacher(*args, **kwargs))
+            self._tap.take()  # what the teacher was called with
+            rows, _ = self._rows(logits, self._batch)
+            goal, _ = self._rows(taught, self._batch)
+        except ValueError as error:
+            raise MisconfigurationException(f"`TemperatureCurriculum`: {error}") from None
+        if len(rows) == 0:
+            return None
+        divergence = temperature_kl(rows, goal, self.temperature).mean()
+        self._divergences.append(divergence.detach())
+        return self._weight_at(self._step()) * (divergence - loss)
+
+    def end(self) -> None:
+        """Called by the wrapped training step."""
+        self._batch = None
+        if self._tap is not None:
+            self._tap.stop()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step_before = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._teacher is None or trainer.global_step == self._step_before:
+            return
+        if is_logging_step(trainer):
+            self._log_step(trainer, pl_module)
+        self._divergences = []
+        self._teacher.update()
+        self._schedule.count_step()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._metrics = []
+        if self._tap is not None and not trainer.sanity_checking:
+            self._metrics = [CalibrationMetric(t).to(pl_module.device) for t in self._schedule.middles]
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._tap is not None and self._metrics:
+            self._tap.start()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._tap is None or not self._metrics:
+            return
+        call = self._tap.take()
+        self._tap.stop()
+        if call is not None:
+            rows, labels = self._rows(call[2], batch)
+            if labels is not None:
+                for metric in self._metrics:
+                    metric.update(rows, labels)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._metrics:
+            return
+        if trainer.world_size > 1:
+            for metric in self._metrics:
+                metric.sum_over_processes(lambda t: trainer.strategy.reduce(t, reduce_op="sum"))
+        metrics_of_bins, self._metrics = self._metrics, []
+        if metrics_of_bins[0].is_empty:
+            self._warn_once(
+                "validation gave no labels that fit the logits, and the bins go on by steps alone. Name them with"
+                " `labels`, and the part that puts out logits with `network`."
+            )
+            return
+        measured = [metric.compute() for metric in metrics_of_bins]
+        self._schedule.observe([float(values["nll"]) for values in measured])
+        metrics = {"accuracy": float(measured[0]["accuracy"])}
+        for key, values in zip(self._keys, measured, strict=True):
+            metrics |= {f"{key}/{name}": float(values[name]) for name in ("nll", "ece", "entropy", "p_correct")}
+        self.log_metrics(trainer, metrics)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._teacher is None:
+            return dict(self._restored)
+        return {"schedule": self._schedule.state_dict(), "teacher": self._teacher.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = dict(state_dict)
+        if self._tap is not None:  # some strategies restore after `on_fit_start`, others before
+            self._take_restored()
+
+    def _take_restored(self) -> None:
+        if self._restored and self._teacher is not None:
+            self._schedule.load_state_dict(self._restored["schedule"])
+            self._teacher.load_state_dict(self._restored["teacher"])
+            self._restored = {}
+
+    def _leave(self, pl_module: LightningModule) -> None:
+        remove_loss_term(pl_module, self)
+        if self._tap is not None:
+            self._tap.detach()
+        self._tap = self._trainer = self._batch = None
+        self._metrics, self._divergences = [], []
+
+    def _step(self) -> int:
+        return 0 if self._trainer is None else self._trainer.global_step
+
+    def _weight_at(self, step: int) -> float:
+        ramp = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.weight * ramp
+
+    def _rows(self, logits: Tensor, batch: Any) -> tuple[Tensor, Tensor | None]:
+        labels, mask = labels_of(batch, self.labels), field_of(batch, self.mask)
+        return predicted_rows(logits, labels, mask, self._shifted)
+
+    def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        mean = torch.stack(self._divergences).mean() if self._divergences else torch.tensor(torch.nan)
+        if trainer.world_size > 1:
+            mean = trainer.strategy.reduce(mean.to(pl_module.device), reduce_op="mean")
+        step = self._step_before
+        index, temperature = self._schedule.draw(step)
+        metrics = {"temperature": temperature, "kl": float(mean), "weight": self._weight_at(step)}
+        self.log_metrics(trainer, metrics | {"round": float(self._schedule.round), "bin": float(index)})
+
+    def _warn_once(self, message: str) -> None:
+        if not self._warned:
+            self._warned = True
+            rank_zero_warn(f"TemperatureCurriculum: {message}")

@@ -1,0 +1,147 @@
+"""What a network was last called with, and the logits it gave."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from forge_lightning.components.activation_tap import field_of
+from forge_lightning.components.layers import plain_name
+from forge_lightning.components.tokens import IGNORED
+
+_COMMON = ("model", "net", "network")
+_LABELS = ("labels", "target", "targets", "label", "y")
+
+
+def find_network(module: nn.Module, name: str | None = None) -> nn.Module:
+    """The part of a LightningModule that puts out logits.
+
+    Args:
+        module: Where to look.
+        name: Its name. Default: the only child that has parameters, else "model", "net" or "network".
+
+    Raises:
+        ValueError: If there is none of that name, or none that is meant without doubt.
+    """
+    if name is not None:
+        modules: dict[str, nn.Module] = {plain_name(key): m for key, m in module.named_modules() if key}
+        if name not in modules:
+            raise ValueError(f"no part is called {name!r}. There are {list(modules)[:8]}.")
+        return modules[name]
+    children = {
+        key: child
+        for key, child in module.named_children()
+        if not getattr(child, "is_auxiliary", False) and any(True for _ in child.parameters())
+    }
+    if len(children) == 1:
+        return next(iter(children.values()))
+    found = next((children[key] for key in _COMMON if key in children), None)
+    if found is None:
+        raise ValueError(f"which of {list(children)} puts out the logits cannot be told. Name it: `network`.")
+    return found
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a network puts out: a tensor, ``.logits`` or "logits", or the first tensor of a tuple.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    found: Any = output
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, tuple | list):
+        found = next((value for value in output if isinstance(value, Tensor)), None)
+    if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim not in (2, 3):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
+        raise ValueError(f"the network puts out {shape}; logits are (B, V) or (B, T, V). Name the part: `network`.")
+    return found
+
+
+class LogitTap:
+    """A forward hook that remembers the last call of a network while switched on.
+
+    Args:
+        network: Puts out logits.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._call: tuple[Any, Any, Any] | None = None
+        self._active = False
+        self._handle = network.register_forward_hook(self._remember, with_kwargs=True)
+
+    def _remember(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._active:
+            self._call = (args, kwargs, output)
+
+    def start(self) -> None:
+        """Remember calls, until `stop`."""
+        self._call, self._active = None, True
+
+    def stop(self) -> None:
+        """Forget the call."""
+        self._call, self._active = None, False
+
+    def detach(self) -> None:
+        """Remove the hook."""
+        self._handle.remove()
+        self.stop()
+
+    def take(self) -> tuple[Any, Any, Tensor] | None:
+        """Arguments and logits of the last call, once; ``None`` where there was none.
+
+        Raises:
+            ValueError: If the network put out no logits.
+        """
+        call, self._call = self._call, None
+        return None if call is None else (call[0], call[1], logits_of(call[2]))
+
+
+def labels_of(batch: Any, key: str | int | None) -> Tensor | None:
+    """A batch's labels by key or position; "auto" takes the usual keys, and the last of a tuple. Integers only."""
+    if key != "auto":
+        found = field_of(batch, key)
+    elif isinstance(batch, Mapping):
+        found = next((field_of(batch, name) for name in _LABELS if name in batch), None)
+    else:
+        found = field_of(batch, -1)
+    integers = found is not None and not found.is_floating_point() and not found.is_complex()
+    return found if integers else None
+
+
+def predicted_rows(
+    logits: Tensor, labels: Tensor | None, mask: Tensor | None, shift: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The logits that count, as rows, and what they should have said.
+
+    Args:
+        logits: ``(B, V)`` or ``(B, T, V)``.
+        labels: ``(B,)`` or ``(B, T)``, -100 where there is none.
+        mask: ``(B, T)``, true at real tokens; of use where there are no labels for each token.
+        shift: Whether the label of a position is what the position before it predicts.
+
+    Returns:
+        Logits ``(N, V)`` and labels ``(N,)``, or ``None`` without fitting labels.
+    """
+    if logits.ndim == 2:
+        fits = labels is not None and labels.shape == logits.shape[:1]
+        if not fits or labels is None:
+            return logits, None
+        known = labels != IGNORED
+        return logits[known], labels[known]
+    if labels is not None and labels.shape == logits.shape[:2]:
+        if shift:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        known = labels != IGNORED
+        return logits[known], labels[known]
+    if mask is not None and mask.shape == logits.shape[:2]:
+        return logits[mask.bool()], None
+    return logits.flatten(0, 1), None
+
+
+def is_shifted(network: nn.Module) -> bool:
+    """Whether a network's labels are those of Hugging Face causal language models: the tokens themselves."""
+    return hasattr(network, "generation_config")
