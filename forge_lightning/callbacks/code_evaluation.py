@@ -15,6 +15,7 @@ from torch import Tensor
 
 from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, run_directory
 from forge_lightning.components.pass_at_k import PassAtK
+from forge_lightning.functional.pass_at_k import pass_at_k
 from forge_lightning.protocols import SupportsGenerate, SupportsProblems
 from forge_lightning.sandbox import NO_TIME, Sandbox, SandboxError, Verdict
 
@@ -31,12 +32,15 @@ class CodeEvaluation(ForgeCallback):
     Changes: nothing.
     Logs: after each evaluation, ``forge/code_evaluation/pass_at_1`` (and one such key for every other ``k``), in
     [0, 1], ``forge/code_evaluation/timeout_rate``, the share of programs that ran out of time, and
-    ``forge/code_evaluation/num_problems``, how many were evaluated.
+    ``forge/code_evaluation/num_problems``, how many were evaluated. With ``temperatures``, testing logs all of these
+    for each, as ``forge/code_evaluation/at_0.2/pass_at_1``, and writes ``temperature_study.json`` into the run
+    directory, with standard errors over the problems.
 
     Args:
         k: The k of pass@k, each at least 1 and at most ``num_samples``.
         num_samples: Programs to generate for each problem.
         temperature: Sampling temperature; 0 takes the likeliest token, and then all samples are the same.
+        temperatures: Temperatures that testing compares, above 0 each, in place of ``temperature``.
         max_new_tokens: Tokens of a program at most.
         limit_problems: Evaluate only that many problems in validation, the first; with ``every_n_steps``, that many at
             a time. Testing takes all. Default: all.
@@ -69,6 +73,7 @@ class CodeEvaluation(ForgeCallback):
         k: Sequence[int] = (1,),
         num_samples: int = 1,
         temperature: float = 0.0,
+        temperatures: Sequence[float] = (),
         max_new_tokens: int = 256,
         limit_problems: int | None = None,
         every_n_validations: int = 1,
@@ -91,7 +96,9 @@ class CodeEvaluation(ForgeCallback):
         require(num_samples >= 1, "num_samples", num_samples, "at least 1")
         require(bool(k) and all(1 <= n <= num_samples for n in k), "k", k, f"in [1, num_samples={num_samples}] each")
         require(temperature >= 0, "temperature", temperature, "at least 0")
-        if num_samples > 1:
+        require(all(t > 0 for t in temperatures), "temperatures", temperatures, "above 0 each")
+        require(len(set(temperatures)) == len(temperatures), "temperatures", temperatures, "different from each other")
+        if num_samples > 1 and not temperatures:
             require(temperature > 0, "temperature", temperature, "above 0 for num_samples > 1, or all are equal")
         require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
         require(limit_problems is None or limit_problems >= 1, "limit_problems", limit_problems, "at least 1")
@@ -104,6 +111,7 @@ class CodeEvaluation(ForgeCallback):
         self.k = sorted(set(k))
         self.num_samples = num_samples
         self.temperature = temperature
+        self.temperatures = sorted(temperatures)
         self.max_new_tokens = max_new_tokens
         self.limit_problems = limit_problems
         self.every_n_validations = every_n_validations
@@ -168,7 +176,14 @@ class CodeEvaluation(ForgeCallback):
             self._evaluate(trainer, pl_module, "val")
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._evaluate(trainer, pl_module, "test")
+        if not self.temperatures:
+            self._evaluate(trainer, pl_module, "test")
+            return
+        study = [row for t in self.temperatures for row in self._evaluate(trainer, pl_module, "test", t)]
+        folder = run_directory(trainer)
+        if trainer.is_global_zero and folder is not None and not is_dev_run(trainer):
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "temperature_study.json").write_text(json.dumps(study, indent=1) + "\n")
 
     def state_dict(self) -> dict[str, Any]:
         return {"validations": self._validations, "next_problem": self._next_problem}
@@ -195,7 +210,11 @@ class CodeEvaluation(ForgeCallback):
         sources = (getattr(trainer, "datamodule", None), pl_module)
         return next((source for source in sources if isinstance(source, SupportsProblems)), None)
 
-    def _evaluate(self, trainer: Trainer, pl_module: Any, split: str) -> None:
+    def _evaluate(
+        self, trainer: Trainer, pl_module: Any, split: str, compared: float | None = None
+    ) -> list[dict[str, float]]:
+        """Generate, run, log. Returns a row for each k."""
+        temperature = self.temperature if compared is None else compared
         source = self._source(trainer, pl_module)
         assert source is not None, "`setup` refuses this"
         end = math.inf if self.max_seconds is None or split == "test" else time.monotonic() + self.max_seconds
@@ -209,7 +228,7 @@ class CodeEvaluation(ForgeCallback):
                 break
             prompts = [problem.prompt for problem in tasks[start : start + self.batch_size]]
             completions += pl_module.complete(
-                prompts, max_new_tokens=self.max_new_tokens, temperature=self.temperature, seed=self.seed + start
+                prompts, max_new_tokens=self.max_new_tokens, temperature=temperature, seed=self.seed + start
             )
             longest = max(longest, time.monotonic() - began)
         mine = mine[: len(completions) // self.num_samples]
@@ -219,21 +238,27 @@ class CodeEvaluation(ForgeCallback):
         with self._sandbox() as sandbox:
             programs = [problem.task(text) for problem, text in zip(tasks, completions, strict=True)]
             verdicts = sandbox.run_many(programs, left)
-        quantities = self._measure(trainer, pl_module, split, mine, verdicts)
+        quantities, rows = self._measure(trainer, pl_module, split, mine, verdicts)
         if split == "train":
             self.log_metrics(trainer, {key: float(value) for key, value in quantities.items()})
         else:
             for quantity, value in quantities.items():
-                name = self.metric_name(quantity)
+                name = self.metric_name(quantity if compared is None else f"at_{compared:g}/{quantity}")
                 pl_module.log(name, value, on_step=False, on_epoch=True, rank_zero_only=False)
         folder = run_directory(trainer)
         if trainer.is_global_zero and folder is not None:
-            self._keep(folder, trainer.global_step, split, tasks, completions, verdicts)
+            again = compared is not None and compared != self.temperatures[0]
+            facts = {"step": trainer.global_step, "split": split, "temperature": temperature}
+            self._keep(folder, facts, tasks, completions, verdicts, append=again)
+        return [{"temperature": temperature, **row} for row in rows]
 
     def _measure(
         self, trainer: Trainer, pl_module: Any, split: str, mine: Sequence[tuple[int, Any]], verdicts: Sequence[Verdict]
-    ) -> dict[str, Tensor]:
-        """Over all processes; a problem of which a program was left out for want of time does not count."""
+    ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
+        """Over all processes: what is logged, and pass@k with its error.
+
+        A problem of which a program was left out for want of time does not count.
+        """
         device = pl_module.device
         rows = []
         for number, (place, _) in enumerate(mine):
@@ -251,20 +276,32 @@ class CodeEvaluation(ForgeCallback):
             "timeout_rate": table[:, 2].sum() / (len(table) * self.num_samples),  # NaN without any
             "num_problems": torch.tensor(float(len(table))),
         }
+        studied = []
         for k in self.k:
             metric = PassAtK(k, sync_on_compute=False).to(device)
             metric.update(torch.full_like(passed, self.num_samples), passed)
             quantities[f"pass_at_{k}"] = metric.compute()
-        return quantities
+            each = pass_at_k(torch.full_like(passed, self.num_samples), passed, k)
+            error = float(each.std() / math.sqrt(len(each))) if len(each) > 1 else math.nan
+            row = {"k": k, "pass_at_k": float(quantities[f"pass_at_{k}"]), "standard_error": error}
+            studied.append(row | {"num_problems": len(table), "num_samples": self.num_samples})
+        return quantities, studied
 
     def _keep(
-        self, folder: Path, step: int, split: str, tasks: Sequence[Any], completions: list[str], results: Sequence[Any]
+        self,
+        folder: Path,
+        facts: dict[str, Any],
+        tasks: Sequence[Any],
+        completions: list[str],
+        results: Sequence[Any],
+        append: bool,
     ) -> None:
         """Rank 0's programs of the last evaluation, a line each."""
         folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "programs.jsonl", "w") as file:
+        name = "programs.jsonl" if self.name is None else f"programs_{self.name}.jsonl"
+        with open(folder / name, "a" if append else "w") as file:
             for task, completion, result in zip(tasks, completions, results, strict=True):
-                line = {"step": step, "split": split, "task_id": task.task_id, "status": result.status}
+                line = facts | {"task_id": task.task_id, "status": result.status}
                 line |= {"completion": completion, "detail": result.detail, "output": result.stdout}
                 file.write(json.dumps(line) + "\n")
 

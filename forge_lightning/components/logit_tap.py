@@ -69,21 +69,21 @@ class LogitTap:
 
     def __init__(self, network: nn.Module) -> None:
         self.network = network
-        self._call: tuple[Any, Any, Any] | None = None
+        self._calls: list[tuple[Any, Any, Any]] = []  # a list: a compiler follows what is put into it
         self._active = False
         self._handle = network.register_forward_hook(self._remember, with_kwargs=True)
 
     def _remember(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._active:
-            self._call = (args, kwargs, output)
+            self._calls[:] = [(args, kwargs, output)]
 
     def start(self) -> None:
         """Remember calls, until `stop`."""
-        self._call, self._active = None, True
+        self._calls, self._active = [], True
 
     def stop(self) -> None:
         """Forget the call."""
-        self._call, self._active = None, False
+        self._calls, self._active = [], False
 
     def detach(self) -> None:
         """Remove the hook."""
@@ -96,8 +96,11 @@ class LogitTap:
         Raises:
             ValueError: If the network put out no logits.
         """
-        call, self._call = self._call, None
-        return None if call is None else (call[0], call[1], logits_of(call[2]))
+        calls, self._calls = self._calls, []
+        if not calls:
+            return None
+        args, kwargs, output = calls[0]
+        return args, kwargs, logits_of(output)
 
 
 def labels_of(batch: Any, key: str | int | None) -> Tensor | None:

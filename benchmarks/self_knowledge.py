@@ -1,0 +1,303 @@
+"""What predicting oneself and agreeing with oneself bring: `SelfModel` and `TemperatureCurriculum`, alone and together.
+
+    python -m benchmarks.self_knowledge tune|text|arithmetic|cost|report   (FORGE_MBPP names MBPP's file)
+
+Text: bytes of MBPP's problems and solutions, 15,000 to train on, 10,000 to fit the temperature and choose the best step
+by, 20,000 to measure; a GPT-2 of two layers and 96 units, 900 steps of 8 × 64 tokens: it over-fits. "tune" chooses
+learning rate, weight decay and dropout of plain AdamW, and the weights of the methods on top, on seeds 100 and 101. Arithmetic: the
+Grokfast paper's decoder on `a + b mod 97`, AdamW as tuned in benchmarks/grokking.md, 1,000 steps. Cost: CPU time of a step
+of GPT-2's shape. Rows are kept in self_knowledge.jsonl, and a run goes on where it was stopped.
+"""
+
+import json
+import math
+import os
+import sys
+import tempfile
+import time
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from statistics import mean, median, stdev
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from torch.nn import functional as F
+
+from benchmarks.environment import FOLDER, header, table
+from forge_lightning.callbacks import SelfModel, TemperatureCurriculum
+from forge_lightning.components.calibration import CalibrationMetric, FittedTemperature
+from forge_lightning.components.ema_teacher import EMATeacher
+from forge_lightning.data import AlgorithmicData, TextData
+from forge_lightning.data.records import read_jsonl
+from forge_lightning.models import AlgorithmicModule, ForgeModule
+
+ROWS, OUT = FOLDER / "self_knowledge.jsonl", FOLDER / "self_knowledge.md"
+SIZES = {"train": 15_000, "val": 10_000, "test": 20_000}
+STEPS, EVERY, BLOCK, BATCH = 900, 50, 64, 8
+TUNING_SEEDS, SEEDS = (100, 101), range(6)
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+ONE_TEMPERATURE = {"bins": [(3.99, 4.01)], "overlap": 0.0}
+WARMUP = 90
+
+PLAIN = {"lr": 2e-3, "weight_decay": 0.1, "dropout": 0.0}
+"""As in the figures that are to be reproduced: nothing against over-fitting."""
+TUNED = {"lr": 2e-3, "weight_decay": 1.0, "dropout": 0.2}
+
+
+def head(weight, form="paper", **more):
+    return {"self_model": {"weight": weight, "form": form, **more}}
+
+
+def agreement(weight=0.5, **more):
+    return {"temperature": {"weight": weight, **more}}
+
+
+VARIANTS = {
+    "plain": {},
+    "label smoothing 0.1": {"smoothing": 0.1},
+    "self-model, weight 1": head(1.0),
+    "self-model, weight 3": head(3.0),
+    "self-model, weight 10": head(10.0),
+    "self-model, weight 3, adaptive": head(3.0, adaptive=True),
+    "next latent, weight 1": head(1.0, "next_latent"),
+    "next latent, weight 3": head(3.0, "next_latent"),
+    "forward, weight 1": head(1.0, "forward"),
+    "curriculum": agreement(),
+    "one temperature, τ = 4": agreement(**ONE_TEMPERATURE),
+    "self-model, weight 3, and curriculum": head(3.0) | agreement(),
+}
+ON_TUNED = {
+    f"tuned: {name}": VARIANTS[name]
+    for name in (
+        "plain",
+        "label smoothing 0.1",
+        "self-model, weight 3",
+        "next latent, weight 1",
+        "curriculum",
+        "self-model, weight 3, and curriculum",
+    )
+}
+GRID = [
+    {"lr": lr, "weight_decay": decay, "dropout": dropout}
+    for lr in (1e-3, 2e-3, 4e-3)
+    for decay in (0.1, 1.0)
+    for dropout in (0.0, 0.2)
+]
+
+
+def text_files(folder):
+    """Files of bytes, cut one after the other from MBPP's problems in their order."""
+    records = read_jsonl(os.environ["FORGE_MBPP"], {"text": str, "code": str})
+    text = "\n\n".join(f"{record['text']}\n{record['code']}".replace("\r\n", "\n") for record in records)
+    start, paths = 0, {}
+    for split, size in SIZES.items():
+        paths[split] = Path(folder) / f"{split}.txt"
+        paths[split].write_text(text[start : start + size])
+        start += size
+    return paths
+
+
+class Smoothed(ForgeModule):
+    smoothing = 0.1
+
+    def training_step(self, batch, batch_idx):
+        logits = self(batch["input_ids"], batch["attention_mask"])[:, :-1].flatten(0, 1)
+        return F.cross_entropy(logits, batch["labels"][:, 1:].flatten(), label_smoothing=self.smoothing)
+
+
+class Keeps(Callback):
+    """The model, and a running mean of its weights, where their validation loss was least."""
+
+    def __init__(self, batches, every):
+        self.batches, self.every = batches, every
+        self.best = {"model": (math.inf, 0, None), "mean": (math.inf, 0, None)}
+
+    def on_train_start(self, trainer, pl_module):
+        self.teacher = EMATeacher(pl_module.model, 0.995)
+        self.teacher.begin()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.teacher.update()
+        if trainer.global_step % self.every == 0:
+            model = pl_module.model.eval()
+            weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+            for name, call, kept in (
+                ("model", model, weights),
+                ("mean", self.teacher, {k: v.clone() for k, v in self.teacher.state_dict()["means"].items()}),
+            ):
+                nll = likelihood(call, self.batches)
+                if nll < self.best[name][0]:
+                    self.best[name] = (nll, trainer.global_step, kept)
+            model.train()
+
+    def measure(self, model, which, final):
+        """At the end, or where it was best."""
+        weights = dict(self.teacher.state_dict()["means"]) if which == "mean" else None
+        weights = weights if final else self.best[which][2]
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(weights[name] if weights is not None else p)
+        return measure(model.eval(), self.batches)
+
+
+def predictions(call, batches):
+    for ids, labels in batches:
+        out = call(input_ids=ids)
+        logits = out if isinstance(out, torch.Tensor) else out.logits
+        yield (logits[:, :-1].flatten(0, 1) if logits.ndim == 3 else logits), labels
+
+
+@torch.no_grad()
+def likelihood(call, batches):
+    found = [(F.cross_entropy(rows, labels), len(labels)) for rows, labels in predictions(call, batches["val"])]
+    return float(sum(loss * size for loss, size in found) / sum(size for _, size in found))
+
+
+@torch.no_grad()
+def measure(call, batches):
+    """On test data, and with the temperature that fits the validation data."""
+    fit = FittedTemperature(max_rows=None)
+    for rows, labels in predictions(call, batches["val"]):
+        fit.update(rows, labels)
+    temperature = float(fit.compute()["temperature"])
+    plain, scaled = CalibrationMetric(), CalibrationMetric(temperature)
+    for rows, labels in predictions(call, batches["test"]):
+        plain.update(rows, labels)
+        scaled.update(rows, labels)
+    of_plain, of_scaled = plain.compute(), scaled.compute()
+    found = {"temperature": temperature} | {name: float(of_plain[name]) for name in ("nll", "ece", "brier", "accuracy")}
+    return found | {f"{name}_fitted": float(of_scaled[name]) for name in ("nll", "ece")}
+
+
+def callbacks_of(options):
+    built = []
+    if "self_model" in options:
+        built.append(SelfModel(warmup_steps=WARMUP, **options["self_model"]))
+    if "temperature" in options:
+        built.append(TemperatureCurriculum(warmup_steps=WARMUP, **options["temperature"]))
+    return built
+
+
+def train_text(variant, options, base, seed):
+    torch.set_num_threads(1)
+    seed_everything(seed, verbose=False)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = text_files(folder)
+        data = TextData(str(paths["train"]), str(paths["val"]), block_size=BLOCK, batch_size=BATCH, seed=seed)
+        data.setup()
+        batches = {}
+        for split in ("val", "test"):
+            ids = torch.tensor([example.input_ids for example in data._blocks(str(paths[split]))])
+            batches[split] = [(part, part[:, 1:].flatten()) for part in ids.split(64)]
+        shape = {"model_type": "gpt2", "n_layer": 2, "n_embd": 96, "n_head": 4, "n_positions": BLOCK}
+        shape |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), base["dropout"])
+        kind = Smoothed if "smoothing" in options else ForgeModule
+        module = kind(
+            config=shape,
+            optimizer=lambda params: torch.optim.AdamW(
+                params, lr=base["lr"], betas=(0.9, 0.98), weight_decay=base["weight_decay"]
+            ),
+        )
+        keeps = Keeps(batches, EVERY)
+        trainer = Trainer(
+            **QUIET, max_steps=STEPS, max_epochs=-1, limit_val_batches=4, val_check_interval=EVERY,
+            check_val_every_n_epoch=None, callbacks=[*callbacks_of(options), keeps],
+        )  # fmt: skip
+        start = time.process_time()
+        trainer.fit(module, datamodule=data)
+        seconds = time.process_time() - start
+    rows = []
+    for which in ("model", "mean"):  # the model's own final weights first: they are overwritten
+        name = variant if which == "model" else f"{variant}, averaged weights"
+        row = {"task": "text", "variant": name, "seed": seed, "base": base, "cpu_seconds": round(seconds, 1)}
+        final = keeps.measure(module.model, which, final=True)
+        best = keeps.measure(module.model, which, final=False)
+        nll, step, _ = keeps.best[which]
+        rows.append(row | {"final": final, "best": best, "best_val_nll": nll, "best_step": step})
+    return rows
+
+
+class ReachedAt(Callback):
+    def __init__(self):
+        self.step, self.nll, self.accuracy = None, [], []
+
+    def on_validation_end(self, trainer, pl_module):
+        metrics = trainer.callback_metrics
+        if self.step is None and float(metrics["val/accuracy"]) >= 0.95:
+            self.step = trainer.global_step
+
+
+def train_arithmetic(variant, options, base, seed):
+    torch.set_num_threads(1)
+    seed_everything(seed, verbose=False)
+    data = AlgorithmicData("add", 97, train_fraction=0.4, batch_size=512, seed=seed)
+    module = AlgorithmicModule(
+        num_layers=1,
+        optimizer=lambda params: torch.optim.AdamW(params, lr=3e-3, betas=(0.9, 0.98), weight_decay=1.0),
+    )
+    reached = ReachedAt()
+    trainer = Trainer(
+        **QUIET, max_steps=1000, max_epochs=-1, val_check_interval=20, check_val_every_n_epoch=None,
+        callbacks=[*callbacks_of(options), reached],
+    )  # fmt: skip
+    start = time.process_time()
+    trainer.fit(module, datamodule=data)
+    seconds = time.process_time() - start
+    module.eval()
+    whole = [(batch["input_ids"], batch["target"]) for batch in data.val_dataloader()]
+    half = len(whole) // 2 or 1
+    final = measure(lambda input_ids: module(input_ids), {"val": whole[:half], "test": whole[half:] or whole})
+    row = {"task": "arithmetic", "variant": variant, "seed": seed, "reached": reached.step, "final": final}
+    return [row | {"cpu_seconds": round(seconds, 1)}]
+
+
+ON_ARITHMETIC = {
+    name: VARIANTS[name] for name in VARIANTS if not any(w in name for w in ("next", "smooth", "adaptive"))
+}
+
+
+def jobs(which):
+    if which == "tune":
+        for number, base in enumerate(GRID):
+            yield from ((train_text, f"grid {number}", {}, base, seed) for seed in TUNING_SEEDS)
+    elif which == "text":
+        for seed in SEEDS:
+            yield from ((train_text, name, options, PLAIN, seed) for name, options in VARIANTS.items())
+    elif which == "tuned":
+        for seed in SEEDS:
+            yield from ((train_text, name, options, TUNED, seed) for name, options in ON_TUNED.items())
+    elif which == "arithmetic":
+        for seed in range(5):
+            yield from ((train_arithmetic, name, options, None, seed) for name, options in ON_ARITHMETIC.items())
+
+
+def run(job):
+    train, *arguments = job
+    return train(*arguments)
+
+
+def kept():
+    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+
+
+def train(which, workers):
+    done = {(row["task"], row["variant"], row["seed"]) for row in kept()}
+    task = "arithmetic" if which == "arithmetic" else "text"
+    todo = [job for job in jobs(which) if (task, job[1], job[4]) not in done]
+    with ProcessPoolExecutor(workers) as pool, open(ROWS, "a") as file:
+        for rows in pool.map(run, todo):
+            for row in rows:
+                file.write(json.dumps(row) + "\n")
+            file.flush()
+            print(rows[0]["variant"], rows[0]["seed"], rows[0]["final"]["nll"], rows[0]["cpu_seconds"], flush=True)
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 2)

@@ -1,0 +1,129 @@
+"""Calibration measured on LightningModules; what holds for every callback is in tests/contract."""
+
+import json
+import math
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics.classification import MulticlassCalibrationError
+
+from forge_lightning.callbacks import Calibration
+from forge_lightning.models import ForgeModule
+from tests.callbacks.test_self_model import GPT2, train
+from tests.callbacks.test_self_model import text as text  # a fixture
+from tests.contract.modules import LossOnly
+from tests.contract.rows import fit
+
+
+class Sharp(LossOnly):
+    """Labels drawn from known probabilities; the network's logits are four times as large."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(3, 3, bias=False)
+        with torch.no_grad():
+            self.net.weight.copy_(4 * torch.eye(3))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(0)
+        x = 2 * torch.randn(4096, 3, generator=generator)
+        y = torch.multinomial(x.softmax(-1), 1, generator=generator).squeeze(1)
+        return DataLoader(TensorDataset(x, y), batch_size=512)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+def all_of(model):
+    with torch.no_grad():
+        batches = [(model.net(x), y) for x, y in model.val_dataloader()]
+    return (torch.cat(parts) for parts in zip(*batches, strict=True))
+
+
+def test_overconfident_model_gets_its_temperature_and_is_mended_by_it(tmp_path):
+    callback = Calibration(max_rows=None)
+    logger = CSVLogger(tmp_path, name="", version="")
+    model, trainer = fit([callback], Sharp, max_epochs=2, limit_val_batches=None, logger=logger)
+    found = {k.rsplit("/", 1)[1]: float(v) for k, v in trainer.callback_metrics.items() if "calibration" in k}
+    assert found["temperature"] == pytest.approx(4.0, rel=0.05)
+    assert found["ece_fitted"] < 0.2 * found["ece"]
+    assert found["nll_fitted"] < found["nll"]
+    logits, y = all_of(model)
+    expected = MulticlassCalibrationError(3, n_bins=15, norm="l1")(logits.softmax(-1), y)
+    assert found["ece"] == pytest.approx(float(expected), abs=1e-5)  # summed in fp32 there
+    assert found["accuracy"] == pytest.approx(float((logits.argmax(-1) == y).float().mean()))
+    (result,) = trainer.test(model, verbose=False)
+    assert result["forge/calibration/ece_fitted"] == pytest.approx(found["ece_fitted"], rel=1e-3)
+    kept = json.loads((tmp_path / "calibration.json").read_text())
+    assert set(kept) == {"val", "test"}
+    bins = kept["val"]["bins"]
+    assert sum(bins["as it is"]["total"]) == sum(bins["fitted"]["total"]) == 4096
+    assert kept["val"]["temperature"] == pytest.approx(found["temperature"])
+
+
+def test_first_validation_has_nothing_fitted_before():
+    _, trainer = fit([Calibration()], Sharp, max_epochs=1)
+    assert math.isnan(trainer.callback_metrics["forge/calibration/ece_fitted"])
+    assert math.isfinite(trainer.callback_metrics["forge/calibration/ece"])
+
+
+def test_temperature_travels_with_checkpoint_and_export(text, tmp_path):
+    from transformers import AutoConfig
+
+    checkpoint = ModelCheckpoint(tmp_path, filename="last", save_on_train_epoch_end=True)
+    callback = Calibration()
+    module, trainer = train(
+        ForgeModule(config=GPT2), text(), [callback, checkpoint], enable_checkpointing=True, max_steps=20
+    )
+    trainer.validate(module, datamodule=text(), verbose=False)
+    fitted = callback.fitted_temperature
+    assert module.fitted_temperature == fitted > 0
+    trainer.save_checkpoint(tmp_path / "after.ckpt")
+    module.export(tmp_path / "out")
+    assert AutoConfig.from_pretrained(tmp_path / "out").fitted_temperature == pytest.approx(fitted)
+    fresh = Calibration()
+    again = ForgeModule(config=GPT2)
+    _, trainer = train(again, text(), [fresh], max_steps=0)
+    trainer.test(again, datamodule=text(), ckpt_path=tmp_path / "after.ckpt", verbose=False)
+    assert fresh.fitted_temperature == again.fitted_temperature == fitted
+
+
+def test_tokens_of_a_language_model_are_shifted_as_it_shifts_them(text):
+    _, trainer = train(ForgeModule(config=GPT2), text(), [Calibration()], limit_val_batches=None)
+    trainer.validate(_, datamodule=text(), verbose=False)
+    metrics = trainer.callback_metrics
+    assert float(metrics["forge/calibration/nll"]) == pytest.approx(float(metrics["val/loss"]), rel=1e-4)
+    assert float(metrics["forge/calibration/accuracy"]) == pytest.approx(float(metrics["val/token_accuracy"]), rel=1e-5)
+
+
+def test_no_labels_that_fit():
+    with pytest.warns(UserWarning, match="no labels of the val data fit the logits, and nothing is measured"):
+        _, trainer = fit([Calibration(labels=0)])
+    assert not any("calibration" in key for key in trainer.callback_metrics)
+
+
+def test_bad_arguments_and_networks():
+    with pytest.raises(ValueError, match=r"`Calibration`: .*num_bins=0"):
+        Calibration(num_bins=0)
+    with pytest.raises(ValueError, match=r"`Calibration`: .*max_rows=0"):
+        Calibration(max_rows=0)
+    with pytest.raises(MisconfigurationException, match=r"`Calibration\(network='x'\)`: no part is called 'x'"):
+        fit([Calibration(network="x")])
+
+    class Flat(LossOnly):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(8, 2), nn.Flatten(0))
+
+        def loss(self, batch):
+            return self.net(batch[0]).square().mean()
+
+    with pytest.raises(MisconfigurationException, match=r"`Calibration`: the network puts out \(16,\)"):
+        fit([Calibration()], Flat)

@@ -1,0 +1,229 @@
+"""Agreement at temperatures, on LightningModules; what holds for every callback is in tests/contract."""
+
+import math
+
+import pytest
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from torch import nn
+from torch.nn import functional as F
+
+from forge_lightning.callbacks import SelfModel, TemperatureCurriculum
+from forge_lightning.functional.calibration import temperature_kl
+from forge_lightning.models import ForgeModule
+from tests.callbacks.test_self_model import GPT2, train
+from tests.callbacks.test_self_model import text as text  # a fixture
+from tests.contract.modules import LossOnly, Plain, Stateful
+from tests.contract.rows import fit, weights
+
+FIXED = {"bins": [(2.0, 2.0001)], "overlap": 0.0, "warmup_steps": 0}
+
+
+def test_steps_are_those_of_the_formula():
+    """Against a loop written out: (1 - w) · CE + w · τ² KL, with a mean of the weights that follows each step."""
+    temperatures = []
+
+    class Looks(TemperatureCurriculum):
+        def on_train_batch_start(self, *args):
+            super().on_train_batch_start(*args)
+            temperatures.append(self.temperature)
+
+    callback = Looks(weight=0.4, teacher_decay=0.9, **FIXED)
+    ours, _ = fit([callback], Plain)
+    start, _ = fit((), Plain, max_steps=0)
+    student, teacher = start.net, type(start)().net
+    teacher.load_state_dict(student.state_dict())
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    for n, (x, y) in enumerate(start.train_dataloader(), start=1):
+        logits = student(x)
+        with torch.no_grad():
+            goal = teacher(x)
+        kl = temperature_kl(logits, goal, temperatures[n - 1]).mean()
+        loss = 0.6 * F.cross_entropy(logits, y) + 0.4 * kl
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay = min(0.9, (1 + n) / (10 + n))
+        with torch.no_grad():
+            for mean, p in zip(teacher.parameters(), student.parameters(), strict=True):
+                mean.lerp_(p, 1 - decay)
+    assert all(2.0 <= t <= 2.0001 for t in temperatures)
+    torch.testing.assert_close(weights(ours), weights(start), atol=1e-6, rtol=1e-5)
+
+
+def test_only_labelled_tokens_count(text):
+    """What the labels leave out changes nothing, whatever stands there."""
+
+    class Half(ForgeModule):
+        noise = 0
+
+        def training_step(self, batch, batch_idx):
+            batch["labels"][:, 8:] = -100
+            batch["input_ids"][:, 9:] = (batch["input_ids"][:, 9:] + self.noise) % 50  # after all that has a label
+            return super().training_step(batch, batch_idx)
+
+    found = []
+    for noise in (0, 7):
+        module = Half(config=GPT2)
+        module.noise = noise
+        found.append(weights(train(module, text(), [TemperatureCurriculum(**FIXED)])[0]))
+    torch.testing.assert_close(*found)
+
+
+def test_no_generation_and_one_teacher_call_a_step(text, monkeypatch):
+    calls = {"forward": 0, "generate": 0}
+    from transformers import GPT2LMHeadModel
+
+    forward = GPT2LMHeadModel.forward
+    monkeypatch.setattr(
+        GPT2LMHeadModel, "forward", lambda *a, **k: calls.update(forward=calls["forward"] + 1) or forward(*a, **k)
+    )
+    monkeypatch.setattr(GPT2LMHeadModel, "generate", lambda *a, **k: calls.update(generate=calls["generate"] + 1))
+    train(ForgeModule(config=GPT2), text(), [TemperatureCurriculum()], max_steps=5, limit_val_batches=0)
+    assert calls == {"forward": 10, "generate": 0}
+
+
+def test_self_model_beside_it_in_any_order(text):
+    """The teacher's activations are not the network's own, and each term sees the module's own loss."""
+    results = []
+    for order in (1, -1):
+        callbacks = [SelfModel(warmup_steps=0), TemperatureCurriculum(warmup_steps=0)][::order]
+        module, trainer = train(ForgeModule(config=GPT2), text(), callbacks, log_every_n_steps=1)
+        results.append((weights(module), float(trainer.callback_metrics["forge/self_model/loss"])))
+    assert torch.equal(results[0][0], results[1][0])
+    assert results[0][1] == results[1][1]
+
+
+def test_walks_the_bins_by_validation_then_draws_from_all():
+    seen = []
+
+    class Looks(TemperatureCurriculum):
+        def on_validation_epoch_end(self, *args):
+            super().on_validation_epoch_end(*args)
+            seen.append((self._schedule.round, self._schedule.index, self.temperature))
+
+    class Worsens(LossOnly):
+        """No learning: no bin improves."""
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    callback = Looks(bins=[(2, 4), (0.5, 1)], patience=2, max_steps_per_bin=1000)
+    _, trainer = fit([callback], Worsens, max_epochs=7)
+    assert [place[:2] for place in seen] == [(1, 0), (1, 0), (1, 1), (1, 1), (1, 1), (2, 1), (2, 1)]
+    assert float(trainer.callback_metrics["forge/temperature/2-4/nll"]) > 0
+
+
+def test_round_one_takes_half_the_training_at_most():
+    rounds = []
+
+    class Looks(TemperatureCurriculum):
+        def on_train_batch_end(self, trainer, *args):
+            super().on_train_batch_end(trainer, *args)
+            rounds.append(self._schedule.round)
+
+    fit([Looks(patience=1000)], max_epochs=6)  # 48 steps, three bins
+    assert rounds.index(2) == 24 - 1
+
+
+def test_measures_are_those_of_the_whole_validation_set():
+    model, trainer = fit([TemperatureCurriculum(bins=[(2, 8)], patience=1000)], limit_val_batches=None)
+    with torch.no_grad():
+        batches = [(model.eval().net(x), y) for x, y in model.val_dataloader()]
+        logits, y = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    assert float(trainer.callback_metrics["forge/temperature/2-8/nll"]) == pytest.approx(
+        float(F.cross_entropy(logits / 4, y)), rel=1e-5
+    )
+    accuracy = float((logits.argmax(-1) == y).float().mean())
+    assert float(trainer.callback_metrics["forge/temperature/accuracy"]) == pytest.approx(accuracy)
+
+
+def test_labels_that_do_not_fit_are_told():
+    with pytest.warns(UserWarning, match="validation gave no labels that fit the logits, and the bins go on by steps"):
+        fit([TemperatureCurriculum(labels=0)])
+
+
+def test_network_that_is_not_called_adds_nothing_and_one_by_name_does():
+    class Two(LossOnly):
+        def __init__(self):
+            super().__init__()
+            self.other = nn.Linear(8, 2)
+
+    named, _ = fit([TemperatureCurriculum(network="net", **FIXED)], Two)
+    without, _ = fit((), Two)
+    assert not torch.equal(weights(named), weights(without))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"weight": 1.0}, r"weight=1.0\)` must be in \[0, 1\)"),
+        ({"weight": -0.1}, "weight=-0.1"),
+        ({"teacher_decay": 1.0}, r"teacher_decay=1.0\)` must be in \[0, 1\)"),
+        ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"bins": [(1, 0.5)]}, r"`TemperatureCurriculum\(bins=.*low < high"),
+        ({"patience": 0}, r"`TemperatureCurriculum\(patience=0\)"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        TemperatureCurriculum(**kwargs)
+
+
+def test_what_it_cannot_serve():
+    with pytest.raises(MisconfigurationException, match=r"network='head'\)`: no part is called 'head'"):
+        fit([TemperatureCurriculum(network="head")])
+
+    class Sums(LossOnly):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(8, 2), nn.Flatten(0))
+
+        def loss(self, batch):
+            return self.net(batch[0]).square().mean()
+
+    with pytest.raises(MisconfigurationException, match=r"`TemperatureCurriculum`: the network puts out \(16,\)"):
+        fit([TemperatureCurriculum()], Sums)
+
+    from lightning.pytorch.strategies import FSDPStrategy
+
+    class Fake:
+        strategy = FSDPStrategy.__new__(FSDPStrategy)
+
+    with pytest.raises(MisconfigurationException, match="cannot work with FSDPStrategy: weights cannot be exchanged"):
+        TemperatureCurriculum().setup(Fake(), nn.Identity(), "fit")
+
+
+def test_second_fit_of_one_instance_begins_afresh():
+    callback = TemperatureCurriculum(**FIXED)
+    fit([callback], Stateful)
+    again, _ = fit([callback], Stateful)
+    fresh, _ = fit([TemperatureCurriculum(**FIXED)], Stateful)
+    assert torch.equal(weights(again), weights(fresh))
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+)  # the compiler's own
+def test_compiled_network_gives_the_same_steps():
+    class Compiled(Plain):
+        def __init__(self):
+            super().__init__()
+            self.net.compile(backend="eager")
+
+    plain, _ = fit([TemperatureCurriculum(**FIXED)], Plain)
+    compiled, _ = fit([TemperatureCurriculum(**FIXED)], Compiled)
+    without, _ = fit((), Plain)
+    torch.testing.assert_close(weights(plain), weights(compiled), atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(weights(plain), weights(without), atol=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("edges", [(0.01, 0.0101), (0.05, 0.0501), (3.99, 4.0)])
+def test_every_temperature_trains(edges, precision):
+    model, trainer = fit(
+        [TemperatureCurriculum(bins=[edges], overlap=0.0)], precision=precision, log_every_n_steps=1, max_epochs=2
+    )
+    assert weights(model).isfinite().all()
+    assert math.isfinite(trainer.callback_metrics["forge/temperature/kl"])
+    assert float(trainer.callback_metrics["forge/temperature/kl"]) > 0
