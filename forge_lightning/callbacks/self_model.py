@@ -27,9 +27,10 @@ class SelfModel(ForgeCallback):
     Reads: activations; the batch's mask.
     Changes: the loss.
     Logs: at logging steps ``forge/self_model/loss`` (mean error of the targets; 1 is that of a prediction of 0),
-    ``forge/self_model/weight``, for each target ``forge/self_model/<layer>/explained_variance`` (over the best
-    constant; 1 is perfect, 0 no better) and ``forge/self_model/<layer>/gain_over_copy`` (over predicting the source
-    unchanged); and every ``watch_every_n_steps``, ``forge/self_model/<layer>/effective_rank``.
+    ``forge/self_model/weight``, and for each target ``forge/self_model/<layer>/explained_variance`` (over the best
+    constant; 1 is perfect, 0 no better) and ``forge/self_model/<layer>/copy_explained_variance`` (the same of the other
+    trivial prediction, the source unchanged; NaN where widths differ); every ``watch_every_n_steps``,
+    ``forge/self_model/<layer>/effective_rank``.
 
     When it does not help: benchmarks/self_knowledge.md. It is a regulariser of features, and helps where a network
     over-fits.

@@ -339,9 +339,9 @@ class SelfModelHead(nn.Module):
 
         Returns:
             ``{}``, or "loss" (mean error of the targets, 1 for a prediction of 0), "weight" (its factor in the last
-            loss), and for each target "<layer>/explained_variance" (over the best constant), "<layer>/gain_over_copy"
-            (over the source unchanged) and, where it was watched, "<layer>/effective_rank"; NaN for what cannot be
-            told.
+            loss), and for each target "<layer>/explained_variance" (over the best constant),
+            "<layer>/copy_explained_variance" (the same of the source, taken unchanged for a prediction) and, where it
+            was watched, "<layer>/effective_rank"; NaN for what cannot be told.
         """
         metrics: dict[str, float] = {}
         watch = self._is_due(step)
@@ -354,10 +354,10 @@ class SelfModelHead(nn.Module):
             if measure:
                 metrics["loss"] = float(losses.nanmean())
                 metrics["weight"] = self.current_weight(step - 1)
-                values = zip(explained_variance(error, spread), explained_variance(error, copy_error), strict=True)
-                for name, (over_mean, over_copy) in zip(self.targets, values, strict=True):
-                    metrics[f"{name}/explained_variance"] = float(over_mean)
-                    metrics[f"{name}/gain_over_copy"] = float(over_copy)
+                explained, by_copy = explained_variance(error, spread), explained_variance(copy_error, spread)
+                for index, name in enumerate(self.targets):
+                    metrics[f"{name}/explained_variance"] = float(explained[index])
+                    metrics[f"{name}/copy_explained_variance"] = float(by_copy[index])
         if watch and self._sums:
             metrics |= {f"{name}/effective_rank": rank for name, rank in self._watch(step, reduce).items()}
         self._forget_step()

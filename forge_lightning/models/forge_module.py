@@ -200,15 +200,15 @@ class ForgeModule(LightningModule):
         assert loss is not None, "the model has been run"
         return loss
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        self._step_before = self.global_step
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if self.self_model is None or self.global_step == self._step_before:
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self.self_model is None:
             return
         trainer: Any = self.trainer
         reduce = None if trainer.world_size == 1 else lambda t: trainer.strategy.reduce(t, reduce_op="sum")
-        metrics = self.self_model.end_step(step=self.global_step, measure=is_logging_step(trainer), reduce=reduce)
+        # Before the callbacks' end of the batch: they record what was logged at this step.
+        step = self.global_step + 1
+        metrics = self.self_model.end_step(step=step, measure=is_logging_step(trainer), reduce=reduce)
         if metrics:
             log_at_this_step(trainer, {f"forge/self_model/{quantity}": value for quantity, value in metrics.items()})
 

@@ -15,7 +15,7 @@ import torch
 from forge_lightning.components.stage_classifier import VAL_LOSS
 from forge_lightning.components.step_timer import CATEGORIES
 from forge_lightning.components.trace import number
-from forge_lightning.reports import figures
+from forge_lightning.reports import figures, self_knowledge
 from forge_lightning.reports.trace import RunTrace, read_run, stage_spans
 
 _STYLE = """
@@ -40,6 +40,17 @@ _FIGURES: dict[str, tuple[Callable[[RunTrace], Any], str]] = {
     "dimensions": (figures.dimensions, "Every estimator. Values compare only at the same number of points."),
     "edge": (figures.edge, "What `EdgeController` held, and what it drew to hold it."),
     "optimizer": (figures.optimizer, "What the gradient filter and the optimizer did."),
+    "self_model": (
+        self_knowledge.self_model,
+        "What the head of `SelfModel` predicts: 1 is all of it, 0 no more than a constant. Dashed: a copy of"
+        " what it predicts from.",
+    ),
+    "temperature": (self_knowledge.temperature, "What `TemperatureCurriculum` compared, and how the model does there."),
+    "calibration": (
+        self_knowledge.reliability,
+        "On the dotted line confidence is accuracy. Dots are as large as their share of the predictions.",
+    ),
+    "sampling": (self_knowledge.sampling, "Generated programs that pass their tests. Bars are two standard errors."),
     "step_time": (figures.step_time, "Times of the host."),
     "others": (figures.others, "What other callbacks logged."),
 }
@@ -139,6 +150,8 @@ def numbers_of(run: RunTrace) -> dict[str, Any]:
         "transitions": run.changes,
         "steps_to": {str(level): _first_step(run, level) for level in (0.5, 0.95, 0.99)},
         "last": last,
+        "calibration": run.calibration,
+        "temperature_study": run.temperature_study,
         "median_step_seconds": {key: value for key, value in steps.items() if value is not None},
         "series": {name: {"steps": s, "values": v} for name, (s, v) in run.series.items()},
     }

@@ -114,7 +114,7 @@ def overview(run: RunTrace) -> Any | None:
             for (label, series), color in zip(
                 (success if kind == "success" else loss).items(), (ORANGE, BLUE), strict=False
             ):
-                _draw(axis, series, label, color)
+                draw_series(axis, series, label, color)
             axis.set_ylabel("share right" if kind == "success" else "loss (nats)")
             axis.set_title("Success" if kind == "success" else "Loss")
             if kind == "success":
@@ -135,7 +135,7 @@ def draw_dimension(axis: Any, run: RunTrace, estimator: str) -> None:
         if series is None:
             continue
         color = _layer_color(index, len(layers))
-        _draw(axis, series, layer, color)
+        draw_series(axis, series, layer, color)
         drawn.append(axis.get_lines()[-1])
         errors = run.series.get(f"forge/geometry/{layer}/{estimator}_se")
         if errors is not None and errors[0] == series[0]:
@@ -216,24 +216,24 @@ def edge(run: RunTrace) -> Any | None:
     above, below = figure.subplots(2, 1, sharex=True)
     band_low, band_high = (run.find(f"forge/edge/target_{side}") for side in ("low", "high"))
     if band_low is not None and band_high is not None:
-        color = _tone(GREEN)
+        color = tone(GREEN)
         above.fill_between(band_low[0], band_low[1], band_high[1], color=color, alpha=0.2, linewidth=0, label="band")
-    _draw(above, success, "success", BLUE)
+    draw_series(above, success, "success", BLUE)
     expected = run.find("forge/edge/expected_success")
     if expected is not None:
-        _draw(above, expected, "expected", ORANGE)
+        draw_series(above, expected, "expected", ORANGE)
         above.get_lines()[-1].set(linewidth=0.8, alpha=0.8)
     inside = run.find("forge/edge/in_band")
     share = f": {100 * inside[1][-1]:.0f} % of the steps in the band" if inside and math.isfinite(inside[1][-1]) else ""
     above.set(ylabel="share right", ylim=(-0.03, 1.03))
     above.set_title(f"Success of the training examples{share}")
-    _legend_above(above)
+    legend_above(above)
     series = {key: run.find(f"forge/edge/difficulty{key}") for key in ("", "_p10", "_p90")}
     drawn, low, high = (series[key] for key in ("", "_p10", "_p90"))
     if drawn is not None and low is not None and high is not None:
-        color = _tone(BLUE)
+        color = tone(BLUE)
         below.fill_between(low[0], low[1], high[1], color=color, alpha=0.2, linewidth=0, label="middle 80 %")
-        _draw(below, drawn, "mean drawn", BLUE)
+        draw_series(below, drawn, "mean drawn", BLUE)
     below.set(xlabel=STEP, ylabel="difficulty, as declared")
     below.set_title("Difficulty of what was drawn")
     skill = run.find("forge/edge/skill")
@@ -241,15 +241,15 @@ def edge(run: RunTrace) -> Any | None:
         bottom, top = min(low[1]), max(high[1])
         reach = 0.5 * (top - bottom)  # a skill far beyond what there is to draw would press the rest together
         shown = [min(top + reach, max(bottom - reach, value)) for value in skill[1]]
-        _draw(below, (skill[0], shown), "skill (half succeed)", PURPLE)
+        draw_series(below, (skill[0], shown), "skill (half succeed)", PURPLE)
         below.set_ylim(*_with_room(low[1] + high[1] + shown))
-    _legend_above(below)
+    legend_above(below)
     return figure
 
 
 def others(run: RunTrace) -> Any | None:
     """What callbacks logged that no other picture shows, a panel for each callback."""
-    shown = ("telemetry", "grokfast", "geometry", "stage", "edge")
+    shown = ("telemetry", "grokfast", "geometry", "stage", "edge", "self_model", "temperature", "calibration")
     grouped: dict[str, dict[str, Series | None]] = {}
     for name, series in run.series.items():
         parts = name.split("/", 2)
@@ -279,7 +279,7 @@ def step_time(run: RunTrace) -> Any | None:
     speeds = {name: run.find(f"forge/telemetry/{name}_per_second") for name in ("tokens", "examples")}
     told = {name: series for name, series in speeds.items() if series is not None}
     for name, series in told.items():
-        _draw(right, series, name, BLUE if name == "tokens" else ORANGE)
+        draw_series(right, series, name, BLUE if name == "tokens" else ORANGE)
     right.set(xlabel=STEP, ylabel="a second")
     right.set_ylim(bottom=0)
     right.set_title("Speed")
@@ -367,7 +367,7 @@ def weights(rows: Sequence[Mapping[str, Any]]) -> Any | None:
     figure = Figure(figsize=(9, 3.2), layout="constrained")
     axis = figure.subplots()
     positions = range(len(rows))
-    axis.bar(positions, [100 * row["effective_rank"] / row["full_rank"] for row in rows], color=_tone(BLUE))
+    axis.bar(positions, [100 * row["effective_rank"] / row["full_rank"] for row in rows], color=tone(BLUE))
     axis.set_ylabel("effective rank, % of full")
     axis.set_title("Weight matrices, from input to output")
     if len(rows) <= 24:
@@ -389,7 +389,7 @@ def _panels(panels: Sequence[tuple[str, str, Mapping[str, Series | None]]], loga
     axes = figure.subplots(rows, min(2, len(there)), squeeze=False).flatten()
     for axis, (title, label, lines) in zip(axes, there, strict=False):
         for index, (color, (name, series)) in enumerate(zip(_cycle(len(lines)), lines.items(), strict=True)):
-            _draw(axis, series, name, color)
+            draw_series(axis, series, name, color)
             axis.get_lines()[-1].set_linestyle("-" if index % 2 == 0 else (0, (3, 2)))  # equal lines show both
         axis.set(xlabel=STEP, ylabel=label)
         axis.set_title(title)
@@ -434,27 +434,29 @@ def _pairs(run: RunTrace, train: str, val: Sequence[str]) -> dict[str, Series]:
     return {label: series for label, series in found.items() if series is not None}
 
 
-def _draw(axis: Any, series: Series, label: str, color: Any) -> None:
+def draw_series(axis: Any, series: Series, label: str, color: Any) -> None:
+    """A line, with dots where it has few points; one of no number says so."""
     steps, values = series
     values = [value if math.isfinite(value) else math.nan for value in values]
     if all(map(math.isnan, values)):
         label = f"{label}: no number"
-    axis.plot(steps, values, label=label, color=_tone(color), marker="." if len(steps) < 20 else "")
+    axis.plot(steps, values, label=label, color=tone(color), marker="." if len(steps) < 20 else "")
 
 
 def _layer_color(index: int, count: int) -> Any:
     if count <= len(COLORS):
-        return _tone(COLORS[index])
+        return tone(COLORS[index])
     import matplotlib as mpl
 
     return mpl.colormaps["viridis"](0.1 + 0.8 * index / (count - 1))
 
 
 def _cycle(count: int) -> list[str]:
-    return [_tone(COLORS[i % len(COLORS)]) for i in range(count)]
+    return [tone(COLORS[i % len(COLORS)]) for i in range(count)]
 
 
-def _tone(color: Any) -> Any:
+def tone(color: Any) -> Any:
+    """A colour as it is shown on the current background."""
     import matplotlib as mpl
 
     dark = mpl.rcParams["figure.facecolor"] != _PAPER
@@ -470,8 +472,8 @@ def duration(seconds: float) -> str:
     return f"{1000 * seconds:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
-def _legend_above(axis: Any) -> None:
-    """Where it covers nothing: beside the title."""
+def legend_above(axis: Any) -> None:
+    """A legend where it covers nothing: beside the title."""
     axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=3, borderaxespad=0.0)
 
 

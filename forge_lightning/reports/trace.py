@@ -26,6 +26,10 @@ class RunTrace:
     """Found again from the trace, because the run had no `StageClassifier`."""
     summary: dict[str, Any] = field(default_factory=dict)
     """``summary.json``, where `RunSummary` wrote one."""
+    calibration: dict[str, Any] = field(default_factory=dict)
+    """``calibration.json``: of "val" and "test" the metrics and the bins of confidence."""
+    temperature_study: list[dict[str, Any]] = field(default_factory=list)
+    """``temperature_study.json``: pass@k at each sampling temperature."""
     remarks: list[str] = field(default_factory=list)
     """What is missing or odd, for the reader."""
 
@@ -72,22 +76,34 @@ def read_run(path: str | Path) -> RunTrace:
             "There is no trace, only metrics.csv: step times and events are missing. Add `Telemetry` to the callbacks."
         )
         _take_metrics(run, directory / "metrics.csv")
-    if not run.series:
+    run.calibration = _read_json(run, next(iter(sorted(directory.glob("calibration*.json"))), None), {})
+    run.temperature_study = _read_json(run, directory / "temperature_study.json", [])
+    if not (run.series or run.calibration or run.temperature_study):
         raise ValueError(
             f"{path} holds neither a {FILE_NAME} nor a metrics.csv with anything in it: it is no run of Lightning with"
             " `Telemetry` or `CSVLogger`, or the run ended before its first record."
         )
-    if (directory / "summary.json").is_file():
-        try:
-            run.summary = json.loads((directory / "summary.json").read_text())
-        except ValueError:
-            run.remarks.append("summary.json cannot be read.")
+    run.summary = _read_json(run, directory / "summary.json", {})
     if not run.stages:
         found = replay(rows) if rows else replay(_rows_of(run))
         run.stages = [t.as_event() for t in found]
         run.stages_replayed = bool(run.stages)
     _remark(run)
     return run
+
+
+def _read_json(run: RunTrace, path: Path | None, empty: Any) -> Any:
+    """A file's content; ``empty`` where there is none, or none that can be read."""
+    if path is None or not path.is_file():
+        return empty
+    try:
+        found = json.loads(path.read_text())
+    except ValueError:
+        found = None
+    if not isinstance(found, type(empty)):
+        run.remarks.append(f"{path.name} cannot be read.")
+        return empty
+    return found
 
 
 def _take_rows(run: RunTrace, rows: list[dict[str, Any]], trace: Path) -> None:

@@ -42,6 +42,27 @@ def test_pass_at_k_is_measured_by_execution(tmp_path):
     assert [line["status"] for line in lines if line["task_id"] in "ad"] == ["passed"] * 2 + ["timeout"] * 2
 
 
+def test_testing_compares_temperatures(tmp_path):
+    """A model that is right more often the cooler it samples."""
+
+    class Cooler(Answers):
+        def complete(self, prompts, temperature, **options):
+            return [f"epoch = {int('abcd'.index(prompt) < 1 / temperature)}" for prompt in prompts]
+
+    callback = CodeEvaluation(k=[1, 2], num_samples=2, temperatures=[1.0, 0.5])
+    model, trainer = fit([callback], Cooler, max_steps=0, logger=CSVLogger(tmp_path, name="", version=""))
+    (result,) = trainer.test(model, verbose=False)
+    assert result["forge/code_evaluation/at_0.5/pass_at_1"] == pytest.approx(2 / 4)
+    assert result["forge/code_evaluation/at_1/pass_at_2"] == pytest.approx(1 / 4)
+    study = json.loads((tmp_path / "temperature_study.json").read_text())
+    assert [(row["temperature"], row["k"], row["pass_at_k"]) for row in study] == [
+        (0.5, 1, 0.5), (0.5, 2, 0.5), (1.0, 1, 0.25), (1.0, 2, 0.25),
+    ]  # fmt: skip
+    assert study[0]["standard_error"] == pytest.approx((1 / 3) ** 0.5 / 2)
+    lines = [json.loads(line) for line in (tmp_path / "programs.jsonl").read_text().splitlines()]
+    assert [line["temperature"] for line in lines] == [0.5] * 8 + [1.0] * 8
+
+
 def test_intervals_and_limits():
     model = Answers()
     fit([CodeEvaluation(every_n_validations=2, limit_problems=1)], model, max_epochs=4)
@@ -82,6 +103,8 @@ def test_a_module_that_cannot_complete_and_data_without_problems_are_refused():
     [
         ({"k": [2]}, r"`CodeEvaluation\(k=\[2\]\)` must be in \[1, num_samples=1\]"),
         ({"num_samples": 2}, r"temperature=0.0\)` must be above 0"),
+        ({"temperatures": [0.0, 1.0]}, r"temperatures=\[0.0, 1.0\]\)` must be above 0 each"),
+        ({"temperatures": [1.0, 1.0]}, "different from each other"),
         ({"timeout": 0}, r"timeout=0\)` must be above 0"),
         ({"limit_problems": 0}, r"limit_problems=0\)` must be at least 1"),
         ({"memory_mb": 1}, r"memory_mb=1\)` must be at least 64"),

@@ -79,7 +79,9 @@ def test_built_in_head_resumes_and_logs(text, tmp_path):
     resumed, trainer = train(module(), text(), ckpt_path=tmp_path / "four.ckpt", **options)
     assert torch.equal(weights(straight), weights(resumed))
     names = {"loss", "weight"} | {
-        f"transformer.h.{n}/{key}" for n in (0, 1) for key in ("explained_variance", "gain_over_copy", "effective_rank")
+        f"transformer.h.{n}/{key}"
+        for n in (0, 1)
+        for key in ("explained_variance", "copy_explained_variance", "effective_rank")
     }
     assert {f"forge/self_model/{name}" for name in names} <= set(trainer.callback_metrics)
     assert "forge/self_model/loss" in (tmp_path / "log/metrics.csv").read_text()

@@ -126,7 +126,7 @@ CALIBRATION_LOGS = frozenset(
     f"forge/calibration/{key}"
     for key in ("nll", "ece", "brier", "accuracy", "entropy", "nll_fitted", "ece_fitted", "temperature")
 )
-HEAD_LOGS = ("explained_variance", "gain_over_copy", "effective_rank")
+HEAD_LOGS = ("explained_variance", "copy_explained_variance", "effective_rank")
 
 CASES = [
     self_model("self-model-paper", targets=(0, 1), layers=["net.0", "net.1"], adaptive=True),

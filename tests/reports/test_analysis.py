@@ -81,7 +81,7 @@ def test_light_and_dark_have_readable_colours():
     for dark in (False, True):
         with figures.theme(dark):
             paper = luminance(mpl.rcParams["figure.facecolor"])
-            lines = [luminance(figures._tone(color)) for color in figures.COLORS[:4]]
+            lines = [luminance(figures.tone(color)) for color in figures.COLORS[:4]]
             text = luminance(mpl.rcParams["text.color"])
         contrast = [(max(paper, ink) + 0.05) / (min(paper, ink) + 0.05) for ink in [text, *lines]]
         assert contrast[0] > 7
