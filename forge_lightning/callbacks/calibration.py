@@ -9,7 +9,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 
 from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, run_directory
-from forge_lightning.components.activation_tap import field_of
 from forge_lightning.components.calibration import CalibrationMetric, FittedTemperature
 from forge_lightning.components.logit_tap import LogitTap, find_network, is_shifted, labels_of, predicted_rows
 
@@ -18,10 +17,10 @@ class Calibration(ForgeCallback):
     """Measure calibration on validation and test data, and fit the temperature that would make it best.
 
     Hook: a forward hook on the network; validation and testing. Costs two softmaxes of all labelled tokens, and 17 of
-    up to ``max_rows`` of a batch. The temperature is fitted on validation data; the next validation, and testing,
-    measure the model with it too. It is kept in checkpoints, and handed to a module with an attribute
-    ``fitted_temperature``, as `ForgeModule` has, which exports it. The bins of the reliability diagram are kept in
-    ``calibration.json`` in the run directory.
+    up to ``max_rows`` of a batch. Several loaders are taken together. The temperature is fitted on validation data; the
+    next validation, and testing, measure the model with it too. It is kept in checkpoints, and handed to a module with
+    an attribute ``fitted_temperature``, as `ForgeModule` has, which exports it. The bins of the reliability diagram are
+    kept in ``calibration.json`` in the run directory.
 
     Reads: logits and labels.
     Changes: nothing.
@@ -113,9 +112,10 @@ class Calibration(ForgeCallback):
             self._tap.stop()
         if call is None:
             return
-        rows, labels = predicted_rows(
-            call[2], labels_of(batch, self.labels), field_of(batch, "attention_mask"), self._shifted
-        )
+        try:
+            rows, labels = predicted_rows(call[2], labels_of(batch, self.labels), None, self._shifted)
+        except ValueError as error:
+            raise MisconfigurationException(f"`Calibration`: {error}") from None
         if labels is None:
             return
         assert self._fit is not None
@@ -174,9 +174,11 @@ class Calibration(ForgeCallback):
         if self._tap is None:
             self._attach(pl_module)
         device, known = pl_module.device, self.fitted_temperature
-        self._plain = CalibrationMetric(num_bins=self.num_bins).to(device)
-        self._fit = FittedTemperature(max_rows=self.max_rows).to(device)
-        self._fitted = CalibrationMetric(known, self.num_bins).to(device) if known > 0 else None
+        self._plain = CalibrationMetric(num_bins=self.num_bins, sync_on_compute=False).to(device)
+        self._fit = FittedTemperature(max_rows=self.max_rows, sync_on_compute=False).to(device)
+        self._fitted = None
+        if known > 0:
+            self._fitted = CalibrationMetric(known, self.num_bins, sync_on_compute=False).to(device)
 
     def _finish(self, trainer: Trainer, split: str) -> dict[str, float] | None:
         """What is logged, the same on all processes; ``None`` in a sanity check, and where there were no labels."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -92,7 +93,8 @@ class Grokfast(ForgeCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self._new_filter = lambda: GradientFilter(
+        self._new_filter = partial(
+            GradientFilter,
             filter,
             alpha,
             lamb,

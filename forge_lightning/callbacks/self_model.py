@@ -1,6 +1,7 @@
 """SelfModel: a head that predicts the network's own activations, on any LightningModule."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -37,8 +38,9 @@ class SelfModel(ForgeCallback):
 
     Args:
         form: "paper": what the output layer reads (the final features) predicts every layer of ``layers`` at the same
-            position. "next_latent": the final features and the embedding of the next token predict the final features
-            at the next position. "forward": every layer of ``layers`` predicts the one after it.
+            position (the last real token, where it reads one vector for each example). "next_latent": the final
+            features and the embedding of the next token predict the final features at the next position. "forward":
+            every layer of ``layers`` predicts the one after it.
         layers: Names and patterns of modules, and fractions of the depth in [0, 1], or "all". "next_latent" takes none.
             Default: a quarter, half, three quarters and all of the depth.
         weight: Factor of the error in the loss, at least 0; 0 turns it off. 1 to 3 was best where it was measured.
@@ -84,7 +86,8 @@ class SelfModel(ForgeCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self._new_head = lambda: SelfModelHead(
+        self._new_head = partial(
+            SelfModelHead,
             form,
             layers,
             weight,
@@ -104,6 +107,7 @@ class SelfModel(ForgeCallback):
         self._batch: Any = None
         self._trainer: Trainer | None = None
         self._step_before = -1
+        self._acted = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if self._off:
@@ -117,8 +121,12 @@ class SelfModel(ForgeCallback):
         if isinstance(getattr(pl_module, "self_model", None), SelfModelHead):
             raise self.refuse(type(pl_module).__name__, "it has a head of its own, `self_model`", "Use one of the two.")
         found = getattr(pl_module, self.attribute, None)
-        if isinstance(found, SelfModelHead):
-            self._head = found  # from an earlier fit
+        if isinstance(found, SelfModelHead):  # from an earlier fit
+            try:
+                found.take_settings(self._new_head())
+            except ValueError as error:
+                raise MisconfigurationException(str(error)) from None
+            self._head = found
             return
         configure_model = pl_module.configure_model
 
@@ -135,7 +143,7 @@ class SelfModel(ForgeCallback):
         if self._off:
             return
         self._attach(pl_module)
-        self._trainer = trainer
+        self._trainer, self._acted = trainer, False
         assert self._head is not None
         self._join_optimizer(trainer, self._head)
         add_loss_term(pl_module, self)
@@ -152,9 +160,11 @@ class SelfModel(ForgeCallback):
         assert self._trainer is not None
         mask = field_of(self._batch, self.mask)
         try:
-            return self._head.loss(step=self._trainer.global_step, mask=mask)
+            added = self._head.loss(step=self._trainer.global_step, mask=mask)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
+        self._acted |= added is not None
+        return added
 
     def end(self) -> None:
         """Called by the wrapped training step."""
@@ -170,6 +180,12 @@ class SelfModel(ForgeCallback):
     ) -> None:
         if self._head is None or trainer.global_step == self._step_before:
             return
+        if not self._acted:
+            raise self.refuse(
+                type(pl_module).__name__,
+                "no forward pass of `training_step` went through the layers that it predicts",
+                "Name layers that it uses with `layers`.",
+            )
         reduce = None if trainer.world_size == 1 else lambda t: trainer.strategy.reduce(t, reduce_op="sum")
         metrics = self._head.end_step(step=trainer.global_step, measure=is_logging_step(trainer), reduce=reduce)
         if metrics:
@@ -219,7 +235,7 @@ class SelfModel(ForgeCallback):
     @torch.no_grad()
     def _join_optimizer(self, trainer: Trainer, head: SelfModelHead) -> None:
         """Before the optimizer's state is restored."""
-        mine = list(head.parameters())
         known = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-        if trainer.optimizers and not any(id(p) in known for p in mine):
-            trainer.optimizers[0].param_groups[0]["params"].extend(mine)
+        if trainer.optimizers:
+            left_out = [p for p in head.parameters() if id(p) not in known]
+            trainer.optimizers[0].param_groups[0]["params"].extend(left_out)

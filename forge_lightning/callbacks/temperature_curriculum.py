@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -34,10 +35,11 @@ class TemperatureCurriculum(ForgeCallback):
     The loss becomes ``(1 - weight) · loss + weight · τ² KL(teacher at τ ‖ model at τ)``, averaged over the tokens that
     have a label. Round 1 takes one bin of temperatures at a time, and goes on when the held-out likelihood there stops
     improving; round 2 draws from all bins, widened so that they overlap, in proportion to their held-out negative
-    log-likelihood. Nothing is generated.
+    log-likelihood. Nothing is generated. Several validation loaders are taken together.
 
     Hooks: a forward hook on the network; the module's ``training_step`` is wrapped while fitting, and its loss, with
-    whatever it already holds, is what ``1 - weight`` scales. Costs a forward pass a step and an fp32 copy of the
+    whatever it already holds, is what ``1 - weight`` scales. Under manual optimization that is the loss of the first
+    backward pass after each call of the network. Costs a forward pass a step and an fp32 copy of the
     trainable weights; in validation a softmax for each bin.
 
     Reads: logits, labels, the batch's mask.
@@ -105,10 +107,11 @@ class TemperatureCurriculum(ForgeCallback):
             raise ValueError(f"`TemperatureCurriculum(teacher_decay={teacher_decay})` must be in [0, 1).")
         if warmup_steps < 0:
             raise ValueError(f"`TemperatureCurriculum(warmup_steps={warmup_steps})` must be at least 0.")
-        self._new_schedule = lambda limit: TemperatureSchedule(
-            bins, overlap, patience, max_steps_per_bin=limit, seed=seed, owner="TemperatureCurriculum"
+        self._new_schedule = partial(
+            TemperatureSchedule, bins, overlap, patience, seed=seed, owner="TemperatureCurriculum"
         )
-        self._schedule = self._new_schedule(max_steps_per_bin)  # refuses bad arguments here, where they were written
+        # Refuses bad arguments here, where they were written.
+        self._schedule = self._new_schedule(max_steps_per_bin=max_steps_per_bin)
         self.weight, self.teacher_decay, self.warmup_steps = weight, teacher_decay, warmup_steps
         self.max_steps_per_bin = max_steps_per_bin
         self.network, self.labels, self.mask, self.shift = network, labels, mask, shift
@@ -121,6 +124,7 @@ class TemperatureCurriculum(ForgeCallback):
         self._batch: Any = None
         self._divergences: list[Tensor] = []
         self._step_before = -1
+        self._acted = False
         self._warned = False
 
     @property
@@ -144,18 +148,27 @@ class TemperatureCurriculum(ForgeCallback):
             network = find_network(pl_module, self.network)
         except ValueError as error:
             raise MisconfigurationException(f"`TemperatureCurriculum(network={self.network!r})`: {error}") from None
-        self._trainer = trainer
+        others = [c.weight for c in trainer.callbacks if isinstance(c, TemperatureCurriculum)]  # type: ignore[attr-defined]
+        if sum(others) >= 1:
+            raise MisconfigurationException(
+                f"`TemperatureCurriculum(weight=...)`: {len(others)} instances with {others} together leave nothing of"
+                " the module's own loss. Their sum must be below 1."
+            )
+        self._trainer, self._acted = trainer, False
         self._shifted = is_shifted(network) if self.shift is None else self.shift
         self._teacher = EMATeacher(network, self.teacher_decay)
         self._tap = LogitTap(network)
-        self._schedule = self._new_schedule(self.max_steps_per_bin)
+        self._schedule = self._new_schedule(max_steps_per_bin=self.max_steps_per_bin)
         self._take_restored()
         add_loss_term(pl_module, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._teacher is None:
             return
-        self._teacher.begin()
+        try:
+            self._teacher.begin()
+        except ValueError as error:
+            raise MisconfigurationException(f"`TemperatureCurriculum`: {error}") from None
         total = trainer.estimated_stepping_batches
         if self.max_steps_per_bin is None and math.isfinite(total):
             self._schedule.max_steps_per_bin = max(1, int(total) // (2 * len(self._schedule.bins)))
@@ -164,7 +177,7 @@ class TemperatureCurriculum(ForgeCallback):
         """Called by the wrapped training step."""
         assert self._tap is not None
         self._batch = batch
-        self._tap.start()
+        self._tap.start(with_gradient=True)
 
     def added(self, loss: Tensor) -> Tensor | None:
         """Called by the wrapped training step."""
@@ -174,9 +187,9 @@ class TemperatureCurriculum(ForgeCallback):
             call = self._tap.take()
             if call is None:
                 return None
+            self._acted = True
             args, kwargs, logits = call
             taught = logits_of(self._teacher(*args, **kwargs))
-            self._tap.take()  # what the teacher was called with
             rows, _ = self._rows(logits, self._batch)
             goal, _ = self._rows(taught, self._batch)
         except ValueError as error:
@@ -201,6 +214,12 @@ class TemperatureCurriculum(ForgeCallback):
     ) -> None:
         if self._teacher is None or trainer.global_step == self._step_before:
             return
+        if not self._acted:
+            raise self.refuse(
+                type(pl_module).__name__,
+                f"`training_step` did not call {type(self._teacher.network).__name__} with a gradient",
+                "Name the part that puts out its logits with `network`.",
+            )
         if is_logging_step(trainer):
             self._log_step(trainer, pl_module)
         self._divergences = []
@@ -210,7 +229,7 @@ class TemperatureCurriculum(ForgeCallback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._metrics = []
         if self._tap is not None and not trainer.sanity_checking:
-            self._metrics = [CalibrationMetric(t).to(pl_module.device) for t in self._schedule.middles]
+            self._metrics = [self._metric(t).to(pl_module.device) for t in self._schedule.middles]
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -232,7 +251,10 @@ class TemperatureCurriculum(ForgeCallback):
         call = self._tap.take()
         self._tap.stop()
         if call is not None:
-            rows, labels = self._rows(call[2], batch)
+            try:
+                rows, labels = self._rows(call[2], batch)
+            except ValueError as error:
+                raise MisconfigurationException(f"`TemperatureCurriculum`: {error}") from None
             if labels is not None:
                 for metric in self._metrics:
                     metric.update(rows, labels)
@@ -288,6 +310,9 @@ class TemperatureCurriculum(ForgeCallback):
             self._tap.detach()
         self._tap = self._trainer = self._batch = None
         self._metrics, self._divergences = [], []
+
+    def _metric(self, temperature: float) -> CalibrationMetric:
+        return CalibrationMetric(temperature, sync_on_compute=False)  # summed here
 
     def _step(self) -> int:
         return 0 if self._trainer is None else self._trainer.global_step

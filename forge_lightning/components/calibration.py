@@ -68,6 +68,7 @@ class CalibrationMetric(Metric):
             log_probs = log_probabilities(part, self.temperature)
             probs = log_probs.exp()
             right = log_probs.gather(-1, labels[:, None]).squeeze(-1)
+            right = right.where(right > -1e29, -torch.inf)  # what could not come
             confidence, predicted = probs.max(-1)
             self.bins += torch.stack(list(reliability_bins(confidence, predicted == labels, self.num_bins)))
             entropy = -(probs * log_probs.clamp(min=-1e9)).sum(-1)  # p log p is 0 where p is
@@ -75,14 +76,14 @@ class CalibrationMetric(Metric):
             self.sums += torch.stack([value.double().sum() for value in values])
 
     def compute(self) -> dict[str, Tensor]:
-        """Means over all predictions; NaN without any.
+        """Means over all predictions; NaN without any, and where a logit was NaN.
 
         "nll" in nats, "brier", "entropy" in nats, "p_correct" (probability of what came, which is how often sampling is
         right), "accuracy" (of the likeliest), "confidence", "ece".
         """
         bins = self.reliability()
         total = bins.total.sum()
-        total = total.where(total > 0, torch.nan)
+        total = total.where((total > 0) & ~self.sums.isnan().any(), torch.nan)
         nll, brier, entropy, p_correct = (self.sums / total).unbind()
         return {
             "nll": nll,
@@ -91,7 +92,7 @@ class CalibrationMetric(Metric):
             "p_correct": p_correct,
             "accuracy": bins.correct.sum() / total,
             "confidence": bins.confidence.sum() / total,
-            "ece": expected_calibration_error(bins),
+            "ece": expected_calibration_error(bins) + 0 * total,
         }
 
     def sum_over_processes(self, reduce: Reduce) -> None:

@@ -15,8 +15,8 @@ from forge_lightning.components.layers import plain_name
 class EMATeacher:
     """The exponential moving average of a network's trainable weights, used in place of them for single calls.
 
-    No second network: its weights are exchanged for the time of a call, without a gradient and in evaluation mode, so
-    that no random number is drawn. Sharded weights (FSDP2) have a sharded mean. Buffers, as those of batch
+    No second network: its weights are exchanged for the time of a call, without a gradient and in evaluation mode, in
+    which dropout draws no random number. Sharded weights (FSDP2) have a sharded mean. Buffers, as those of batch
     normalisation, are the network's own. Costs one fp32 copy of the trainable weights.
 
     Args:
@@ -35,12 +35,17 @@ class EMATeacher:
     def _weights(self) -> Iterator[tuple[str, nn.Parameter]]:
         self._reshard()  # a module that was run without a backward pass still has its gathered weights
         for name, param in self.network.named_parameters():
-            if param.requires_grad and param.is_floating_point():
-                yield plain_name(name), param
+            name = plain_name(name)
+            if (param.requires_grad or name in self._means) and param.is_floating_point():
+                yield name, param
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Take weights that have no mean yet: at first all, later those that were frozen."""
+        """Take weights that have no mean yet: at first all, later those that were frozen.
+
+        Raises:
+            ValueError: If there are none, or the restored ones do not fit.
+        """
         for name, param in self._weights():
             if name not in self._means:
                 local = _local(param)
@@ -54,6 +59,8 @@ class EMATeacher:
                         )
                     local = _sharded_like(saved, param)
                 self._means[name] = local.to(device=_local(param).device, dtype=dtype, copy=True)
+        if not self._means:
+            raise ValueError(f"{type(self.network).__name__} has no weights that are trained.")
 
     @torch.no_grad()
     def update(self) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from forge_lightning.components.activation_tap import field_of
@@ -63,6 +64,8 @@ def logits_of(output: Any) -> Tensor:
 class LogitTap:
     """A forward hook that remembers the last call of a network while switched on.
 
+    In training, the last one that a gradient can go back through: not what somebody only looks at.
+
     Args:
         network: Puts out logits.
     """
@@ -70,16 +73,16 @@ class LogitTap:
     def __init__(self, network: nn.Module) -> None:
         self.network = network
         self._calls: list[tuple[Any, Any, Any]] = []  # a list: a compiler follows what is put into it
-        self._active = False
+        self._active = self._with_gradient = False
         self._handle = network.register_forward_hook(self._remember, with_kwargs=True)
 
     def _remember(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-        if self._active:
+        if self._active and (torch.is_grad_enabled() or not self._with_gradient):
             self._calls[:] = [(args, kwargs, output)]
 
-    def start(self) -> None:
-        """Remember calls, until `stop`."""
-        self._calls, self._active = [], True
+    def start(self, with_gradient: bool = False) -> None:
+        """Remember calls, or only those with a gradient, until `stop`."""
+        self._calls, self._active, self._with_gradient = [], True, with_gradient
 
     def stop(self) -> None:
         """Forget the call."""
@@ -127,24 +130,27 @@ def predicted_rows(
         shift: Whether the label of a position is what the position before it predicts.
 
     Returns:
-        Logits ``(N, V)`` and labels ``(N,)``, or ``None`` without fitting labels.
+        Logits ``(N, V)`` and labels ``(N,)``, or ``None`` without labels.
+
+    Raises:
+        ValueError: If there are labels, and they do not fit.
     """
-    if logits.ndim == 2:
-        fits = labels is not None and labels.shape == logits.shape[:1]
-        if not fits or labels is None:
-            return logits, None
-        known = labels != IGNORED
-        return logits[known], labels[known]
-    if labels is not None and labels.shape == logits.shape[:2]:
-        if shift:
+    if labels is not None:
+        if labels.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"the labels are {tuple(labels.shape)}, the logits {tuple(logits.shape)}, whose last dimension must be"
+                " the classes. Name the labels with `labels`, the part that puts out logits with `network`."
+            )
+        if shift and logits.ndim == 3:
             logits, labels = logits[:, :-1], labels[:, 1:]
         known = labels != IGNORED
         return logits[known], labels[known]
-    if mask is not None and mask.shape == logits.shape[:2]:
+    if mask is not None and logits.ndim == 3 and mask.shape == logits.shape[:2]:
         return logits[mask.bool()], None
-    return logits.flatten(0, 1), None
+    return logits.flatten(0, -2), None
 
 
 def is_shifted(network: nn.Module) -> bool:
-    """Whether a network's labels are those of Hugging Face causal language models: the tokens themselves."""
-    return hasattr(network, "generation_config")
+    """Whether a network's labels are those of Hugging Face's causal language models: the tokens themselves."""
+    decoder_only = not getattr(getattr(network, "config", None), "is_encoder_decoder", False)
+    return decoder_only and getattr(network, "generation_config", None) is not None

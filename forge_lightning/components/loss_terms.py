@@ -3,18 +3,17 @@
 import functools
 from collections.abc import Mapping
 from typing import Any, Protocol
-from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
-_STEP, _BACKWARD = "training_step", "manual_backward"
+_STEP, _BACKWARD, _KEPT = "training_step", "manual_backward", "_forge_loss_terms"
 
 
 class LossTerm(Protocol):
     """Something that adds to a training step's loss."""
 
     def begin(self, batch: Any) -> None:
-        """Before the step."""
+        """Before the step, and after each backward pass inside it."""
 
     def added(self, loss: Tensor) -> Tensor | None:
         """What to add to the loss that the step made, once per backward pass; ``None`` for nothing."""
@@ -37,6 +36,7 @@ class LossTerms:
     def __init__(self, module: Any) -> None:
         self.module = module
         self.terms: list[LossTerm] = []
+        self._batch: Any = None
         self._before = {name: vars(module).get(name) for name in (_STEP, _BACKWARD)}
         self._step, self._backward = module.training_step, module.manual_backward
 
@@ -47,16 +47,18 @@ class LossTerms:
         @functools.wraps(self._backward)
         def manual_backward(loss: Tensor, *args: Any, **kwargs: Any) -> None:
             self._backward(self._sum(loss), *args, **kwargs)
+            for term in self.terms:  # what is computed again in the backward pass belongs to no new one
+                term.begin(self._batch)
 
         self._wrappers = {_STEP: training_step, _BACKWARD: manual_backward}
         for name, wrapper in self._wrappers.items():
             setattr(module, name, wrapper)
 
     def _run(self, *args: Any, **kwargs: Any) -> Any:
-        batch = args[0] if args else kwargs.get("batch")
+        self._batch = args[0] if args else kwargs.get("batch")
         try:
             for term in self.terms:
-                term.begin(batch)
+                term.begin(self._batch)
             returned = self._step(*args, **kwargs)
             if not self.module.automatic_optimization or returned is None:
                 return returned
@@ -65,6 +67,7 @@ class LossTerms:
                 return returned if loss is None else {**returned, "loss": self._sum(loss)}
             return self._sum(returned)
         finally:
+            self._batch = None
             for term in self.terms:
                 term.end()
 
@@ -84,20 +87,24 @@ class LossTerms:
         return True
 
 
-_wrapped: WeakKeyDictionary[Any, LossTerms] = WeakKeyDictionary()
+def _found(module: Any) -> LossTerms | None:
+    """The wrapper of a module; ``None`` also where somebody has taken it off."""
+    return vars(module).get(_KEPT) if _STEP in vars(module) else None
 
 
 def add_loss_term(module: Any, term: LossTerm) -> None:
     """Have a term add to a module's loss until `remove_loss_term`."""
-    found = _wrapped.get(module) or _wrapped.setdefault(module, LossTerms(module))
+    found = _found(module)
+    if found is None:
+        found = vars(module)[_KEPT] = LossTerms(module)
     if term not in found.terms:
         found.terms.append(term)
 
 
 def remove_loss_term(module: Any, term: LossTerm) -> None:
     """Undo `add_loss_term`; nothing where it was not done."""
-    found = _wrapped.get(module)
+    found = vars(module).get(_KEPT)
     if found is not None and term in found.terms:
         found.terms.remove(term)
         if not found.terms and found.restore():
-            del _wrapped[module]
+            del vars(module)[_KEPT]

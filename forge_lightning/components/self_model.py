@@ -4,6 +4,7 @@ import itertools
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -24,7 +25,7 @@ Reduce = Callable[[Tensor], Tensor]
 
 FEATURES = "features"
 """What the output layer reads."""
-_WATCHED_ROWS = 512
+_WATCHED_ROWS, _LEAST_ROWS = 512, 4
 _LAYER_LOSS_DECAY = 0.99
 
 
@@ -40,8 +41,9 @@ class SelfModelHead(nn.Module):
 
     Args:
         form: "paper": what the output layer reads (the final features) predicts every layer of ``layers`` at the same
-            position. "next_latent": the final features and the embedding of the next token predict the final features
-            at the next position. "forward": every layer of ``layers`` predicts the one after it.
+            position (the last real token, where it reads one vector for each example). "next_latent": the final
+            features and the embedding of the next token predict the final features at the next position. "forward":
+            every layer of ``layers`` predicts the one after it.
         layers: Names and patterns of modules, and fractions of the depth in [0, 1], or "all". "next_latent" takes none.
             Default: a quarter, half, three quarters and all of the depth.
         weight: Factor of the error in the loss, at least 0; 0 turns the head off. 1 to 3 was best where it was
@@ -119,6 +121,10 @@ class SelfModelHead(nn.Module):
         self._layer_losses: list[float] = []
         self._top_ranks: list[float] = []
         self._answer = 1.0
+        self._num_watched = 0
+        self._next_watch = watch_every_n_steps
+        self._network = 0
+        self._versions: dict[str, int] = {}
         self._forget_step()
 
     @property
@@ -128,28 +134,34 @@ class SelfModelHead(nn.Module):
 
     # --- to a network ---
 
-    def attach(self, network: nn.Module, *, reads: str | None = None, width: int | None = None) -> None:
+    def attach(
+        self, network: nn.Module, *, reads: str | None = None, width: int | None = None, otherwise: int | None = None
+    ) -> None:
         """Make the predictors for a network, once, and hook its layers. Before the optimizer is made, and compilation.
 
-        Draws initial weights from a generator of its own, seeded by the global seed.
+        The global seed decides the initial weights; the random streams are left as they were.
 
         Args:
             network: Where the layers are.
             reads: Name of the module that reads the final features. Default: the output embedding of a Hugging Face
                 model, else the last ``nn.Linear``.
-            width: Units of the layers, where they can not be told from the modules.
+            width: Units of the layers. Default: told from the modules.
+            otherwise: Units of layers whose modules do not tell.
 
         Raises:
-            ValueError: If a layer is not found, there are too few, or a width can not be told.
+            ValueError: If a layer is not found, there are too few, a width cannot be told, or the head is another
+                network's.
         """
-        if self._handles:
+        if self._handles and self._network == id(network):
             return
+        if self._handles:
+            raise ValueError(f"`{self.owner}` predicts another network already. Give each its own.")
+        self._network = id(network)
         chosen = self._choose(network)
         reader = output_layer(network, reads)
-        widths = {name: output_width(network, module) if width is None else width for name, module in chosen.items()}
+        widths = {name: width or output_width(network, module) or otherwise for name, module in chosen.items()}
         if self.form != "forward":
-            known = getattr(reader, "in_features", None)
-            widths[FEATURES] = known if width is None and isinstance(known, int) else width
+            widths[FEATURES] = width or getattr(reader, "in_features", None) or otherwise
         embedding = None
         if self.form == "next_latent":
             embedding = _token_embedding(network)
@@ -161,12 +173,12 @@ class SelfModelHead(nn.Module):
                 )
         if not self.targets:
             self._plan(chosen, {name: int(found or 0) for name, found in widths.items()})
-        hooks = {name: self._hook(name) for name in chosen}
-        self._handles = [module.register_forward_hook(hooks[name]) for name, module in chosen.items()]
+        # Bound methods: a copy of network and head has hooks of the copy.
+        self._handles = [m.register_forward_hook(partial(self._keep_output, name)) for name, m in chosen.items()]
         if self.form != "forward":
             self._handles.append(reader.register_forward_pre_hook(self._features_hook, with_kwargs=True))
         if embedding is not None:
-            self._handles.append(embedding.register_forward_hook(self._hook("embedding")))
+            self._handles.append(embedding.register_forward_hook(partial(self._keep_output, "embedding")))
 
     def detach(self) -> None:
         """Remove the hooks; the predictors stay."""
@@ -194,8 +206,8 @@ class SelfModelHead(nn.Module):
 
     def _plan(self, chosen: Mapping[str, nn.Module], widths: Mapping[str, int]) -> None:
         names = list(chosen)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(torch.initial_seed() % 2**63)
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(torch.initial_seed() % 2**63)  # `torch.manual_seed` is every device's
             if self.form == "paper":
                 self.targets, self._sources = names, [FEATURES]
                 self.predictors.append(self._predictor(widths[FEATURES], sum(widths[name] for name in names)))
@@ -212,23 +224,44 @@ class SelfModelHead(nn.Module):
 
     def running_state(self) -> dict[str, Any]:
         """What is known beside the weights: plain numbers, alike on all processes."""
-        return {"layer_losses": [*self._layer_losses], "top_ranks": [*self._top_ranks], "answer": self._answer}
+        return {
+            "layer_losses": [*self._layer_losses],
+            "top_ranks": [*self._top_ranks],
+            "answer": self._answer,
+            "num_watched": self._num_watched,
+            "next_watch": self._next_watch,
+        }
 
     def load_running_state(self, state: Mapping[str, Any]) -> None:
         """Go on from `running_state`."""
         self._layer_losses, self._top_ranks = list(state["layer_losses"]), list(state["top_ranks"])
-        self._answer = state["answer"]
+        self._answer, self._num_watched = state["answer"], state["num_watched"]
+        self._next_watch = state["next_watch"]
+
+    def take_settings(self, other: "SelfModelHead") -> None:
+        """Go on with the settings of another head, not yet attached.
+
+        Raises:
+            ValueError: If its form, layers or size differ: the predictors are made for the ones.
+        """
+        for name in ("form", "layers", "hidden_size"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            if mine != theirs:
+                raise ValueError(
+                    f"`{self.owner}({name}={theirs!r})`: the module has a head already, made with {name}={mine!r}. Use"
+                    " the same, another `name`, or a new module."
+                )
+        for name in ("weight", "stop_gradient", "warmup_steps", "adaptive", "collapse_below", "watch_every_n_steps"):
+            setattr(self, name, getattr(other, name))
+        self._next_watch = self.watch_every_n_steps
 
     def _predictor(self, width: int, predicted: int) -> nn.Module:
         hidden = min(width, self.hidden_size)
         return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, predicted))
 
-    def _hook(self, name: str) -> Any:
-        def keep(module: nn.Module, args: Any, output: Any) -> None:
-            if self._is_open() and name not in self._captured:  # recomputed activations come by twice
-                self._keep(name, output)
-
-        return keep
+    def _keep_output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if self._is_open() and name not in self._captured:  # recomputed activations come by twice
+            self._keep(name, output)
 
     def _features_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._is_open() and FEATURES not in self._captured:
@@ -246,6 +279,7 @@ class SelfModelHead(nn.Module):
             self._error = self._error or error
             return
         self._captured[name] = x
+        self._versions[name] = x._version
 
     # --- one step ---
 
@@ -275,12 +309,20 @@ class SelfModelHead(nn.Module):
         if not self._captured:
             return None
         captured, self._captured = self._captured, {}
+        self._open = False  # what the backward pass computes again is not kept; the next `start` is for the next pass
         missing = [name for name in self._widths if name not in captured]
         if missing:
             raise ValueError(
-                f"`{self.owner}`: the forward pass did not go through {missing}. Name layers that it uses with"
-                " `layers`, or the module that reads the final features with `output_layer`."
+                f"`{self.owner}`: the forward pass did not go through {missing}, or without a gradient, as reentrant"
+                " checkpointing does. Name layers that it uses with `layers`, or the module that reads the final"
+                " features with `output_layer`."
             )
+        for name, x in captured.items():
+            if x._version != self._versions[name]:
+                raise ValueError(
+                    f"`{self.owner}`: what {name!r} put out was changed in place after it, and is not its output any"
+                    " more. Name the layer that does so, or use `inplace=False`."
+                )
         captured = {name: self._batch_first(name, x, mask) for name, x in captured.items()}
         sources, targets = self._rows(captured, mask)
         if not self._checked:
@@ -303,9 +345,8 @@ class SelfModelHead(nn.Module):
             errors.append((sums.error / sums.size.clamp(min=1) * weight, weight))
             kept = torch.stack([sums.error.detach(), sums.spread, sums.copy_error, sums.size * weight])
             self._sums[index] = self._sums[index] + kept if index in self._sums else kept
-            if self._is_due(step + 1):
-                stride = max(1, math.ceil(len(target) / _WATCHED_ROWS))
-                self._watched[index] = target.detach()[::stride]
+            if step + 1 >= self._next_watch:
+                self._watched.setdefault(index, []).append(target.detach())
         shares = self.layer_weights()
         total = torch.stack([share * error for share, (error, _) in zip(shares, errors, strict=True)]).sum()
         present = torch.stack([share * weight for share, (_, weight) in zip(shares, errors, strict=True)]).sum()
@@ -344,7 +385,6 @@ class SelfModelHead(nn.Module):
             was watched, "<layer>/effective_rank"; NaN for what cannot be told.
         """
         metrics: dict[str, float] = {}
-        watch = self._is_due(step)
         if self._sums and (measure or self.adaptive):
             table = torch.stack([self._sums[index] for index in range(len(self.targets))]).double()
             error, spread, copy_error, count = (reduce(table) if reduce else table).unbind(1)
@@ -358,17 +398,15 @@ class SelfModelHead(nn.Module):
                 for index, name in enumerate(self.targets):
                     metrics[f"{name}/explained_variance"] = float(explained[index])
                     metrics[f"{name}/copy_explained_variance"] = float(by_copy[index])
-        if watch and self._sums:
+        if step >= self._next_watch:
+            self._next_watch = (step // self.watch_every_n_steps + 1) * self.watch_every_n_steps
             metrics |= {f"{name}/effective_rank": rank for name, rank in self._watch(step, reduce).items()}
         self._forget_step()
         return metrics
 
     def _forget_step(self) -> None:
         self._sums: dict[int, Tensor] = {}
-        self._watched: dict[int, Tensor] = {}
-
-    def _is_due(self, step: int) -> bool:
-        return step % self.watch_every_n_steps == 0
+        self._watched: dict[int, list[Tensor]] = {}
 
     def _take_losses(self, losses: Sequence[float]) -> None:
         for index, loss in enumerate(losses):
@@ -379,14 +417,21 @@ class SelfModelHead(nn.Module):
 
     def _watch(self, step: int, reduce: Reduce | None) -> dict[str, float]:
         """Effective rank of the targets, and the answer to a collapse; the same on all processes."""
-        found = [
-            float(participation_ratio(self._watched[index].float())[0]) if index in self._watched else math.nan
-            for index in range(len(self.targets))
-        ]
+        rows = {index: torch.cat(parts) for index, parts in self._watched.items()}
+        device = next(self.parameters()).device
+        if not self._num_watched:  # of as many rows each time: the rank is at most one less
+            least = torch.tensor([float(min((len(x) for x in rows.values()), default=0)), 1.0], device=device)
+            total, processes = (reduce(least) if reduce else least).tolist()
+            self._num_watched = min(_WATCHED_ROWS, int(total / processes))
+        found = [math.nan] * len(self.targets)
+        for index, x in rows.items():
+            if len(x) >= self._num_watched >= _LEAST_ROWS:
+                chosen = torch.linspace(0, len(x) - 1, self._num_watched, device=x.device).round().long()
+                found[index] = float(participation_ratio(x[chosen].float())[0])
         if reduce is not None:
             table = torch.tensor([[0.0, 0.0] if math.isnan(rank) else [rank, 1.0] for rank in found])
-            total, known = reduce(table.to(next(self.parameters()).device)).unbind(1)
-            found = torch.where(known > 0, total / known, math.nan).tolist()
+            total_rank, known = reduce(table.to(device)).unbind(1)
+            found = torch.where(known > 0, total_rank / known, math.nan).tolist()
         share = self.collapse_below or 0.0
         fallen = [index for index, rank in enumerate(found) if rank < share * self._top_ranks[index]]
         if fallen:
@@ -399,7 +444,8 @@ class SelfModelHead(nn.Module):
             )
         for index, rank in enumerate(found):
             begins_anew = index in fallen or math.isnan(self._top_ranks[index])  # each fall is answered once
-            self._top_ranks[index] = rank if begins_anew else max(self._top_ranks[index], rank)
+            if not math.isnan(rank):
+                self._top_ranks[index] = rank if begins_anew else max(self._top_ranks[index], rank)
         return dict(zip(self.targets, found, strict=True))
 
     def _batch_first(self, name: str, x: Tensor, mask: Tensor | None) -> Tensor:
@@ -416,6 +462,13 @@ class SelfModelHead(nn.Module):
     def _rows(self, captured: Mapping[str, Tensor], mask: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """Rows of sources, and of targets, at the real tokens of the last positions that all of them have."""
         length = min(x.shape[1] for x in captured.values())
+        if (
+            length == 1
+            and mask is not None
+            and mask.ndim == 2
+            and any(x.shape[1] == mask.shape[1] for x in captured.values())
+        ):
+            captured, mask = _at_last_token(captured, mask), None
         x = {name: value[:, -length:] for name, value in captured.items()}
         batch = next(iter(x.values())).shape[0]
         if any(len(value) != batch for value in x.values()):
@@ -440,6 +493,14 @@ class SelfModelHead(nn.Module):
         both = real[:, :-1] & real[:, 1:]
         known = torch.cat([x[FEATURES][:, :-1], x["embedding"][:, 1:]], dim=-1)
         return [known[both]], [x[FEATURES][:, 1:][both]]
+
+
+def _at_last_token(captured: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
+    """Beside what has one position for each example, the last real token of what has them all."""
+    positions = torch.arange(mask.shape[1], device=mask.device)
+    last = torch.where(mask.bool(), positions, -1).amax(1).clamp(min=0)
+    rows = torch.arange(len(mask), device=mask.device)
+    return {name: x[rows, last][:, None] if x.shape[1] == mask.shape[1] else x for name, x in captured.items()}
 
 
 def _token_embedding(network: nn.Module) -> nn.Embedding:

@@ -25,23 +25,28 @@ class ReliabilityBins(NamedTuple):
 
 
 def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """``log softmax(logits / temperature)`` in at least single precision, finite for every finite logit and for -inf.
+    """``log softmax(logits / temperature)`` in at least single precision.
+
+    Finite, also for logits of -inf (a large negative number stands for -inf); NaN for rows with NaN or +inf, or with
+    nothing else than -inf.
 
     Args:
         logits: ``(..., V)``.
         temperature: Above 0.
     """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(min=_LOWEST)
-    return F.log_softmax(logits / temperature, dim=-1)
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = (z - z.detach().amax(-1, keepdim=True)).clamp(min=_LOWEST)
+    return F.log_softmax(z / temperature, dim=-1)
 
 
 def temperature_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    r"""Divergence of a student from its teacher at a temperature, scaled so that gradients do not depend on it.
+    r"""Divergence of a student from its teacher at a temperature, scaled so that high ones do not weaken gradients.
 
     .. math:: \tau^2\, \mathrm{KL}\big(p^{T}_\tau \,\|\, p^{S}_\tau\big), \qquad p_\tau = \mathrm{softmax}(z / \tau)
 
     At one temperature it is 0 only where it is at all: a temperature chooses which differences of logits count. Large
-    ones compare all logits, small ones the margin of the likeliest.
+    ones compare all logits, and ``τ²`` keeps their gradient from falling as ``1/τ²``; small ones compare the margin of
+    the likeliest, with a gradient that falls as τ. Holds four copies of the logits in single precision.
 
     Args:
         student: Logits ``(N, V)``.
@@ -49,7 +54,7 @@ def temperature_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tens
         temperature: τ, above 0.
 
     Returns:
-        ``(N,)``, at least 0.
+        ``(N,)``, at least 0 up to rounding; finite as `log_probabilities` is.
 
     Raises:
         ValueError: If ``temperature`` is not above 0.
@@ -133,11 +138,12 @@ def nll_derivatives(logits: Tensor, target: Tensor, inverse_temperature: Tensor)
         inverse_temperature: β, ``(K,)``, above 0.
 
     Returns:
-        Three times ``(K,)``, in double precision.
+        Three times ``(K,)``, in double precision; infinite values where a label's logit is -inf.
     """
-    z = logits.to(torch.promote_types(logits.dtype, torch.float32)).clamp(min=_LOWEST)
-    z = z - z.amax(-1, keepdim=True)
-    right = z.gather(-1, target[:, None]).squeeze(-1).double().sum()
+    z = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    z = (z - z.amax(-1, keepdim=True)).clamp(min=_LOWEST)
+    of_labels = z.gather(-1, target[:, None]).squeeze(-1).double()
+    right = of_labels.where(of_labels > _LOWEST, -torch.inf).sum()
     values, slopes, curvatures = [], [], []
     finite = z.clamp(min=-1e4)  # of no weight at any β here, and squares stay finite
     for beta in inverse_temperature.tolist():

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 
 class PredictionSums(NamedTuple):
@@ -29,22 +28,29 @@ class PredictionSums(NamedTuple):
 def normalized_target(x: Tensor, stop_gradient: bool = True) -> Tensor:
     """Activations with mean 0 and variance 1 over the units of each row, in at least single precision.
 
-    A layer cannot make itself easier to predict by shrinking, and layers of all scales weigh alike.
+    A layer cannot make itself easier to predict by shrinking, and layers of all scales weigh alike. As layer
+    normalisation, but without its constant beside the variance, against which small activations would vanish.
 
     Args:
         x: ``(..., D)``.
         stop_gradient: Detach. With the gradient, targets move towards the prediction too.
 
     Returns:
-        ``(..., D)``; a row whose units are all equal is 0.
+        ``(..., D)``; a row whose units are equal, as far as rounding tells, is 0.
 
     Example:
-        >>> normalized_target(torch.tensor([[1.0, 3.0]]))
-        tensor([[-1.0000,  1.0000]])
+        >>> normalized_target(torch.tensor([[1.0, 3.0], [2.0, 2.0]]))
+        tensor([[-1.,  1.],
+                [ 0.,  0.]])
     """
     x = x.detach() if stop_gradient else x
     with torch.autocast(x.device.type, enabled=False):
-        return F.layer_norm(x.to(torch.promote_types(x.dtype, torch.float32)), x.shape[-1:])
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        centred = x - x.mean(-1, keepdim=True)
+        variance = centred.square().mean(-1, keepdim=True)
+        rounding = (4 * torch.finfo(x.dtype).eps * x.detach().abs().amax(-1, keepdim=True)).square()
+        varies = variance > rounding
+        return torch.where(varies, centred * variance.where(varies, 1.0).rsqrt(), 0.0)
 
 
 def prediction_sums(prediction: Tensor, target: Tensor, source: Tensor | None = None) -> PredictionSums:

@@ -108,7 +108,7 @@ class ForgeModule(LightningModule):
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
         if self.self_model is not None:
             try:
-                self.self_model.attach(self.model, width=self.model.config.hidden_size)
+                self.self_model.attach(self.model, otherwise=getattr(self.model.config, "hidden_size", None))
             except ValueError as error:
                 raise MisconfigurationException(str(error)) from None
         if self.device_mesh is not None:

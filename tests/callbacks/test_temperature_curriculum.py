@@ -1,6 +1,7 @@
 """Agreement at temperatures, on LightningModules; what holds for every callback is in tests/contract."""
 
 import math
+import pickle
 
 import pytest
 import torch
@@ -143,7 +144,7 @@ def test_labels_that_do_not_fit_are_told():
         fit([TemperatureCurriculum(labels=0)])
 
 
-def test_network_that_is_not_called_adds_nothing_and_one_by_name_does():
+def test_network_that_is_not_called_is_refused_and_one_by_name_acts():
     class Two(LossOnly):
         def __init__(self):
             super().__init__()
@@ -152,6 +153,71 @@ def test_network_that_is_not_called_adds_nothing_and_one_by_name_does():
     named, _ = fit([TemperatureCurriculum(network="net", **FIXED)], Two)
     without, _ = fit((), Two)
     assert not torch.equal(weights(named), weights(without))
+    with pytest.raises(MisconfigurationException, match="`training_step` did not call Linear with a gradient. Name"):
+        fit([TemperatureCurriculum(network="other", **FIXED)], Two)
+
+
+def test_calls_without_a_gradient_do_not_count():
+    """A reference policy, a metric: the network is run again after the loss."""
+
+    class Looks(Plain):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            with torch.no_grad():
+                self.net(torch.zeros(3, 8))
+            return loss
+
+    looks, _ = fit([TemperatureCurriculum(**FIXED)], Looks)
+    plain, _ = fit([TemperatureCurriculum(**FIXED)], Plain)
+    assert torch.equal(weights(looks), weights(plain))
+
+
+def test_two_of_them_are_one_of_their_sum():
+    options = FIXED | {"teacher_decay": 0.9}
+    two, trainer = fit(
+        [TemperatureCurriculum(weight=0.3, **options), TemperatureCurriculum(weight=0.2, name="b", **options)],
+        Plain,
+        log_every_n_steps=1,
+    )
+    one, _ = fit([TemperatureCurriculum(weight=0.5, **options)], Plain)
+    torch.testing.assert_close(weights(two), weights(one), atol=1e-5, rtol=1e-3)  # τ differs by 1e-4
+    kl = [float(trainer.callback_metrics[f"forge/temperature/{name}kl"]) for name in ("", "b/")]
+    assert kl[0] == pytest.approx(kl[1], rel=1e-2)
+    assert kl[0] > 0
+    with pytest.raises(MisconfigurationException, match=r"2 instances with \[0.5, 0.5\] together leave nothing"):
+        fit([TemperatureCurriculum(), TemperatureCurriculum(name="b")])
+
+
+def test_network_without_trained_weights_is_refused():
+    class Frozen(LossOnly):
+        def __init__(self):
+            super().__init__()
+            self.net.requires_grad_(False)
+            self.bias = nn.Parameter(torch.zeros(2))
+
+        def loss(self, batch):
+            return F.cross_entropy(self.net(batch[0]) + self.bias, batch[1])
+
+    with pytest.raises(MisconfigurationException, match="`TemperatureCurriculum`: Sequential has no weights that are"):
+        fit([TemperatureCurriculum(network="net")], Frozen)
+
+
+def test_labels_on_the_wrong_axis_are_refused():
+    class ChannelsFirst(LossOnly):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(8, 6), nn.Unflatten(1, (2, 3)))
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            return [batch[0], batch[1][:, None].repeat(1, 3)]
+
+    with pytest.raises(MisconfigurationException, match=r"the labels are \(8, 3\), the logits \(8, 2, 3\)"):
+        fit([TemperatureCurriculum()], ChannelsFirst)
+
+
+def test_it_travels_to_other_processes():
+    callback = pickle.loads(pickle.dumps(TemperatureCurriculum(bins=[(1, 2)])))
+    fit([callback])
 
 
 @pytest.mark.parametrize(

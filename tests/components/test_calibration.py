@@ -63,6 +63,24 @@ def test_nothing_gives_nan():
     assert CalibrationMetric().is_empty
 
 
+def test_broken_logits_give_no_plausible_number():
+    logits, target = draw(50)
+    logits[3, 2] = math.nan
+    metric, fitted = CalibrationMetric(), FittedTemperature()
+    metric.update(logits, target)
+    fitted.update(logits, target)
+    assert all(math.isnan(value) for value in metric.compute().values())
+    assert math.isnan(fitted.compute()["temperature"])
+    logits, target = draw(50)
+    logits[3, target[3]] = -math.inf
+    metric, fitted = CalibrationMetric(), FittedTemperature()
+    metric.update(logits, target)
+    fitted.update(logits, target)
+    assert float(metric.compute()["nll"]) == math.inf
+    assert math.isfinite(metric.compute()["ece"])
+    assert math.isnan(fitted.compute()["temperature"])
+
+
 def test_sharp_model_gets_a_temperature_above_one():
     logits, _ = draw(4000)
     target = torch.multinomial(logits.softmax(-1), 1, generator=torch.Generator().manual_seed(1)).squeeze(1)

@@ -1,6 +1,8 @@
 """The wrapper around somebody else's training step."""
 
+import gc
 import inspect
+import weakref
 
 import pytest
 import torch
@@ -73,6 +75,7 @@ def test_manual_backward_gets_the_sum():
     add_loss_term(module, term)
     module.training_step(torch.tensor(3.0), 0)
     assert module.backward_of == ((6.0, {"retain_graph": True}), (6.0, {}))
+    assert term.calls == ["begin", "added", "begin", "added", "begin", "end"]  # anew after each backward pass
     remove_loss_term(module, term)
     assert "manual_backward" not in vars(module)
 
@@ -101,6 +104,22 @@ def test_what_was_patched_before_is_put_back_and_what_came_after_stays():
     remove_loss_term(module, term)
     assert module.training_step is later
     remove_loss_term(module, term)
+
+
+def test_wrapper_that_somebody_took_off_is_put_on_anew_and_modules_are_freed():
+    module = Module()
+    first, second = Term(1.0), Term(1.0)
+    add_loss_term(module, first)
+    inner = module.training_step
+    module.training_step = lambda *args, inner=inner: inner(*args)
+    remove_loss_term(module, first)
+    del module.training_step
+    add_loss_term(module, second)
+    assert module.training_step(torch.tensor(1.0), 0) == 4.0
+    ref = weakref.ref(module)
+    del module, inner
+    gc.collect()
+    assert ref() is None
 
 
 def test_removing_a_term_that_wraps_no_more():

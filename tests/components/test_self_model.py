@@ -1,5 +1,6 @@
 """The head without a Trainer."""
 
+import copy
 import math
 
 import pytest
@@ -232,6 +233,113 @@ def test_global_random_stream_is_left_alone_and_the_seed_decides():
     torch.manual_seed(0)
     head.attach(model)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_small_batches_are_no_collapse():
+    """A cloud of few points has a small rank: measurements compare only at the same number."""
+    model = gpt2()
+    head = head_on(model, watch_every_n_steps=1, collapse_below=0.9)
+    ranks = []
+    for step, batch in enumerate((8, 8, 1, 2, 8)):
+        loss_of(head, model, tokens(batch, 8), step=step)
+        ranks.append(head.end_step(step=step + 1)["transformer.h.1/effective_rank"])
+    assert [math.isnan(rank) for rank in ranks] == [False, False, True, True, False]
+    assert head.current_weight(9) == 1.0
+
+
+def test_rank_is_of_the_whole_step():
+    """Four batches of accumulation are one batch."""
+    ids, ranks = tokens(8, 8), []
+    for parts in (1, 4):
+        model = gpt2()
+        head = head_on(model, watch_every_n_steps=1)
+        for part in ids.chunk(parts):
+            loss_of(head, model, part)
+        ranks.append(head.end_step(step=1)["transformer.h.1/effective_rank"])
+    assert ranks[0] == pytest.approx(ranks[1], rel=1e-4)
+
+
+def test_watch_comes_also_when_steps_are_counted_in_twos():
+    model = gpt2()
+    head = head_on(model, watch_every_n_steps=3)
+    seen = []
+    for step in range(0, 24, 2):
+        loss_of(head, model, tokens(), step=step)
+        seen.append("transformer.h.1/effective_rank" in head.end_step(step=step + 2))
+    assert sum(seen) >= 4
+
+
+def test_in_place_changes_are_told():
+    network = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
+    head = head_on(network, layers=["0"])
+    head.start()
+    network(torch.randn(3, 4))
+    with pytest.raises(ValueError, match="what '0' put out was changed in place after it"):
+        head.loss(step=0)
+    head = head_on(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)), layers=["1"])
+
+
+def test_one_vector_for_each_example_is_the_last_real_token():
+    class Pools(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.layer, self.out = nn.Embedding(5, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, ids, mask):
+            x = self.layer(self.embed(ids))
+            return self.out(x[torch.arange(len(ids)), mask.sum(1) - 1])
+
+    torch.manual_seed(0)
+    network = Pools()
+    head = head_on(network, layers=["layer"])
+    ids, mask = torch.randint(0, 5, (3, 6)), torch.tensor([[1] * 6, [1] * 4 + [0] * 2, [1] * 2 + [0] * 4])
+    head.start()
+    network(ids, mask)
+    head.loss(step=0, mask=mask)
+    metrics = head.end_step(step=1, measure=True)
+    assert metrics["layer/copy_explained_variance"] == 1.0  # the very same rows
+    head.start()
+    network(ids, mask)
+    assert head.loss(step=0, mask=mask) > 0
+
+
+def test_recomputed_activations_are_not_the_next_pass():
+    """Manual optimization with checkpointing: the backward pass computes layers again."""
+    model = gpt2()
+    model.train()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    head = head_on(model)
+    ids = tokens(8)
+    expected = [loss_of(head, model, part).item() for part in ids.chunk(2)]
+    found = []
+    for part in ids.chunk(2):
+        head.start()
+        model(input_ids=part)
+        loss = head.loss(step=0)
+        loss.backward()
+        found.append(loss.item())
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_copy_has_hooks_of_its_own_and_a_head_has_one_network():
+    pair = nn.ModuleDict({"network": gpt2(), "head": SelfModelHead(warmup_steps=0)})
+    pair["head"].attach(pair["network"])
+    other = copy.deepcopy(pair)
+    loss = loss_of(other["head"], other["network"], tokens())
+    assert torch.allclose(loss, loss_of(pair["head"], pair["network"], tokens()))
+    with pytest.raises(ValueError, match="predicts another network already"):
+        pair["head"].attach(gpt2())
+
+
+def test_settings_are_taken_over_where_they_can_be():
+    head = head_on(gpt2())
+    head.take_settings(SelfModelHead(weight=7.0, adaptive=True))
+    assert (head.weight, head.adaptive) == (7.0, True)
+    with pytest.raises(ValueError, match=r"SelfModelHead\(form='forward'\)`: the module has a head already"):
+        head.take_settings(SelfModelHead(form="forward"))
 
 
 def test_running_state_goes_on():

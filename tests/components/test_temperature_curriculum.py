@@ -8,7 +8,14 @@ import torch
 from torch import nn
 
 from forge_lightning.components.ema_teacher import EMATeacher
-from forge_lightning.components.logit_tap import LogitTap, find_network, labels_of, logits_of, predicted_rows
+from forge_lightning.components.logit_tap import (
+    LogitTap,
+    find_network,
+    is_shifted,
+    labels_of,
+    logits_of,
+    predicted_rows,
+)
 from forge_lightning.components.temperature_curriculum import TemperatureSchedule
 
 BINS = [(2, 4), (1, 2), (0.5, 1)]
@@ -208,6 +215,15 @@ def test_teacher_takes_what_is_unfrozen_late_and_leaves_the_rest():
     net[0].requires_grad_(True)
     teacher.update()
     assert "0.weight" in teacher.state_dict()["means"]
+    for p in net.parameters():  # as `toggle_optimizer` does: it is still the mean that is used
+        p.requires_grad_(False)
+    with torch.no_grad():
+        before = teacher(torch.ones(2, 4))
+        net[3].weight.add_(1.0)
+    assert torch.equal(teacher(torch.ones(2, 4)), before)
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(ValueError, match="Linear has no weights that are trained"):
+        EMATeacher(frozen, decay=0.9).begin()
 
 
 def test_teacher_of_half_precision_weights_is_single():
@@ -264,6 +280,11 @@ def test_tap_gives_the_last_call_once_and_forgets():
     assert (len(args[0]), kwargs) == (4, {})
     assert tap.take() is None
     net(torch.zeros(1, 2))
+    tap.start(with_gradient=True)
+    counted = net(torch.zeros(1, 2))
+    with torch.no_grad():
+        net(torch.zeros(2, 2))  # somebody only looks
+    assert tap.take()[2] is counted
     tap.stop()
     assert tap.take() is None
     tap.detach()
@@ -310,7 +331,20 @@ def test_rows_that_count():
     assert targets.tolist() == [1, 2]
     rows, targets = predicted_rows(logits, None, torch.tensor([[1, 1, 0], [1, 0, 0]]), shift=True)
     assert (len(rows), targets) == (3, None)
-    assert len(predicted_rows(logits, torch.tensor([1, 2]), None, shift=True)[0]) == 6
+    assert len(predicted_rows(logits, None, None, shift=True)[0]) == 6
     flat, of_flat = predicted_rows(logits[:, 0], torch.tensor([1, -100]), None, shift=True)
     assert (len(flat), of_flat.tolist()) == (1, [1])
-    assert predicted_rows(logits[:, 0], torch.tensor([[1], [2]]), None, shift=True)[1] is None
+    channels_first = logits.transpose(1, 2)
+    for bad in (channels_first, logits[:, 0]):
+        with pytest.raises(ValueError, match=r"the labels are \(2, 3\), the logits .* must be the classes"):
+            predicted_rows(bad, labels, None, shift=False)
+
+
+def test_labels_of_encoder_decoders_are_not_shifted():
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+
+    gpt2 = AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=1, vocab_size=9)
+    t5 = AutoConfig.for_model("t5", num_layers=1, d_model=8, d_kv=4, num_heads=1, d_ff=8, vocab_size=9)
+    assert is_shifted(AutoModelForCausalLM.from_config(gpt2))
+    assert not is_shifted(AutoModelForSeq2SeqLM.from_config(t5))
+    assert not is_shifted(nn.Linear(1, 1))

@@ -138,7 +138,7 @@ CASES = [
         build=lambda: temperature_curriculum(),
         id="temperature-curriculum",
         inert=lambda: temperature_curriculum(weight=0.0),
-        twin=lambda: temperature_curriculum(name="second"),
+        twin=lambda: temperature_curriculum(weight=0.3, name="second"),
         logs=TEMPERATURE_LOGS,
         constant_logs=frozenset({"forge/temperature/accuracy"}),
         placeholders={r"2-4|0.5-2": "<low>-<high>"},

@@ -65,8 +65,11 @@ def test_excluded_tokens_and_broken_logits():
     loss.sum().backward()
     assert student.grad.isfinite().all()
     broken = teacher.clone()
-    broken[3, 2] = math.nan
-    assert temperature_kl(broken, teacher, 1.0).isnan().tolist() == [i == 3 for i in range(len(teacher))]
+    broken[3, 2], broken[4, 2] = math.nan, math.inf
+    broken[5] = -math.inf
+    assert temperature_kl(broken, teacher, 1.0).isnan().tolist() == [i in (3, 4, 5) for i in range(len(teacher))]
+    huge = torch.tensor([[3e38, -3e38, 0.0]])
+    assert temperature_kl(huge, huge.flip(1), 0.5).isfinite().all()
 
 
 def test_divergence_under_autocast_is_computed_in_single():
@@ -149,6 +152,13 @@ def test_tokens_that_cannot_come_do_not_break_the_fit():
     grid = torch.logspace(-1, 1, 17, dtype=torch.float64)
     expected = minimize_convex(grid, *nll_derivatives(logits, target, grid))
     assert minimize_convex(grid, *nll_derivatives(masked, target, grid)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_label_that_cannot_come_has_no_temperature():
+    logits, target = draw(50)
+    logits[7, target[7]] = -math.inf
+    grid = torch.logspace(-1, 1, 17, dtype=torch.float64)
+    assert all(math.isnan(v) for v in minimize_convex(grid, *nll_derivatives(logits, target, grid)))
 
 
 def test_log_probabilities_of_half_precision():
