@@ -89,6 +89,7 @@ def test_yaml(index, tmp_path):
         ("grokfast", "steps = 200", "steps = 4", "learning_curves.png"),
         ("01_grokking", "steps = 2400", "steps = 48", "grokking.png"),
         ("02_edge", "steps = 1500", "steps = 40", "edge.png"),
+        ("03_self_model_and_temperature", "steps = 400", "steps = 40", "self_model.png"),
     ],
 )
 def test_notebook(tmp_path, name, long, short, leaves):

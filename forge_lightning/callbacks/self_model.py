@@ -49,7 +49,7 @@ class SelfModel(ForgeCallback):
         hidden_size: Width inside the predictor.
         adaptive: Weigh layers in inverse proportion to their running errors, between 0.5 and 2, mean 1.
         collapse_below: Divide the weight by 4 when the effective rank of a target falls below this share of the
-            largest it had; ``None`` never does.
+            largest it had since the warm-up; ``None`` never does.
         watch_every_n_steps: Optimizer steps between measurements of the rank.
         output_layer: Name of the module that reads the final features. Default: the output embedding of a Hugging Face
             model, else the last ``nn.Linear``.

@@ -54,8 +54,8 @@ class SelfModelHead(nn.Module):
         adaptive: Weigh layers in inverse proportion to their running errors, between 0.5 and 2, mean 1, in place of
             alike. What is logged as loss stays the plain mean.
         collapse_below: Divide the weight by 4 when the effective rank of a target falls below this share of the
-            largest it had, in (0, 1); ``None`` never does. The rank falls by itself when a network finds a small
-            circuit: to a quarter in runs that grok.
+            largest it had since the warm-up, in (0, 1); ``None`` never does. The rank falls by itself when a network
+            finds a small circuit: to a quarter in runs that grok.
         watch_every_n_steps: Optimizer steps between measurements of the rank.
 
     Raises:
@@ -444,7 +444,7 @@ class SelfModelHead(nn.Module):
             )
         for index, rank in enumerate(found):
             begins_anew = index in fallen or math.isnan(self._top_ranks[index])  # each fall is answered once
-            if not math.isnan(rank):
+            if not math.isnan(rank) and step > self.warmup_steps:  # what a new network loses at first is no collapse
                 self._top_ranks[index] = rank if begins_anew else max(self._top_ranks[index], rank)
         return dict(zip(self.targets, found, strict=True))
 

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from forge_lightning.reports.figures import BLUE, COLORS, GREEN, ORANGE, STEP, draw_series, legend_above, tone
+from forge_lightning.reports.figures import BLUE, COLORS, GREEN, ORANGE, STEP, draw_series, tone
 from forge_lightning.reports.trace import RunTrace
 
 _SPLITS = {"test": "test data", "val": "validation data"}
@@ -103,6 +103,7 @@ def reliability(run: RunTrace) -> Any | None:
         return None
     split, kept = found
     ece = run.find("forge/calibration/ece")
+    ece = ece if ece is not None and len(ece[0]) > 1 else None  # testing gives one
     figure = Figure(figsize=(9, 3.6) if ece else (5, 4), layout="constrained")
     left, *right = figure.subplots(1, 2 if ece else 1, squeeze=False)[0]
     left.plot([0, 1], [0, 1], color=tone("#999999"), linewidth=1, linestyle=":")
@@ -161,7 +162,7 @@ def sampling(run: RunTrace) -> Any | None:
     axis.set(xlabel="sampling temperature", ylabel="share of problems")
     axis.set_ylim(bottom=0)
     axis.set_title(f"Programs that pass, {rows[0].get('num_problems', '?')} problems")
-    legend_above(axis)
+    axis.legend(loc="lower left")
     return figure
 
 

@@ -175,6 +175,20 @@ def test_collapse_lowers_the_weight_once_and_says_so():
     assert head.current_weight(5) == 0.25
 
 
+def test_what_a_new_network_loses_before_the_warm_up_ends_is_no_collapse():
+    model = gpt2()
+    head = head_on(model, watch_every_n_steps=1, warmup_steps=2)
+    loss_of(head, model, tokens(4, 16), step=0)
+    head.end_step(step=1)
+    with torch.no_grad():
+        model.transformer.wte.weight[:] = torch.randn(50, 1) * torch.randn(32)
+        model.transformer.wpe.weight.zero_()
+    for step in (1, 2, 3):
+        loss_of(head, model, tokens(4, 16), step=step)
+        head.end_step(step=step + 1)
+    assert head.current_weight(9) == 1.0
+
+
 def test_weight_rises_over_the_warm_up():
     head = SelfModelHead(weight=2.0, warmup_steps=4)
     assert [head.current_weight(step) for step in range(6)] == [0.5, 1.0, 1.5, 2.0, 2.0, 2.0]
