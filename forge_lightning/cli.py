@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from forge_lightning import callbacks, data, models  # noqa: F401  imported, so that short names are known
+from forge_lightning import callbacks, data, models  # also so that short names are known
 from forge_lightning.data.records import DataFileError
 from forge_lightning.models.forge_module import hugging_face_config
 
@@ -169,6 +169,11 @@ def check(argv: Sequence[str]) -> int:
         raise MisconfigurationException(
             f"`trainer.callbacks` holds {', '.join(twice)} twice, and their states would collide in a checkpoint."
             " Give one of them a `name`, or drop it."
+        )
+    if getattr(cli.model, "self_model", None) is not None and any(isinstance(c, callbacks.SelfModel) for c in found):
+        raise MisconfigurationException(
+            "The model has a head of its own, `self_model`, and the callback `SelfModel` would be a second. Use one of"
+            " the two (--model.self_model=null)."
         )
     names = ", ".join(type(callback).__name__ for callback in found) or "none"
     print(f"{argv[0]}: valid. {type(cli.model).__name__} on {type(cli.datamodule).__name__}; callbacks: {names}.")
@@ -327,9 +332,17 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _explain(str(error))
     except RuntimeError as error:
+        if "more than one stateful callback" in str(error):
+            return _explain(f"{error} (`forge-fit check` says which.)")
         if "loading state_dict" not in str(error):
             raise
-        return _explain(f"The checkpoint does not fit the model of this config.\n{error}")
+        hint = ""
+        if "self_model" in str(error):
+            hint = (
+                "\nWhat begins with `self_model` is the head of `SelfModel`, or of ForgeModule's `self_model`: train"
+                " and test with the same one, or without in both."
+            )
+        return _explain(f"The checkpoint does not fit the model of this config.{hint}\n{error}")
     return 0
 
 

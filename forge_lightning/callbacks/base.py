@@ -9,6 +9,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 
+from forge_lightning.components.loss_terms import own_loss
 from forge_lightning.components.step_log import is_dev_run as is_dev_run
 from forge_lightning.components.step_log import is_logging_step as is_logging_step
 from forge_lightning.components.step_log import last_logged as last_logged
@@ -97,11 +98,18 @@ def events_of(callback: Callback) -> list[dict[str, Any]]:
 
 
 def loss_of_step(trainer: Trainer, outputs: Any) -> Tensor | None:
-    """The detached loss of one batch, as ``on_train_batch_end`` gets it; Lightning has divided it for accumulation."""
+    """The detached loss of one batch, as ``on_train_batch_end`` gets it; Lightning has divided it for accumulation.
+
+    Without what callbacks and a head have added to it: that is no measure of the task.
+    """
     loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
     if not isinstance(loss, Tensor):
         return None
     automatic = trainer.lightning_module.automatic_optimization
+    own = own_loss(trainer.lightning_module) if automatic else None
+    task = outputs.get("task_loss", own) if isinstance(outputs, Mapping) else own
+    if isinstance(task, Tensor):
+        return task.detach().float().mean()
     loss = loss.detach().float()
     scale = trainer.accumulate_grad_batches if automatic else 1
     return loss.mean() * scale if loss.ndim or scale > 1 else loss

@@ -10,7 +10,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, run_directory
 from forge_lightning.components.calibration import CalibrationMetric, FittedTemperature
-from forge_lightning.components.logit_tap import LogitTap, find_network, is_shifted, labels_of, predicted_rows
+from forge_lightning.components.logit_tap import (
+    SHIFT_DOUBT,
+    LogitTap,
+    find_network,
+    fits_better_shifted,
+    is_shifted,
+    labels_of,
+    predicted_rows,
+)
 
 
 class Calibration(ForgeCallback):
@@ -27,8 +35,8 @@ class Calibration(ForgeCallback):
     Logs: after validation and testing ``forge/calibration/nll`` (nats), ``forge/calibration/ece`` (expected calibration
     error), ``forge/calibration/brier``, ``forge/calibration/accuracy``, ``forge/calibration/entropy`` (nats),
     ``forge/calibration/nll_fitted`` and ``forge/calibration/ece_fitted`` (at the temperature that the validation before
-    gave; NaN without one), and after validation ``forge/calibration/temperature`` (fitted; above 1 for a model that is
-    too sure).
+    gave; NaN without one), and after validation ``forge/calibration/temperature`` (fitted, between 0.1 and 10; above 1
+    for a model that is too sure).
 
     Args:
         num_bins: Bins of confidence.
@@ -36,8 +44,8 @@ class Calibration(ForgeCallback):
         network: Name of the part of the module that puts out logits, ``(B, V)`` or ``(B, T, V)``. Default: the only one
             with parameters, or "model", "net", "network".
         labels: Key or position in the batch of the labels; "auto" for the usual names, or the last of a tuple.
-        shift: Whether the label of a position is what the position before it predicts. Default: as the network has it;
-            true for Hugging Face models.
+        shift: Whether the label of a position is what the position before it predicts, as where the labels are the
+            tokens themselves. Default: true for causal language models of Hugging Face, else false.
         name: Tells two instances apart.
 
     Raises:
@@ -60,11 +68,10 @@ class Calibration(ForgeCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        try:
-            CalibrationMetric(num_bins=num_bins)
-            FittedTemperature(max_rows=max_rows)
-        except ValueError as error:
-            raise ValueError(f"`Calibration`: {error}") from None
+        if num_bins < 1:
+            raise ValueError(f"`Calibration(num_bins={num_bins})` must be at least 1.")
+        if max_rows is not None and max_rows < 1:
+            raise ValueError(f"`Calibration(max_rows={max_rows})` must be at least 1, or None.")
         self.num_bins, self.max_rows = num_bins, max_rows
         self.network, self.labels, self.shift = network, labels, shift
         self.fitted_temperature = math.nan
@@ -113,7 +120,10 @@ class Calibration(ForgeCallback):
         if call is None:
             return
         try:
-            rows, labels = predicted_rows(call[2], labels_of(batch, self.labels), None, self._shifted)
+            labels = labels_of(batch, self.labels)
+            if not self._shifted and self.shift is None and fits_better_shifted(call[2], labels):
+                self._warn_once(SHIFT_DOUBT)
+            rows, labels = predicted_rows(call[2], labels, None, self._shifted)
         except ValueError as error:
             raise MisconfigurationException(f"`Calibration`: {error}") from None
         if labels is None:
@@ -130,9 +140,6 @@ class Calibration(ForgeCallback):
         metrics = self._finish(trainer, "val")
         if metrics is None:
             return
-        assert self._fit is not None
-        metrics["temperature"] = float(self._fit.compute()["temperature"])
-        self.fitted_temperature = metrics["temperature"]
         module: Any = pl_module
         if hasattr(module, "fitted_temperature"):
             module.fitted_temperature = self.fitted_temperature
@@ -185,7 +192,7 @@ class Calibration(ForgeCallback):
         plain, fitted, fit = self._plain, self._fitted, self._fit
         if plain is None or fit is None:
             return None
-        self._plain = self._fitted = None
+        self._plain = self._fitted = self._fit = None
         if trainer.world_size > 1:
             for metric in (plain, fit, *(() if fitted is None else (fitted,))):
                 metric.sum_over_processes(lambda t: trainer.strategy.reduce(t, reduce_op="sum"))
@@ -199,7 +206,15 @@ class Calibration(ForgeCallback):
         scaled = fitted.compute() if fitted is not None else {}
         metrics = {name: values[name] for name in ("nll", "ece", "brier", "accuracy", "entropy")}
         metrics |= {f"{name}_fitted": float(scaled.get(name, math.nan)) for name in ("nll", "ece")}
-        self._keep(trainer, split, metrics, plain, fitted)
+        before = self.fitted_temperature
+        if split == "val":
+            self.fitted_temperature = metrics["temperature"] = float(fit.compute()["temperature"])
+            if not 1.001 * fit.low < self.fitted_temperature < 0.999 * fit.high:
+                self._warn_once(
+                    f"the fitted temperature is {self.fitted_temperature:.3g}, and the search goes from {fit.low:g} to"
+                    f" {fit.high:g}. Do `labels`, `network` and `shift` say what belongs together?"
+                )
+        self._keep(trainer, split, before, metrics, plain, fitted)
         return metrics
 
     def _log_result(self, pl_module: LightningModule, metrics: dict[str, float]) -> None:
@@ -210,6 +225,7 @@ class Calibration(ForgeCallback):
         self,
         trainer: Trainer,
         split: str,
+        measured_at: float,
         metrics: dict[str, float],
         plain: CalibrationMetric,
         fitted: CalibrationMetric | None,
@@ -222,7 +238,8 @@ class Calibration(ForgeCallback):
         bins = {"as it is": plain.reliability()} | ({} if fitted is None else {"fitted": fitted.reliability()})
         kept[split] = {
             "step": trainer.global_step,
-            "temperature": _number(self.fitted_temperature),
+            "measured_at": _number(measured_at),
+            "fitted": _number(self.fitted_temperature),
             "metrics": {name: _number(value) for name, value in metrics.items()},
             "bins": {
                 which: {name: getattr(found, name).tolist() for name in ("total", "confidence", "correct")}

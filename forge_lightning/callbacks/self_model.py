@@ -1,7 +1,6 @@
 """SelfModel: a head that predicts the network's own activations, on any LightningModule."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -22,8 +21,9 @@ class SelfModel(ForgeCallback):
     Hooks: forward hooks on the layers; the module's ``training_step`` is wrapped while fitting. The head becomes the
     module's ``self_model_head`` in ``configure_model``, so that strategies, precision, clipping and checkpoints treat
     it as the module's own. Its weights are in the checkpoint and in the optimizer (where ``configure_optimizers``
-    leaves them out, they join the first parameter group), and a run cannot go on without this callback. They are no
-    part of a Hugging Face model that is exported. `ForgeModule` has the same built in, as ``self_model``.
+    leaves them out, they join the first parameter group), and a run cannot go on without this callback; for inference,
+    ``load_from_checkpoint(..., strict=False)`` leaves them out. They are no part of a model that is exported.
+    `ForgeModule` has the same built in, as ``self_model``.
 
     Reads: activations; the batch's mask.
     Changes: the loss.
@@ -42,14 +42,16 @@ class SelfModel(ForgeCallback):
             features and the embedding of the next token predict the final features at the next position. "forward":
             every layer of ``layers`` predicts the one after it.
         layers: Names and patterns of modules, and fractions of the depth in [0, 1], or "all". "next_latent" takes none.
-            Default: a quarter, half, three quarters and all of the depth.
+            Default: a quarter, half, three quarters and all of the depth, without the output layer.
         weight: Factor of the error in the loss, at least 0; 0 turns it off. 1 to 3 was best where it was measured.
         stop_gradient: Detach the targets. Without it they move towards the prediction too.
         warmup_steps: Optimizer steps over which the weight rises from 0.
-        hidden_size: Width inside the predictor.
-        adaptive: Weigh layers in inverse proportion to their running errors, between 0.5 and 2, mean 1.
+        hidden_size: Width inside the predictor, at most that of what it predicts from.
+        adaptive: Weigh layers in inverse proportion to their running errors, between 0.5 and 2, mean 1. What is logged
+            as loss stays the plain mean.
         collapse_below: Divide the weight by 4 when the effective rank of a target falls below this share of the
-            largest it had since the warm-up; ``None`` never does.
+            largest it had since the warm-up, in (0, 1); ``None`` never does. The rank falls by itself when a network
+            finds a small circuit: to a quarter in runs that grok.
         watch_every_n_steps: Optimizer steps between measurements of the rank.
         output_layer: Name of the module that reads the final features. Default: the output embedding of a Hugging Face
             model, else the last ``nn.Linear``.
@@ -86,19 +88,17 @@ class SelfModel(ForgeCallback):
         name: str | None = None,
     ) -> None:
         super().__init__(name)
-        self._new_head = partial(
-            SelfModelHead,
-            form,
-            layers,
-            weight,
-            stop_gradient,
-            warmup_steps,
-            hidden_size,
-            adaptive,
-            collapse_below,
-            watch_every_n_steps,
-            owner="SelfModel",
-        )
+        self._settings: dict[str, Any] = {
+            "form": form,
+            "layers": layers,
+            "weight": weight,
+            "stop_gradient": stop_gradient,
+            "warmup_steps": warmup_steps,
+            "hidden_size": hidden_size,
+            "adaptive": adaptive,
+            "collapse_below": collapse_below,
+            "watch_every_n_steps": watch_every_n_steps,
+        }
         self._off = self._new_head().is_off  # also refuses bad arguments here, where they were written
         self.output_layer, self.width, self.mask = output_layer, width, mask
         self.attribute = "self_model_head" if name is None else f"self_model_head_{name}"
@@ -119,7 +119,11 @@ class SelfModel(ForgeCallback):
                 "Use DDP, or `ModelParallelStrategy` (FSDP2).",
             )
         if isinstance(getattr(pl_module, "self_model", None), SelfModelHead):
-            raise self.refuse(type(pl_module).__name__, "it has a head of its own, `self_model`", "Use one of the two.")
+            raise self.refuse(
+                type(pl_module).__name__,
+                "it has a head of its own, `self_model`",
+                "Use one of the two (--model.self_model=null).",
+            )
         found = getattr(pl_module, self.attribute, None)
         if isinstance(found, SelfModelHead):  # from an earlier fit
             try:
@@ -215,6 +219,14 @@ class SelfModel(ForgeCallback):
             vars(pl_module).pop("configure_model", None)
         if self._head is not None:
             self._head.detach()
+
+    def _new_head(self) -> SelfModelHead:
+        try:
+            head = SelfModelHead(**self._settings)
+        except ValueError as error:
+            raise ValueError(str(error).replace("`SelfModelHead(", "`SelfModel(")) from None
+        head.owner = "SelfModel"
+        return head
 
     def _attach(self, pl_module: LightningModule) -> None:
         found = getattr(pl_module, self.attribute, None)

@@ -16,9 +16,12 @@ from forge_lightning.callbacks.base import ForgeCallback, is_logging_step
 from forge_lightning.components.activation_tap import field_of
 from forge_lightning.components.calibration import CalibrationMetric
 from forge_lightning.components.ema_teacher import EMATeacher
+from forge_lightning.components.layers import network_modules
 from forge_lightning.components.logit_tap import (
+    SHIFT_DOUBT,
     LogitTap,
     find_network,
+    fits_better_shifted,
     is_shifted,
     labels_of,
     logits_of,
@@ -64,12 +67,13 @@ class TemperatureCurriculum(ForgeCallback):
         patience: Validations without improvement that end a bin of round 1.
         max_steps_per_bin: Optimizer steps of a bin of round 1 at most. Default: so many that round 1 takes half the
             training, where its length is known.
-        network: Name of the part of the module that puts out logits, ``(B, V)`` or ``(B, T, V)``. Its last call before
-            the loss counts. Default: the only one with parameters, or "model", "net", "network".
+        network: Name of the part of the module that puts out logits, ``(B, V)`` or ``(B, T, V)``, from its inputs: only
+            its weights have a running mean. Its last call before the loss counts. Default: the only part with
+            parameters, or "model", "net", "network".
         labels: Key or position in the batch of the labels; "auto" for the usual names, or the last of a tuple.
         mask: Key or position of the attention mask, for batches without a label for each token.
-        shift: Whether the label of a position is what the position before it predicts. Default: as the network has it;
-            true for Hugging Face models.
+        shift: Whether the label of a position is what the position before it predicts, as where the labels are the
+            tokens themselves. Default: true for causal language models of Hugging Face, else false.
         seed: Of the temperatures.
         name: Tells two instances apart.
 
@@ -147,7 +151,20 @@ class TemperatureCurriculum(ForgeCallback):
         try:
             network = find_network(pl_module, self.network)
         except ValueError as error:
-            raise MisconfigurationException(f"`TemperatureCurriculum(network={self.network!r})`: {error}") from None
+            raise MisconfigurationException(
+                f"`TemperatureCurriculum(network={self.network!r})`: {error} Only the named part has a running mean: an"
+                " encoder and its head belong into one module."
+            ) from None
+        inside, trained = (
+            [p.numel() for _, m in network_modules(part) for p in m.parameters(recurse=False) if p.requires_grad]
+            for part in (network, pl_module)
+        )
+        if 0 < 2 * sum(inside) < sum(trained):
+            rank_zero_warn(
+                f"TemperatureCurriculum: {type(network).__name__} holds {sum(inside):,} of the module's"
+                f" {sum(trained):,} trained weights, and only these have a running mean. Put it and what comes before"
+                " it into one module, and name that with `network`."
+            )
         others = [c.weight for c in trainer.callbacks if isinstance(c, TemperatureCurriculum)]  # type: ignore[attr-defined]
         if sum(others) >= 1:
             raise MisconfigurationException(
@@ -253,6 +270,9 @@ class TemperatureCurriculum(ForgeCallback):
         if call is not None:
             try:
                 rows, labels = self._rows(call[2], batch)
+                doubtful = not self._shifted and self.shift is None
+                if doubtful and fits_better_shifted(call[2], labels_of(batch, self.labels)):
+                    self._warn_once(SHIFT_DOUBT)
             except ValueError as error:
                 raise MisconfigurationException(f"`TemperatureCurriculum`: {error}") from None
             if labels is not None:

@@ -147,7 +147,7 @@ class FittedTemperature(Metric):
             raise ValueError(f"`FittedTemperature(grid={grid})` must be at least 3.")
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"`FittedTemperature(max_rows={max_rows})` must be at least 1, or None.")
-        self.max_rows = max_rows
+        self.max_rows, self.low, self.high = max_rows, low, high
         ratios = torch.linspace(0, 1, grid, dtype=torch.float64)
         self.inverse_temperature = (1 / high) * (high / low) ** ratios  # ascending
         self.add_state("values", torch.zeros(3, grid, dtype=torch.float64), dist_reduce_fx="sum")

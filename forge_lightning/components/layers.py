@@ -104,8 +104,8 @@ def output_layer(model: nn.Module, name: str | None = None) -> nn.Module:
 
     Args:
         model: Where to look.
-        name: Its name. Default: the output embedding of a Hugging Face model, in ``model`` or its only such child;
-            else the last ``nn.Linear``.
+        name: Its name. Default: the output embedding of a Hugging Face model; else the last ``nn.Linear`` that is not
+            inside a block.
 
     Raises:
         ValueError: If there is none, naming what there is.
@@ -120,9 +120,13 @@ def output_layer(model: nn.Module, name: str | None = None) -> nn.Module:
         found: Any = getattr(candidate, "get_output_embeddings", lambda: None)()
         if isinstance(found, nn.Module):
             return found
-    linear = [m for m in modules.values() if isinstance(m, nn.Linear)]
+    stack = block_list(model)
+    inside = {id(m) for m in stack.modules()} if stack is not None else set()
+    linear = [m for m in modules.values() if isinstance(m, nn.Linear) and id(m) not in inside]
     if not linear:
-        raise ValueError(f"{type(model).__name__} has no `nn.Linear` that could be its output layer. Name it.")
+        raise ValueError(
+            f"{type(model).__name__} has no `nn.Linear` outside its blocks that could be its output layer. Name it."
+        )
     return linear[-1]
 
 

@@ -5,12 +5,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from forge_lightning.components.activation_tap import field_of
 from forge_lightning.components.layers import plain_name
 from forge_lightning.components.tokens import IGNORED
 
 _COMMON = ("model", "net", "network")
+SHIFT_DOUBT = "the labels fit the positions before them much better. If your loss shifts them, set `shift=True`."
 _LABELS = ("labels", "target", "targets", "label", "y")
 
 
@@ -107,9 +109,16 @@ class LogitTap:
 
 
 def labels_of(batch: Any, key: str | int | None) -> Tensor | None:
-    """A batch's labels by key or position; "auto" takes the usual keys, and the last of a tuple. Integers only."""
+    """A batch's labels by key or position; "auto" takes the usual keys, and the last of a tuple. Integers only.
+
+    Raises:
+        ValueError: If the batch has nothing under a key that was named.
+    """
     if key != "auto":
         found = field_of(batch, key)
+        if found is None and key is not None:
+            there = list(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+            raise ValueError(f"`labels={key!r}`: the batch has no such entry. It is {there}.")
     elif isinstance(batch, Mapping):
         found = next((field_of(batch, name) for name in _LABELS if name in batch), None)
     else:
@@ -148,6 +157,18 @@ def predicted_rows(
     if mask is not None and logits.ndim == 3 and mask.shape == logits.shape[:2]:
         return logits[mask.bool()], None
     return logits.flatten(0, -2), None
+
+
+@torch.no_grad()
+def fits_better_shifted(logits: Tensor, labels: Tensor | None) -> bool:
+    """Whether labels taken as aligned fit clearly better when they are shifted, by half a nat and a quarter."""
+    if labels is None or logits.ndim != 3 or labels.shape != logits.shape[:2] or logits.shape[1] < 2:
+        return False
+    losses = []
+    for shift in (False, True):
+        rows, targets = predicted_rows(logits, labels, None, shift)
+        losses.append(float(F.cross_entropy(rows.float(), targets)) if targets is not None and len(targets) else 0.0)
+    return losses[1] < min(losses[0] - 0.5, 0.75 * losses[0])
 
 
 def is_shifted(network: nn.Module) -> bool:

@@ -36,6 +36,8 @@ class LossTerms:
     def __init__(self, module: Any) -> None:
         self.module = module
         self.terms: list[LossTerm] = []
+        self.own_loss: Tensor | None = None
+        """What the last step gave before anything was added."""
         self._batch: Any = None
         self._before = {name: vars(module).get(name) for name in (_STEP, _BACKWARD)}
         self._step, self._backward = module.training_step, module.manual_backward
@@ -62,18 +64,25 @@ class LossTerms:
             returned = self._step(*args, **kwargs)
             if not self.module.automatic_optimization or returned is None:
                 return returned
-            if isinstance(returned, Mapping):
-                loss = returned.get("loss")
-                return returned if loss is None else {**returned, "loss": self._sum(loss)}
-            return self._sum(returned)
+            if not isinstance(returned, Mapping):
+                self.own_loss = returned.detach()
+                return self._sum(returned)
+            loss = returned.get("loss")
+            if loss is None:
+                return returned
+            task = returned.get("task_loss", loss)  # without what the module itself has added to it
+            self.own_loss = task.detach()
+            return {**returned, "loss": sum(self._added(task), loss), "task_loss": self.own_loss}
         finally:
             self._batch = None
             for term in self.terms:
                 term.end()
 
+    def _added(self, loss: Tensor) -> list[Tensor]:
+        return [added for term in self.terms if (added := term.added(loss)) is not None]
+
     def _sum(self, loss: Tensor) -> Tensor:
-        added = [term.added(loss) for term in self.terms]
-        return sum((term for term in added if term is not None), loss)
+        return sum(self._added(loss), loss)
 
     def restore(self) -> bool:
         """Put back what was there. Returns whether nothing of this is left on the module."""
@@ -90,6 +99,12 @@ class LossTerms:
 def _found(module: Any) -> LossTerms | None:
     """The wrapper of a module; ``None`` also where somebody has taken it off."""
     return vars(module).get(_KEPT) if _STEP in vars(module) else None
+
+
+def own_loss(module: Any) -> Tensor | None:
+    """What a module's last training step gave, before terms were added; ``None`` where none are."""
+    found = _found(module)
+    return None if found is None else found.own_loss
 
 
 def add_loss_term(module: Any, term: LossTerm) -> None:

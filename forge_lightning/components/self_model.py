@@ -45,7 +45,7 @@ class SelfModelHead(nn.Module):
             features and the embedding of the next token predict the final features at the next position. "forward":
             every layer of ``layers`` predicts the one after it.
         layers: Names and patterns of modules, and fractions of the depth in [0, 1], or "all". "next_latent" takes none.
-            Default: a quarter, half, three quarters and all of the depth.
+            Default: a quarter, half, three quarters and all of the depth, without the output layer.
         weight: Factor of the error in the loss, at least 0; 0 turns the head off. 1 to 3 was best where it was
             measured.
         stop_gradient: Detach the targets. Without it they move towards the prediction too.
@@ -71,6 +71,8 @@ class SelfModelHead(nn.Module):
 
     is_auxiliary = True
     """No layer of the network: see `forge_lightning.components.layers.network_modules`."""
+    owner = "SelfModelHead"
+    """Whom errors name."""
 
     def __init__(
         self,
@@ -83,14 +85,12 @@ class SelfModelHead(nn.Module):
         adaptive: bool = False,
         collapse_below: float | None = 0.25,
         watch_every_n_steps: int = 50,
-        *,
-        owner: str = "SelfModelHead",
     ) -> None:
         super().__init__()
 
         def require(ok: bool, argument: str, value: object, allowed: str) -> None:
             if not ok:
-                raise ValueError(f"`{owner}({argument}={value!r})` must be {allowed}.")
+                raise ValueError(f"`{self.owner}({argument}={value!r})` must be {allowed}.")
 
         require(form in get_args(Form), "form", form, f"one of {list(get_args(Form))}")
         require(0 <= weight < math.inf, "weight", weight, "at least 0 and finite")
@@ -109,7 +109,6 @@ class SelfModelHead(nn.Module):
         self.adaptive = adaptive
         self.collapse_below = collapse_below
         self.watch_every_n_steps = watch_every_n_steps
-        self.owner = owner
         self.predictors = nn.ModuleList()
         self.targets: list[str] = []
         self._sources: list[str] = []
@@ -157,8 +156,11 @@ class SelfModelHead(nn.Module):
         if self._handles:
             raise ValueError(f"`{self.owner}` predicts another network already. Give each its own.")
         self._network = id(network)
-        chosen = self._choose(network)
-        reader = output_layer(network, reads)
+        try:
+            reader = output_layer(network, reads)
+        except ValueError as error:
+            raise ValueError(f"`{self.owner}{f'(output_layer={reads!r})' if reads else ''}`: {error}") from None
+        chosen = self._choose(network, reader)
         widths = {name: width or output_width(network, module) or otherwise for name, module in chosen.items()}
         if self.form != "forward":
             widths[FEATURES] = width or getattr(reader, "in_features", None) or otherwise
@@ -188,7 +190,7 @@ class SelfModelHead(nn.Module):
         self.stop()
         self._forget_step()
 
-    def _choose(self, network: nn.Module) -> dict[str, nn.Module]:
+    def _choose(self, network: nn.Module, reader: nn.Module) -> dict[str, nn.Module]:
         if self.form == "next_latent":
             return {}
         layers = (0.25, 0.5, 0.75, 1.0) if self.layers is None else self.layers
@@ -196,6 +198,8 @@ class SelfModelHead(nn.Module):
             chosen = select_layers(network, layers)
         except ValueError as error:
             raise ValueError(f"`{self.owner}(layers={layers!r})`: {error}") from None
+        if self.layers is None:  # what it puts out follows from the features by definition
+            chosen = {name: module for name, module in chosen.items() if module is not reader}
         least = 2 if self.form == "forward" else 1
         if len(chosen) < least:
             raise ValueError(
@@ -329,8 +333,8 @@ class SelfModelHead(nn.Module):
             self._checked = True
             if not any(source.requires_grad for source in sources):
                 warnings.warn(
-                    f"{self.owner}: no gradient reaches the network, because all that comes before {self._sources} is"
-                    " frozen. The head learns alone, until that changes.",
+                    f"{self.owner}: no gradient reaches the network, because nothing that is trained comes before"
+                    f" {self._sources}. The head learns alone, until that changes.",
                     stacklevel=2,
                 )
         predictions = self(sources)

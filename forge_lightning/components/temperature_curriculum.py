@@ -44,8 +44,8 @@ class TemperatureSchedule:
 
         require(bool(bins), "bins", bins, "at least one (low, high)")
         for edges in bins:
-            ok = len(edges) == 2 and 0 < edges[0] < edges[1] < math.inf
-            require(ok, "bins", bins, f"(low, high) with 0 < low < high each, not {edges!r}")
+            ok = isinstance(edges, list | tuple) and len(edges) == 2 and 0 < edges[0] < edges[1] < math.inf
+            require(ok, "bins", bins, f"a list of (low, high) with 0 < low < high, not {edges!r}")
         require(0 <= overlap < math.inf, "overlap", overlap, "at least 0")
         require(patience >= 1, "patience", patience, "at least 1")
         require(min_improvement >= 0, "min_improvement", min_improvement, "at least 0")

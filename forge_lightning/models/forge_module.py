@@ -34,7 +34,7 @@ class ForgeModule(LightningModule):
     Steps return ``loss`` (mean over the batch's labelled tokens; accumulated batches weigh alike, whatever they hold),
     and per example ``example_loss`` (mean over its own), ``example_success`` (1 where every labelled token is the
     likeliest one), ``example_token_accuracy`` and ``example_log_likelihood`` (of all labelled tokens together),
-    ``(B,)``, detached.
+    ``(B,)``, detached; with ``self_model`` also ``task_loss``, the loss without its error.
     Logs ``train/loss`` (without that of ``self_model``, whose keys are those of the callback `SelfModel`),
     ``train/token_accuracy``; ``val/loss``, ``val/perplexity``, ``val/token_accuracy``,
     ``val/exact_match``; the same under ``test/``.
@@ -49,7 +49,8 @@ class ForgeModule(LightningModule):
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
         compile: Compile the model with ``torch.compile``.
         self_model: A head that predicts the model's own activations, whose error is added to the training loss. Off by
-            default, and not exported.
+            default, and not exported. Its settings: ``forge-fit fit --model=ForgeModule
+            --model.self_model.help=SelfModelHead``.
 
     Raises:
         ValueError: If not exactly one of ``pretrained`` and ``config`` is given, or ``config`` has no ``model_type``.
@@ -186,6 +187,7 @@ class ForgeModule(LightningModule):
             self.log("train/loss", outputs["loss"], prog_bar=True)  # of the task alone
             self.log("train/token_accuracy", accuracy)
             if self.self_model is not None:
+                outputs["task_loss"] = outputs["loss"]  # what is reported, and what callbacks mix with
                 outputs["loss"] = outputs["loss"] + self._self_model_loss(self.self_model, batch["attention_mask"])
         finally:
             if self.self_model is not None:

@@ -175,6 +175,12 @@ def _section(run: RunTrace, output: Path, prefix: str) -> str:
     loss = run.find(*VAL_LOSS)
     if loss:
         facts.append(("last validation loss", f"{loss[1][-1]:.4g} nats"))
+    for split, kept in run.calibration.items():
+        metrics = kept.get("metrics", {})
+        ece = [_text(metrics[name]) for name in ("ece", "ece_fitted") if metrics.get(name) is not None]
+        facts.append((f"ECE on {split} data, as it is and fitted", ", ".join(ece) or "unknown"))
+        if kept.get("fitted") is not None:
+            facts.append((f"temperature, as known after {split} data", _text(kept["fitted"])))
     time = numbers["median_step_seconds"].get("step")
     if time is not None:
         facts.append(("time of a step, median", figures.duration(time)))

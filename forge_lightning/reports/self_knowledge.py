@@ -37,8 +37,11 @@ def self_model(run: RunTrace) -> Any | None:
     above.set_ylim(min([-0.03, *later]), 1.03)  # how bad it began tells nothing
     above.set_title("Predicted, beyond the best constant")
     above.legend(loc="best", ncols=2)
-    for layer, series in by_quantity.get("effective_rank", {}).items():
-        draw_series(below[0], series, layer, colors.get(layer, COLORS[-1]))
+    for layer, (steps, ranks) in by_quantity.get("effective_rank", {}).items():
+        known = [(step, rank) for step, rank in zip(steps, ranks, strict=True) if math.isfinite(rank)]
+        draw_series(
+            below[0], ([step for step, _ in known], [rank for _, rank in known]), layer, colors.get(layer, COLORS[-1])
+        )
     below[0].set(xlabel=STEP, ylabel="directions")
     below[0].set_ylim(bottom=0)
     below[0].set_title("Effective rank of what is predicted")
@@ -46,9 +49,9 @@ def self_model(run: RunTrace) -> Any | None:
     weight = run.find(f"{start}weight")
     if weight is not None:
         draw_series(below[1], weight, "weight in the loss", ORANGE)
-    below[1].set(xlabel=STEP, ylabel="as logged")
+    below[1].set(xlabel=STEP, ylabel="mean squared error, weight")
     below[1].set_ylim(bottom=0)
-    below[1].set_title("Error (1: no prediction)")
+    below[1].set_title("Error (1: that of predicting 0)")
     below[1].legend(loc="best")
     return figure
 
@@ -107,17 +110,17 @@ def reliability(run: RunTrace) -> Any | None:
     figure = Figure(figsize=(9, 3.6) if ece else (5, 4), layout="constrained")
     left, *right = figure.subplots(1, 2 if ece else 1, squeeze=False)[0]
     left.plot([0, 1], [0, 1], color=tone("#999999"), linewidth=1, linestyle=":")
-    metrics, fitted = kept.get("metrics", {}), kept.get("temperature")
+    metrics, fitted = kept.get("metrics", {}), kept.get("measured_at")
     labels = {
         "as it is": f"as it is: ECE {_text(metrics.get('ece'))}",
-        "fitted": f"divided by {_text(fitted)}: {_text(metrics.get('ece_fitted'))}",
+        "fitted": f"logits / {_text(fitted)}: ECE {_text(metrics.get('ece_fitted'))}",
     }
     for which, color in (("as it is", ORANGE), ("fitted", GREEN)):
         if which in kept.get("bins", {}):
             _reliability_line(left, kept["bins"][which], labels[which], color)
-    left.set(xlabel="confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1))
+    left.set(xlabel="confidence", ylabel="share right", xlim=(-0.03, 1.03), ylim=(-0.03, 1.03))
     left.set_title(f"Reliability, {_SPLITS[split]}")
-    left.legend(loc="upper left")
+    left.legend(loc="lower right")
     if ece and right:
         draw_series(right[0], ece, "as it is", ORANGE)
         after = run.find("forge/calibration/ece_fitted")

@@ -71,6 +71,10 @@ def read_run(path: str | Path) -> RunTrace:
     rows = list(read_rows(trace))
     if rows:
         _take_rows(run, rows, trace)
+        if (directory / "metrics.csv").is_file():  # callbacks behind `Telemetry` are only there
+            for name, (steps, values) in read_metrics(directory / "metrics.csv").items():
+                if name.startswith("forge/") and steps:
+                    run.series.setdefault(name, ([step + 1 for step in steps], values))
     elif (directory / "metrics.csv").is_file():
         run.remarks.append(
             "There is no trace, only metrics.csv: step times and events are missing. Add `Telemetry` to the callbacks."

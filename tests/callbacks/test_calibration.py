@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassCalibrationError
 
-from forge_lightning.callbacks import Calibration
+from forge_lightning.callbacks import Calibration, TemperatureCurriculum
 from forge_lightning.models import ForgeModule
 from tests.callbacks.test_self_model import GPT2, train
 from tests.callbacks.test_self_model import text as text  # a fixture
@@ -65,7 +65,7 @@ def test_overconfident_model_gets_its_temperature_and_is_mended_by_it(tmp_path):
     assert set(kept) == {"val", "test"}
     bins = kept["val"]["bins"]
     assert sum(bins["as it is"]["total"]) == sum(bins["fitted"]["total"]) == 4096
-    assert kept["val"]["temperature"] == pytest.approx(found["temperature"])
+    assert kept["val"]["fitted"] == kept["test"]["measured_at"] == pytest.approx(found["temperature"])
 
 
 def test_first_validation_has_nothing_fitted_before():
@@ -103,6 +103,56 @@ def test_tokens_of_a_language_model_are_shifted_as_it_shifts_them(text):
     assert float(metrics["forge/calibration/accuracy"]) == pytest.approx(float(metrics["val/token_accuracy"]), rel=1e-5)
 
 
+class Causal(LossOnly):
+    """Tokens that repeat with period three; the loss shifts the labels, which are the tokens themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Embedding(3, 16), nn.Linear(16, 3))
+
+    def loss(self, batch):
+        logits = self.net(batch["x"])
+        return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+
+    def train_dataloader(self):
+        rows = [{"x": x, "labels": x} for x in (torch.arange(start, start + 9) % 3 for start in range(64))]
+        return DataLoader(rows, batch_size=8)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+
+@pytest.mark.parametrize("make", [Calibration, lambda: TemperatureCurriculum(weight=0.1)])
+def test_labels_that_fit_better_shifted_are_told(make):
+    with pytest.warns(UserWarning, match="the labels fit the positions before them much better.*`shift=True`"):
+        fit([make()], Causal, max_epochs=4)
+
+
+def test_shift_by_hand():
+    _, trainer = fit([Calibration(shift=True)], Causal, max_epochs=4)
+    metrics = trainer.callback_metrics
+    assert float(metrics["forge/calibration/accuracy"]) == 1.0
+    assert float(metrics["forge/calibration/nll"]) == pytest.approx(float(metrics["val/loss"]), rel=1e-3)
+
+
+def test_temperature_at_the_end_of_its_range_is_told():
+    class Sure(Sharp):
+        def __init__(self):
+            super().__init__()
+            with torch.no_grad():
+                self.net.weight.copy_(200 * torch.eye(3))
+
+    with pytest.warns(UserWarning, match="the fitted temperature is 10, and the search goes from 0.1 to 10"):
+        fit([Calibration()], Sure)
+
+
+def test_label_that_the_batch_has_not():
+    with pytest.raises(MisconfigurationException, match=r"`labels='label'`: the batch has no such entry. It is a list"):
+        fit([Calibration(labels="label")])
+
+
 def test_no_labels_that_fit():
     with pytest.warns(UserWarning, match="no labels of the val data fit the logits, and nothing is measured"):
         _, trainer = fit([Calibration(labels=0)])
@@ -110,9 +160,9 @@ def test_no_labels_that_fit():
 
 
 def test_bad_arguments_and_networks():
-    with pytest.raises(ValueError, match=r"`Calibration`: .*num_bins=0"):
+    with pytest.raises(ValueError, match=r"`Calibration\(num_bins=0\)` must be at least 1"):
         Calibration(num_bins=0)
-    with pytest.raises(ValueError, match=r"`Calibration`: .*max_rows=0"):
+    with pytest.raises(ValueError, match=r"`Calibration\(max_rows=0\)` must be at least 1, or None"):
         Calibration(max_rows=0)
     with pytest.raises(MisconfigurationException, match=r"`Calibration\(network='x'\)`: no part is called 'x'"):
         fit([Calibration(network="x")])

@@ -5,12 +5,12 @@ import pickle
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from forge_lightning.callbacks import GeometryProbe, SelfModel, Telemetry
+from forge_lightning.callbacks import GeometryProbe, SelfModel, Telemetry, TemperatureCurriculum
 from forge_lightning.components import SelfModelHead
 from forge_lightning.data import AlgorithmicData, TextData
 from forge_lightning.models import AlgorithmicModule, ForgeModule
@@ -144,6 +144,57 @@ def test_head_joins_an_optimizer_that_left_it_out():
     assert not all(torch.equal(a, b) for a, b in zip(before, model.self_model_head.parameters(), strict=True))
 
 
+def test_output_layer_is_not_taken_from_inside_a_block():
+    class HeadFirst(LossOnly):
+        def __init__(self):
+            super().__init__()
+            self.out = nn.Linear(8, 2)
+            self.net = nn.ModuleList([nn.Sequential(nn.Linear(8, 32), nn.Linear(32, 8)) for _ in range(2)])
+
+        def loss(self, batch):
+            x = batch[0]
+            for block in self.net:
+                x = block(x)
+            return nn.functional.cross_entropy(self.out(x), batch[1])
+
+    model, _ = fit([SelfModel()], HeadFirst)
+    assert model.self_model_head.predictors[0][0].normalized_shape == (8,)
+    assert model.self_model_head.targets == ["net.0", "net.1"]
+
+
+def test_what_is_reported_is_the_modules_own_loss():
+    """Stages, and the training loss beside that of validation, are of the task, not of what is added to it."""
+    from forge_lightning.callbacks.base import loss_of_step
+
+    seen = []
+
+    class Looks(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            seen.append((float(loss_of_step(trainer, outputs)), float(trainer.callback_metrics["train/loss"])))
+
+    for accumulate in (1, 2):
+        fit([SelfModel(layers=["net.0"], warmup_steps=0), Looks()], Plain, accumulate_grad_batches=accumulate)
+    assert all(own == pytest.approx(logged, rel=1e-5) for own, logged in seen)
+
+
+@pytest.mark.parametrize("built_in", [True, False])
+def test_weight_means_the_same_beside_the_curriculum(text, built_in):
+    """(1 - w) of the task, and all of the head's error."""
+    head = {"warmup_steps": 0}
+    module = ForgeModule(config=GPT2, self_model=SelfModelHead(**head) if built_in else None)
+    callbacks = [TemperatureCurriculum(weight=0.5, warmup_steps=0), *([] if built_in else [SelfModel(**head)])]
+    losses = []
+
+    class Looks(Callback):
+        def on_before_backward(self, trainer, pl_module, loss):
+            losses.append(loss.item())
+
+    _, trainer = train(module, text(), [*callbacks, Looks()], max_steps=1, log_every_n_steps=1)
+    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    expected = 0.5 * metrics["train/loss"] + 0.5 * metrics["forge/temperature/kl"] + metrics["forge/self_model/loss"]
+    assert losses[0] == pytest.approx(expected, rel=1e-5)
+
+
 def test_manual_optimization_learns_to_be_predictable():
     options = {"layers": ["net.0"], "warmup_steps": 0}
     _, heavy = fit([SelfModel(weight=10.0, **options)], TwoOptimizers, max_epochs=20, log_every_n_steps=1)
@@ -231,7 +282,7 @@ def test_frozen_network_is_told():
             super().__init__()
             self.net[0].requires_grad_(False)
 
-    with pytest.warns(UserWarning, match="no gradient reaches the network, because all that comes before"):
+    with pytest.warns(UserWarning, match="no gradient reaches the network, because nothing that is trained"):
         fit([SelfModel(layers=["net.0"])], Frozen)
 
 

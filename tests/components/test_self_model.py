@@ -393,7 +393,7 @@ def test_what_does_not_fit_a_network_is_said_when_attached():
         head_on(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2)), form="next_latent")
     with pytest.raises(ValueError, match="No module is called 'lm'. Close: "):
         SelfModelHead().attach(gpt2(), reads="lm")
-    with pytest.raises(ValueError, match="no `nn.Linear` that could be its output layer"):
+    with pytest.raises(ValueError, match="no `nn.Linear` outside its blocks"):
         head_on(nn.Sequential(nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1)))
 
 
