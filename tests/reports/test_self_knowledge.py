@@ -71,6 +71,16 @@ def test_the_page_shows_them(run, tmp_path):
     assert numbers["runs"][0]["calibration"]["val"]["metrics"]["ece"] >= 0
 
 
+def test_callbacks_behind_telemetry_are_drawn_too(tmp_path):
+    """An add-on file appends: what comes after `Telemetry` is in the logger's file alone."""
+    callbacks = [Telemetry(), SelfModel(layers=["net.0"], warmup_steps=0)]
+    fit(callbacks, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=1)
+    assert "self_model" not in (tmp_path / "trace.jsonl").read_text()
+    found = read_run(tmp_path)
+    assert found.series["forge/self_model/loss"][0] == list(range(1, 9))
+    assert self_knowledge.self_model(found) is not None
+
+
 def test_sampling_temperatures(tmp_path):
     study = [
         {"temperature": t, "k": k, "pass_at_k": 0.1 * k, "standard_error": 0.05, "num_problems": 12}
