@@ -263,7 +263,6 @@ def train_arithmetic(variant, options, base, seed):
 ON_ARITHMETIC = (
     "plain",
     "self-model, weight 1",
-    "self-model, weight 1",
     "self-model, weight 3",
     "curriculum",
     "self-model, weight 1, and curriculum",

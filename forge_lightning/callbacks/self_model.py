@@ -33,8 +33,9 @@ class SelfModel(ForgeCallback):
     trivial prediction, the source unchanged; NaN where widths differ); every ``watch_every_n_steps``,
     ``forge/self_model/<layer>/effective_rank``.
 
-    When it does not help: benchmarks/self_knowledge.md. It is a regulariser of features, and helps where a network
-    over-fits.
+    When it does not help: it regularises features, and helps at the end of a run that over-fits. At the best step of
+    such a run, which early stopping takes, nothing was gained; a task that has to be grokked came later
+    (benchmarks/self_knowledge.md).
 
     Args:
         form: "paper": what the output layer reads (the final features) predicts every layer of ``layers`` at the same
@@ -43,7 +44,8 @@ class SelfModel(ForgeCallback):
             every layer of ``layers`` predicts the one after it.
         layers: Names and patterns of modules, and fractions of the depth in [0, 1], or "all". "next_latent" takes none.
             Default: a quarter, half, three quarters and all of the depth, without the output layer.
-        weight: Factor of the error in the loss, at least 0; 0 turns it off. 1 to 3 was best where it was measured.
+        weight: Factor of the error in the loss, at least 0; 0 turns it off. Where it was measured, 3 held back
+            over-fitting, and 10 learning.
         stop_gradient: Detach the targets. Without it they move towards the prediction too.
         warmup_steps: Optimizer steps over which the weight rises from 0.
         hidden_size: Width inside the predictor, at most that of what it predicts from.

@@ -54,9 +54,9 @@ class TemperatureCurriculum(ForgeCallback):
     ``forge/temperature/<low>-<high>/p_correct`` (how often a sample would be right), and
     ``forge/temperature/accuracy``.
 
-    When it does not help: where it was measured, the gain is that of agreeing with the mean of the weights, at whatever
-    temperature; walking through the bins ties with one temperature (benchmarks/self_knowledge.md). A temperature fitted
-    after training is cheaper, and helps on top.
+    When it does not help: the gain is that of agreeing with a mean of the weights, at whatever temperature. Where it
+    was measured, averaging the weights gained as much, and a temperature fitted afterwards calibrated better; both cost
+    nothing in training. A task that has to be grokked came much later (benchmarks/self_knowledge.md).
 
     Args:
         bins: ``(low, high)`` of the temperatures, in the order of round 1.
