@@ -345,7 +345,7 @@ def cost():
         file.write(json.dumps(row) + "\n")
 
 
-STUDENT = {5: 2.776, 6: 2.571}  # 97.5 % quantiles for that many seeds
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantiles for that many seeds
 
 
 def interval(values):
