@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from forge_lightning.components.loss_terms import own_loss
@@ -31,6 +32,7 @@ class ForgeCallback(Callback):
 
     def __init__(self, name: str | None = None) -> None:
         self.name = name
+        self._said: set[str] = set()
         self._metric_names: dict[str, str] = {}
 
     @property
@@ -69,6 +71,12 @@ class ForgeCallback(Callback):
                 " Log it in `training_step`, or add the callback that logs it."
             )
         return metrics[monitor]
+
+    def warn_once(self, message: str) -> None:
+        """Warn on the first process, with the callback's name in front; the same words only once."""
+        if message not in self._said:
+            self._said.add(message)
+            rank_zero_warn(f"{type(self).__name__}: {message}")
 
     def refuse(self, what: str, why: str, instead: str) -> MisconfigurationException:
         """The error for a trainer, module or wiring that this callback cannot serve; to be raised at start."""

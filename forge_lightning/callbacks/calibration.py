@@ -6,7 +6,6 @@ from typing import Any, ClassVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, run_directory
 from forge_lightning.components.calibration import CalibrationMetric, FittedTemperature
@@ -80,7 +79,6 @@ class Calibration(ForgeCallback):
         self._plain: CalibrationMetric | None = None
         self._fitted: CalibrationMetric | None = None
         self._fit: FittedTemperature | None = None
-        self._warned = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attach(pl_module)  # before the network is compiled
@@ -121,8 +119,8 @@ class Calibration(ForgeCallback):
             return
         try:
             labels = labels_of(batch, self.labels)
-            if not self._shifted and self.shift is None and fits_better_shifted(call[2], labels):
-                self._warn_once(SHIFT_DOUBT)
+            if batch_idx == 0 and not self._shifted and self.shift is None and fits_better_shifted(call[2], labels):
+                self.warn_once(SHIFT_DOUBT)
             rows, labels = predicted_rows(call[2], labels, None, self._shifted)
         except ValueError as error:
             raise MisconfigurationException(f"`Calibration`: {error}") from None
@@ -197,7 +195,7 @@ class Calibration(ForgeCallback):
             for metric in (plain, fit, *(() if fitted is None else (fitted,))):
                 metric.sum_over_processes(lambda t: trainer.strategy.reduce(t, reduce_op="sum"))
         if plain.is_empty:
-            self._warn_once(
+            self.warn_once(
                 f"no labels of the {split} data fit the logits, and nothing is measured. Name them with `labels`, and"
                 " the part that puts out logits with `network`."
             )
@@ -210,7 +208,7 @@ class Calibration(ForgeCallback):
         if split == "val":
             self.fitted_temperature = metrics["temperature"] = float(fit.compute()["temperature"])
             if not 1.001 * fit.low < self.fitted_temperature < 0.999 * fit.high:
-                self._warn_once(
+                self.warn_once(
                     f"the fitted temperature is {self.fitted_temperature:.3g}, and the search goes from {fit.low:g} to"
                     f" {fit.high:g}. Do `labels`, `network` and `shift` say what belongs together?"
                 )
@@ -247,17 +245,14 @@ class Calibration(ForgeCallback):
             },
         }
         folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(kept, indent=1) + "\n")
+        whole = path.with_suffix(".tmp")  # a run that is killed must not leave half a file to its resumption
+        whole.write_text(json.dumps(kept, indent=1) + "\n")
+        whole.replace(path)
 
     def _leave(self) -> None:
         if self._tap is not None:
             self._tap.detach()
         self._tap = self._plain = self._fitted = self._fit = None
-
-    def _warn_once(self, message: str) -> None:
-        if not self._warned:
-            self._warned = True
-            rank_zero_warn(f"Calibration: {message}")
 
 
 def _number(value: float) -> float | None:

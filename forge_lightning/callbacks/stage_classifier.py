@@ -5,7 +5,6 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 
 from forge_lightning.callbacks.base import ForgeCallback, StepMeans, events_of, is_logging_step, last_logged
 from forge_lightning.components.stage_classifier import Observation, TrainingStage, is_fall
@@ -70,7 +69,6 @@ class StageClassifier(ForgeCallback):
         self._means = StepMeans()
         self._resumed = False
         self._step_before, self._last_step = -1, -1
-        self._warned: set[str] = set()
 
     @property
     def stage(self) -> str:
@@ -119,7 +117,7 @@ class StageClassifier(ForgeCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.enable_validation:
             return
-        self._warn_once(
+        self.warn_once(
             "there is no validation data. Warm-up, plateau and divergence are told apart, once an epoch; memorisation"
             " and generalisation cannot be."
         )
@@ -135,11 +133,6 @@ class StageClassifier(ForgeCallback):
         self._means.load_state_dict(state_dict["means"])
         self._resumed = True
         self._last_step = state_dict["last_step"]
-
-    def _warn_once(self, message: str) -> None:
-        if message not in self._warned:
-            self._warned.add(message)
-            rank_zero_warn(f"StageClassifier: {message}")
 
     def _on_all_ranks(self, trainer: Trainer, pl_module: LightningModule, values: dict[str, float]) -> dict[str, float]:
         """Means over the ranks that know a loss, as all must name the same stage; nothing where none does."""
@@ -157,7 +150,7 @@ class StageClassifier(ForgeCallback):
         known = self._on_all_ranks(trainer, pl_module, known)
         if not known:
             if trainer.global_step > 0:
-                self._warn_once(
+                self.warn_once(
                     "`training_step` has returned no loss since the last validation, and the stage stays what it was."
                     " Return the loss, also under manual optimization."
                 )

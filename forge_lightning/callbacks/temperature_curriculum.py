@@ -9,7 +9,6 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from forge_lightning.callbacks.base import ForgeCallback, is_logging_step
@@ -56,7 +55,7 @@ class TemperatureCurriculum(ForgeCallback):
 
     When it does not help: the gain is that of agreeing with a mean of the weights, at whatever temperature. Where it
     was measured, averaging the weights gained as much, and a temperature fitted afterwards calibrated better; both cost
-    nothing in training. A task that has to be grokked came much later (benchmarks/self_knowledge.md).
+    next to nothing. A task that has to be grokked came much later (benchmarks/self_knowledge.md).
 
     Args:
         bins: ``(low, high)`` of the temperatures, in the order of round 1.
@@ -129,7 +128,6 @@ class TemperatureCurriculum(ForgeCallback):
         self._divergences: list[Tensor] = []
         self._step_before = -1
         self._acted = False
-        self._warned = False
 
     @property
     def temperature(self) -> float:
@@ -160,8 +158,8 @@ class TemperatureCurriculum(ForgeCallback):
             for part in (network, pl_module)
         )
         if 0 < 2 * sum(inside) < sum(trained):
-            rank_zero_warn(
-                f"TemperatureCurriculum: {type(network).__name__} holds {sum(inside):,} of the module's"
+            self.warn_once(
+                f"{type(network).__name__} holds {sum(inside):,} of the module's"
                 f" {sum(trained):,} trained weights, and only these have a running mean. Put it and what comes before"
                 " it into one module, and name that with `network`."
             )
@@ -265,19 +263,21 @@ class TemperatureCurriculum(ForgeCallback):
     ) -> None:
         if self._tap is None or not self._metrics:
             return
-        call = self._tap.take()
-        self._tap.stop()
-        if call is not None:
-            try:
-                rows, labels = self._rows(call[2], batch)
-                doubtful = not self._shifted and self.shift is None
-                if doubtful and fits_better_shifted(call[2], labels_of(batch, self.labels)):
-                    self._warn_once(SHIFT_DOUBT)
-            except ValueError as error:
-                raise MisconfigurationException(f"`TemperatureCurriculum`: {error}") from None
-            if labels is not None:
-                for metric in self._metrics:
-                    metric.update(rows, labels)
+        try:
+            call = self._tap.take()
+            if call is None:
+                return
+            rows, labels = self._rows(call[2], batch)
+            doubtful = batch_idx == 0 and not self._shifted and self.shift is None
+            if doubtful and fits_better_shifted(call[2], labels_of(batch, self.labels)):
+                self.warn_once(SHIFT_DOUBT)
+        except ValueError as error:
+            raise MisconfigurationException(f"`TemperatureCurriculum`: {error}") from None
+        finally:
+            self._tap.stop()
+        if labels is not None:
+            for metric in self._metrics:
+                metric.update(rows, labels)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._metrics:
@@ -287,7 +287,7 @@ class TemperatureCurriculum(ForgeCallback):
                 metric.sum_over_processes(lambda t: trainer.strategy.reduce(t, reduce_op="sum"))
         metrics_of_bins, self._metrics = self._metrics, []
         if metrics_of_bins[0].is_empty:
-            self._warn_once(
+            self.warn_once(
                 "validation gave no labels that fit the logits, and the bins go on by steps alone. Name them with"
                 " `labels`, and the part that puts out logits with `network`."
             )
@@ -353,8 +353,3 @@ class TemperatureCurriculum(ForgeCallback):
         index, temperature = self._schedule.draw(step)
         metrics = {"temperature": temperature, "kl": float(mean), "weight": self._weight_at(step)}
         self.log_metrics(trainer, metrics | {"round": float(self._schedule.round), "bin": float(index)})
-
-    def _warn_once(self, message: str) -> None:
-        if not self._warned:
-            self._warned = True
-            rank_zero_warn(f"TemperatureCurriculum: {message}")

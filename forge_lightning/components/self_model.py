@@ -338,12 +338,13 @@ class SelfModelHead(nn.Module):
                     stacklevel=2,
                 )
         predictions = self(sources)
+        features = self._widths.get(FEATURES)  # of "next_latent", without the next token's embedding
+        starts = [x[:, :features] for x in sources] if self.form == "next_latent" else sources
+        copies = [normalized_target(x) for x in starts]  # what a mere copy would predict
         errors = []
         for index, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
-            source = sources[index if self.form == "forward" else 0].detach()
-            source = source[:, : target.shape[1]] if self.form == "next_latent" else source
             goal = normalized_target(target, self.stop_gradient)
-            sums = prediction_sums(prediction, goal, normalized_target(source))
+            sums = prediction_sums(prediction, goal, copies[index if self.form == "forward" else 0])
             # A target that is 0 throughout has nothing to be predicted: no loss, and no share in the mean.
             weight = goal.detach().any().to(goal.dtype)
             errors.append((sums.error / sums.size.clamp(min=1) * weight, weight))
