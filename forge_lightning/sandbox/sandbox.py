@@ -105,7 +105,7 @@ class Task:
 _TRIAL = """
 import ctypes, fcntl, os, socket
 def trial(secret):
-    done, mine = [], f"/tmp/forge-trial-{os.getpid()}"
+    done, mine = [], f"/tmp/{os.path.basename(secret)}-written"
     def attempt(what, action):
         try:
             action()

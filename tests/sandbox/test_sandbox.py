@@ -1,5 +1,6 @@
 import os
 import signal
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -226,12 +227,22 @@ def test_what_is_missing_is_said_and_refused(monkeypatch):
         assert weaker.run("def f(): return 1", "assert f() == 1", "f").passed
 
 
-def test_this_machine_confines(box):
-    found = box.capabilities()
+def test_this_machine_confines_and_keeps_nothing_of_the_trial(monkeypatch):
+    trials, make = [], tempfile.NamedTemporaryFile
+
+    def noted(*arguments, **settings):
+        trials.append(make(*arguments, **settings))
+        return trials[-1]
+
+    monkeypatch.setattr(tempfile, "NamedTemporaryFile", noted)
+    with Sandbox(num_workers=1) as one:
+        found = one.capabilities()
     assert found.landlock >= 1
     assert found.seccomp
     assert found.missing == []
-    assert not list(Path("/tmp").glob("forge-trial-*"))
+    (trial,) = trials
+    assert not Path(trial.name).exists()
+    assert not Path("/tmp", f"{Path(trial.name).name}-written").exists()
 
 
 def test_bad_arguments_are_refused():
