@@ -1,0 +1,129 @@
+"""What to replay, and what a replayed example should still say."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def replay_priority(
+    loss: Tensor,
+    best_loss: Tensor,
+    success: Tensor,
+    best_success: Tensor,
+    replays: Tensor,
+    threshold: float,
+    scale: float,
+    floor: float = 0.1,
+) -> Tensor:
+    r"""How much there is to learn from each stored example.
+
+    ``floor + (4 p (1 - p) + ½ (best_success - success)₊ + ¼ min(1, (loss - best_loss)₊ / 3)) · 2^(-replays / 8)`` with
+    ``p = σ((threshold - loss) / scale)``, the chance of success at that loss: most for what is on the edge, was
+    forgotten, and has not been replayed often. What is not known counts as nothing. The weights are choices, not
+    measurements.
+
+    Args:
+        loss: Last loss, ``(N,)``, in nats.
+        best_loss: Lowest so far, ``(N,)``.
+        success: Last success in [0, 1], ``(N,)``, or NaN.
+        best_success: Highest so far, ``(N,)``, or NaN.
+        replays: How often each was replayed, ``(N,)``.
+        threshold: Loss at which success and failure meet; NaN while it is unknown.
+        scale: Spread of the losses, above 0.
+        floor: Least priority, above 0.
+
+    Returns:
+        ``(N,)``, above 0.
+
+    Example:
+        >>> loss = torch.tensor([0.1, 1.0, 3.0])
+        >>> one = torch.ones(3)
+        >>> replay_priority(loss, loss, one, one, torch.zeros(3), threshold=1.0, scale=0.5).argmax().item()
+        1
+    """
+    p = torch.sigmoid((threshold - loss) / scale)
+    edge = (4 * p * (1 - p)).nan_to_num()
+    forgotten = (best_success - success).clamp(min=0).nan_to_num()
+    worse = ((loss - best_loss).clamp(min=0) / 3).clamp(max=1).nan_to_num()
+    return floor + (edge + 0.5 * forgotten + 0.25 * worse) * torch.exp2(-replays / 8)
+
+
+def gumbel_top_k(log_weights: Tensor, k: int, uniform: Tensor) -> Tensor:
+    """Draw without replacement, each time in proportion to the weights of what is left.
+
+    Args:
+        log_weights: ``(N,)``; -inf is never drawn.
+        k: How many, at most ``N``.
+        uniform: Random numbers in [0, 1), ``(N,)``.
+
+    Returns:
+        Places, ``(k,)``, in the order drawn.
+
+    References:
+        Kool et al., `Stochastic Beams and Where to Find Them <https://arxiv.org/abs/1903.06059>`_, 2019.
+    """
+    noise = -torch.log(-torch.log(uniform.clamp(min=1e-12)))
+    return torch.topk(log_weights + noise, k).indices
+
+
+def importance_weights(probability: Tensor, num_stored: int, beta: float) -> Tensor:
+    """``(num_stored · p)^-beta`` over its largest: what makes a mean over draws by priority that of all examples.
+
+    Args:
+        probability: Of those drawn, ``(B,)``.
+        num_stored: Examples that they were drawn from.
+        beta: 0 corrects nothing, 1 all.
+
+    Returns:
+        ``(B,)``, in (0, 1].
+
+    References:
+        Schaul et al., `Prioritized Experience Replay <https://arxiv.org/abs/1511.05952>`_, 2016.
+    """
+    weights = (num_stored * probability) ** -beta
+    return weights / weights.max()
+
+
+def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """What to keep of logits, so that `stored_logit_loss` can compare with them.
+
+    Args:
+        logits: ``(N, V)``.
+        k: How many of each row.
+
+    Returns:
+        The largest, ``(N, min(k, V))``; their classes, int32; and the log-sum-exp of all, ``(N,)``. All finite in fp32.
+    """
+    logits = logits.detach().float()
+    values, classes = logits.topk(min(k, logits.shape[-1]), dim=-1)
+    return values, classes.int(), logits.logsumexp(-1)
+
+
+def stored_logit_loss(logits: Tensor, values: Tensor, classes: Tensor, total: Tensor) -> Tensor:
+    r"""How far logits are from those that were stored by `top_logits`.
+
+    Where all ``V`` were stored, their mean squared difference, as in dark experience replay. Otherwise the divergence
+    ``KL(stored ‖ now)`` over the stored classes and one more for all the others together.
+
+    Args:
+        logits: ``(N, V)``, with gradient.
+        values: Stored logits, ``(N, K)``.
+        classes: Their classes, ``(N, K)``.
+        total: Log-sum-exp of all stored logits, ``(N,)``.
+
+    Returns:
+        ``(N,)``, at least 0.
+
+    References:
+        Buzzega et al., `Dark Experience for General Continual Learning <https://arxiv.org/abs/2004.07211>`_, 2020.
+    """
+    logits, values, classes = logits.float(), values.float(), classes.long()
+    if classes.shape[-1] == logits.shape[-1]:
+        return (logits.gather(-1, classes) - values).square().mean(-1)
+    now = logits.log_softmax(-1)
+    others = now.scatter(-1, classes, -torch.inf).logsumexp(-1, keepdim=True)
+    stored = values - total.float().unsqueeze(-1)
+    rest = torch.log1p(-stored.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+    goal = torch.cat([stored, rest], -1)
+    mine = torch.cat([now.gather(-1, classes), others], -1)
+    return F.kl_div(mine, goal, reduction="none", log_target=True).sum(-1)
