@@ -54,6 +54,28 @@ class SupportsProbe(Protocol):
 
 
 @runtime_checkable
+class SupportsInterrupt(Protocol):
+    """A callback that ends a run between steps when it was asked to."""
+
+    def stop_if_asked(self, trainer: Any) -> None:
+        """Called also by callbacks that make several steps in one hook, between them, on all processes."""
+
+
+@runtime_checkable
+class SupportsAugmentation(Protocol):
+    """A datamodule whose training examples are programs."""
+
+    def problem_of(self, row: Any) -> Any:
+        """The problem that a row of a batch was made of, from the row's fields; ``None`` where it is none.
+
+        An object with ``prompt``, ``solution``, ``before``, ``tests``, ``entry_point`` and ``setup``.
+        """
+
+    def row_of(self, prompt: str, completion: str) -> dict[str, Any] | None:
+        """A row as in its batches, ``(1, ...)``, without numbers of its own; ``None`` where it would be too long."""
+
+
+@runtime_checkable
 class SupportsEvents(Protocol):
     """A callback that finds events in training."""
 

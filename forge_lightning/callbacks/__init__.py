@@ -2,6 +2,7 @@
 
 from forge_lightning.callbacks.calibration import Calibration as Calibration
 from forge_lightning.callbacks.code_evaluation import CodeEvaluation as CodeEvaluation
+from forge_lightning.callbacks.dream_replay import DreamReplay as DreamReplay
 from forge_lightning.callbacks.edge_controller import EdgeController as EdgeController
 from forge_lightning.callbacks.geometry_probe import GeometryProbe as GeometryProbe
 from forge_lightning.callbacks.grokfast import Grokfast as Grokfast
@@ -17,6 +18,7 @@ from forge_lightning.components.stage_classifier import TrainingStage as Trainin
 __all__ = [
     "Calibration",
     "CodeEvaluation",
+    "DreamReplay",
     "EdgeController",
     "GeometryProbe",
     "Grokfast",

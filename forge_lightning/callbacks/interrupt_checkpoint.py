@@ -53,8 +53,15 @@ class InterruptCheckpoint(ForgeCallback):
         # Between micro-batches of one step, the gradients so far would be lost.
         between_steps = trainer.global_step != self._last_step
         self._last_step = trainer.global_step
-        if not between_steps:
-            return
+        if between_steps:
+            self.stop_if_asked(trainer)
+
+    def stop_if_asked(self, trainer: Trainer) -> None:
+        """After a signal, write the checkpoint and end the run. Only between steps, and on all processes alike.
+
+        Raises:
+            KeyboardInterrupt, SIGTERMException: After a signal.
+        """
         received = self._received is not None
         if trainer.world_size > 1:
             received = trainer.strategy.reduce_boolean_decision(received, all=False)

@@ -160,6 +160,30 @@ def predicted_rows(
 
 
 @torch.no_grad()
+def scores_of_rows(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
+    """How each example of a batch did: mean loss over its labels, and whether all of them were the likeliest.
+
+    Args:
+        logits: ``(B, V)`` or ``(B, T, V)``.
+        labels: ``(B,)`` or ``(B, T)``, -100 where there is none.
+        shift: Whether the label of a position is what the position before it predicts.
+
+    Returns:
+        Loss and success, ``(B,)`` fp32 each; NaN for an example without labels.
+    """
+    if logits.ndim == 2:
+        logits, labels = logits.unsqueeze(1), labels.unsqueeze(1)
+    elif shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    known = labels != IGNORED
+    count = known.sum(1)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    right = ((logits.argmax(-1) == labels) | ~known).all(1).float()
+    nothing = torch.full_like(right, torch.nan)
+    return torch.where(count > 0, losses.sum(1) / count, nothing), torch.where(count > 0, right, nothing)
+
+
+@torch.no_grad()
 def fits_better_shifted(logits: Tensor, labels: Tensor | None) -> bool:
     """Whether labels taken as aligned fit clearly better when they are shifted, by half a nat and a quarter."""
     if labels is None or logits.ndim != 3 or labels.shape != logits.shape[:2] or logits.shape[1] < 2:

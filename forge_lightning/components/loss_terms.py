@@ -1,8 +1,9 @@
 """Adding to the loss of a training step that somebody else wrote, and undoing it."""
 
 import functools
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -20,6 +21,14 @@ class LossTerm(Protocol):
 
     def end(self) -> None:
         """After the step, also when it raised."""
+
+
+@runtime_checkable
+class SeesOutputs(Protocol):
+    """A term that also wants what the step returns."""
+
+    def returned(self, outputs: Any) -> Any:
+        """After a step that did not raise; gives back what the rest of training sees of it."""
 
 
 class LossTerms:
@@ -61,22 +70,28 @@ class LossTerms:
         try:
             for term in self.terms:
                 term.begin(self._batch)
-            returned = self._step(*args, **kwargs)
-            if not self.module.automatic_optimization or returned is None:
-                return returned
-            if not isinstance(returned, Mapping):
-                self.own_loss = returned.detach()
-                return self._sum(returned)
-            loss = returned.get("loss")
-            if loss is None:
-                return returned
-            task = returned.get("task_loss", loss)  # without what the module itself has added to it
-            self.own_loss = task.detach()
-            return {**returned, "loss": sum(self._added(task), loss), "task_loss": self.own_loss}
+            returned = self._with_terms(self._step(*args, **kwargs))
+            for term in self.terms:
+                if isinstance(term, SeesOutputs):
+                    returned = term.returned(returned)
+            return returned
         finally:
             self._batch = None
             for term in self.terms:
                 term.end()
+
+    def _with_terms(self, returned: Any) -> Any:
+        if not self.module.automatic_optimization or returned is None:
+            return returned
+        if not isinstance(returned, Mapping):
+            self.own_loss = returned.detach()
+            return self._sum(returned)
+        loss = returned.get("loss")
+        if loss is None:
+            return returned
+        task = returned.get("task_loss", loss)  # without what the module itself has added to it
+        self.own_loss = task.detach()
+        return {**returned, "loss": sum(self._added(task), loss), "task_loss": self.own_loss}
 
     def _added(self, loss: Tensor) -> list[Tensor]:
         return [added for term in self.terms if (added := term.added(loss)) is not None]
@@ -123,3 +138,15 @@ def remove_loss_term(module: Any, term: LossTerm) -> None:
         found.terms.remove(term)
         if not found.terms and found.restore():
             del vars(module)[_KEPT]
+
+
+@contextmanager
+def only_loss_term(module: Any, term: LossTerm) -> Iterator[None]:
+    """Let no other term add to the loss meanwhile."""
+    found = vars(module)[_KEPT]
+    terms, found.terms = found.terms, [term]
+    own_loss = found.own_loss
+    try:
+        yield
+    finally:
+        found.terms, found.own_loss = terms, own_loss

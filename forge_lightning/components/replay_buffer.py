@@ -184,6 +184,11 @@ class ReplayBuffer:
         """Rows of each part of the frontier."""
         return {name: len(slots) for name, slots in zip(CATEGORIES, self._frontier, strict=True)}
 
+    @property
+    def pads(self) -> dict[str, float]:
+        """What fills up shorter rows, by field."""
+        return self._store.pads
+
     def column(self, name: str) -> Tensor:
         """A score or label of all stored rows, by slot: "loss", "best_loss", "success", "best_success", "sample_id",
         "family", "stage", "step", "replays", "category" or "in_reservoir".
@@ -265,6 +270,10 @@ class ReplayBuffer:
                 self._drive_out(slot)
             kept.append(slot)
         return kept
+
+    def ids_of(self, rows: Mapping[str, Tensor]) -> Tensor:
+        """Numbers made of each row's content, ``(B,)``, whatever its padding: its ``sample_id`` where it has none."""
+        return torch.tensor(self._store.pack(rows, {}).ids())
 
     def sample(self, batch_size: int, strategy: Strategy = "uniform") -> Replay:
         """Draw rows without replacement, and count it as a replay of each.

@@ -25,6 +25,7 @@ class _Field:
         tail: Shape of an entry along the first dimension of a row.
         scalar: Whether a row is a single number.
         pad: What fills up shorter rows, once it was seen.
+        width: Length of all rows, where no mask says how long each is.
         extra: Given row by row, with lengths of their own.
     """
 
@@ -33,6 +34,7 @@ class _Field:
     tail: tuple[int, ...]
     scalar: bool
     pad: float | None = None
+    width: int | None = None
     extra: bool = False
 
     @property
@@ -113,7 +115,7 @@ class RowStore:
                 continue
             if not field.scalar:
                 trimmed = real is not None and mask is not None and values.shape[1] == mask.shape[1]
-                counts[:, place] = real if trimmed else values.shape[1]
+                counts[:, place] = real if trimmed else self._width(name, field, values.shape[1])
                 if trimmed and field.pad is None:
                     covered = values[mask == 0].flatten()
                     field.pad = covered[-1].item() if len(covered) else None
@@ -151,11 +153,16 @@ class RowStore:
             rows[name] = tensor.to(field.dtype)
         return rows, extras
 
+    @property
+    def pads(self) -> dict[str, float]:
+        """What fills up shorter rows, by field."""
+        return {name: field.pad or 0 for name, field in self._fields.items() if not field.extra}
+
     def state_dict(self, slots: Sequence[int]) -> dict[str, Any]:
         """The rows of these slots, as plain tensors and lists."""
         blobs = [self._bytes[slot] for slot in slots]
         fields = {
-            name: [_name(f.dtype), _name(f.stored), list(f.tail), f.scalar, f.pad, f.extra]
+            name: [_name(f.dtype), _name(f.stored), list(f.tail), f.scalar, f.pad, f.width, f.extra]
             for name, f in self._fields.items()
         }
         return {
@@ -187,8 +194,18 @@ class RowStore:
         for name, like in (*rows.items(), *((name, values[0].unsqueeze(0)) for name, values in extras.items())):
             stored = torch.int32 if like.dtype == torch.int64 else like.dtype
             pad = {"labels": IGNORED, self._mask: 0}.get(name)
-            self._fields[name] = _Field(like.dtype, stored, tuple(like.shape[2:]), like.ndim == 1, pad, name in extras)
+            tail, scalar, extra = tuple(like.shape[2:]), like.ndim == 1, name in extras
+            self._fields[name] = _Field(like.dtype, stored, tail, scalar, pad, extra=extra)
         self._counts = np.zeros((self._capacity, len(self._fields)), np.int64)
+
+    def _width(self, name: str, field: _Field, width: int) -> int:
+        if field.width not in (None, width):
+            raise ValueError(
+                f"`{self._owner}`: rows of {name!r} were {field.width} long and now are {width}. Where lengths differ,"
+                f" batches need a mask that is 0 at the padding (here {self._mask!r})."
+            )
+        field.width = width
+        return width
 
     def _fitting(self, name: str, field: _Field, tensor: Tensor) -> Tensor:
         tensor = tensor.detach().cpu()
@@ -263,7 +280,6 @@ class _Mapped:
     """In a file of records as long as the longest row so far, each doubling a copy. Holes take no space on disk."""
 
     def __init__(self, folder: str | Path, capacity: int) -> None:
-        Path(folder).mkdir(parents=True, exist_ok=True)
         self._folder, self._capacity = folder, capacity
         self._lengths: dict[int, int] = {}
         self._records: Any = np.zeros((capacity, 0), np.uint8)
@@ -284,6 +300,7 @@ class _Mapped:
         del self._lengths[slot]
 
     def _grow(self, length: int) -> None:
+        Path(self._folder).mkdir(parents=True, exist_ok=True)
         width = 1 << (length - 1).bit_length()
         with tempfile.TemporaryFile(dir=self._folder, prefix="replay-") as file:  # the mapping outlives its name
             file.truncate(self._capacity * width)

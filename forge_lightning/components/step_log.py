@@ -1,14 +1,16 @@
 """Numbers that belong to one optimizer step: when they are logged, and what was."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 _logged: WeakKeyDictionary[Any, dict[str, tuple[int, float]]] = WeakKeyDictionary()
 _intervals: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
+_muted: WeakSet[Any] = WeakSet()
 
 
 def log_at_this_step(trainer: Any, metrics: Mapping[str, float], monitor: bool = True) -> None:
@@ -16,6 +18,8 @@ def log_at_this_step(trainer: Any, metrics: Mapping[str, float], monitor: bool =
 
     `LightningModule.log` would repeat a sparse value at every later logging step.
     """
+    if trainer in _muted:
+        return
     step = step_of_log(trainer)
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=step)
@@ -32,11 +36,36 @@ def step_of_log(trainer: Any) -> int:
 
 def is_logging_step(trainer: Any) -> bool:
     """Whether the coming or just finished optimizer step is one of ``log_every_n_steps``, or of `log_also_every`."""
+    if trainer in _muted:
+        return False
     every: Any = getattr(trainer, "log_every_n_steps", 1)
     step = step_of_log(trainer) + 1
     if step % max(1, every) == 0 or is_dev_run(trainer):
         return True
     return any(step % interval == 0 for interval in _intervals.get(trainer, ()))
+
+
+@contextmanager
+def muted(trainer: Any, module: Any) -> Iterator[None]:
+    """Meanwhile nothing is logged, neither by callbacks of the suite nor by the module: steps that are not counted."""
+    was_muted = trainer in _muted
+    before = {name: vars(module).get(name) for name in ("log", "log_dict")}
+    _muted.add(trainer)
+    module.log = module.log_dict = _nothing
+    try:
+        yield
+    finally:
+        for name, method in before.items():
+            if method is None:
+                delattr(module, name)
+            else:
+                setattr(module, name, method)
+        if not was_muted:
+            _muted.discard(trainer)
+
+
+def _nothing(*_: Any, **__: Any) -> None:
+    pass
 
 
 def log_also_every(trainer: Any, interval: int | None) -> None:

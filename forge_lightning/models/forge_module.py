@@ -178,20 +178,21 @@ class ForgeModule(LightningModule):
         return outputs, logits.detach(), target
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        if self.self_model is not None:
-            self.self_model.start()
+        head = self.self_model if self.training else None
+        if head is not None:
+            head.start()
         try:
             outputs, logits, target = self._step(batch)
             labelled = target != IGNORED
             accuracy = (logits.argmax(-1) == target)[labelled].float().mean()
             self.log("train/loss", outputs["loss"], prog_bar=True)  # of the task alone
             self.log("train/token_accuracy", accuracy)
-            if self.self_model is not None:
+            if head is not None:
                 outputs["task_loss"] = outputs["loss"]  # what is reported, and what callbacks mix with
-                outputs["loss"] = outputs["loss"] + self._self_model_loss(self.self_model, batch["attention_mask"])
+                outputs["loss"] = outputs["loss"] + self._self_model_loss(head, batch["attention_mask"])
         finally:
-            if self.self_model is not None:
-                self.self_model.stop()
+            if head is not None:
+                head.stop()
         return outputs
 
     def _self_model_loss(self, head: SelfModelHead, mask: Tensor) -> Tensor:

@@ -115,6 +115,24 @@ def temperature_curriculum(weight=0.5, **kwargs):
     return callbacks.TemperatureCurriculum(weight=weight, **options | kwargs)
 
 
+DREAM_LOGS = ("stored", "frontier", "share", "replay_loss", "replay_success", "probe_loss", "forgetting")
+SLEEP_LOGS = ("cycles", "loss_before", "loss_after", "success_before", "success_after")
+
+
+def dream_replay(mode, logs, exempt, **kwargs) -> Case:
+    options = {"mode": mode, "every_n_steps": 2, "num_steps": 2, "probe_size": 8, "batch_size": 8, **kwargs}
+    off = {"fraction": 0.0} if mode == "mix" else {"num_steps": 0}
+    return Case(
+        build=lambda: callbacks.DreamReplay(**options),
+        id=f"dream-replay-{mode}",
+        inert=lambda: callbacks.DreamReplay(**options | off),
+        twin=lambda: callbacks.DreamReplay(**options, name="second"),
+        logs=frozenset(f"forge/dream/{key}" for key in logs),
+        constant_logs=frozenset({"forge/dream/forgetting"}),  # 0 as long as the probe gets better
+        exempt=exempt,
+    )
+
+
 TEMPERATURE_LOGS = frozenset(
     f"forge/temperature/{key}"
     for key in (
@@ -131,6 +149,23 @@ HEAD_LOGS = ("explained_variance", "copy_explained_variance", "effective_rank")
 CASES = [
     self_model("self-model-paper", targets=(0, 1), layers=["net.0", "net.1"], adaptive=True),
     self_model("self-model-forward", targets=(2,), layers=["net.0", "net.2"], form="forward", weight=3.0),
+    dream_replay(
+        "mix",
+        logs=DREAM_LOGS,
+        exempt={
+            "accumulation": "what is drawn depends on the batch size",
+            "shards_the_batch": "each process draws from what it has seen",
+            "random_stream_untouched": "dropout of larger batches draws more",
+        },
+        fraction=0.25,
+        distillation=0.5,
+        strategy="priority",
+    ),
+    dream_replay(
+        "cycle",
+        logs=DREAM_LOGS + SLEEP_LOGS,
+        exempt={"shards_the_batch": "each process draws from what it has seen"},
+    ),
     edge_controller("skill", low=0.5),
     edge_controller("item", low=0.6, more=["mastered"]),
     edge_controller("bandit", low=0.6),

@@ -1,0 +1,717 @@
+"""DreamReplay: training again on what was trained on before."""
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from typing import Any, ClassVar, Literal
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from torch import Tensor
+
+from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, is_logging_step
+from forge_lightning.components.batch_rows import joined, rows_of, with_rows
+from forge_lightning.components.extra_steps import apart, extra_evaluation, extra_step, scaled_lr
+from forge_lightning.components.logit_tap import (
+    LogitTap,
+    find_network,
+    is_shifted,
+    labels_of,
+    predicted_rows,
+    scores_of_rows,
+)
+from forge_lightning.components.loss_terms import add_loss_term, remove_loss_term
+from forge_lightning.components.replay_buffer import STRATEGIES, Replay, ReplayBuffer, Strategy
+from forge_lightning.components.tokens import IGNORED
+from forge_lightning.functional.replay import stored_logit_loss, top_logits
+from forge_lightning.protocols import SupportsInterrupt
+
+_EXTRAS = ("stored_values", "stored_classes", "stored_total")
+_NUM_WATCHED = 64  # stored rows that are measured before and after a sleep
+_SEED_STEP = 1_000_003
+
+
+class DreamReplay(ForgeCallback):
+    """Train again on examples of earlier batches, so that they are not forgotten and hard ones are met more often.
+
+    What was trained on goes into a `ReplayBuffer`: a fair sample of everything, and a frontier of what the model gets
+    barely right or barely wrong. "mix" appends rows of it to each batch, on the way to the module; other callbacks see
+    of what ``training_step`` returns only the fresh rows. "cycle" sleeps: every ``every_n_steps`` optimizer steps it
+    makes ``num_steps`` more on stored rows alone, in the strategy, on all processes. The Trainer does not count the
+    steps of a sleep; they do not move the learning-rate schedule, leave out the module's ``optimizer_step`` and
+    ``log``, and draw from random numbers of their own. Unless ``with_callbacks`` is set, no other callback sees them:
+    Grokfast's filter neither acts on them nor takes them up. What was replayed is not stored as new.
+
+    Hooks: ``training_step`` is wrapped while fitting, with "mix" also the strategy's ``batch_to_device``; a sleep comes
+    after all callbacks' ``on_train_batch_end``. Costs the replayed rows' own compute, and about 0.05 ms of CPU a row.
+
+    Reads: batches that are a mapping or tuple of tensors ``(B, ...)``; in what ``training_step`` returns
+    ``example_loss`` and ``example_success``, ``(B,)``, or else logits and labels; ``stage_monitor`` with
+    ``every_n_steps_by_stage``.
+    Changes: with "mix" the batches, with "cycle" the weights between steps; with ``distillation`` the loss of replayed
+    rows. Batch statistics and metrics that ``training_step`` updates see replayed rows.
+    Logs: at logging steps ``forge/dream/stored`` (rows, of this process), ``forge/dream/frontier`` (of those near the
+    threshold), ``forge/dream/share`` (of all compute so far, by entries of batches), ``forge/dream/replay_loss`` and
+    ``forge/dream/replay_success`` (of rows replayed since, NaN without any). After a sleep, and with "mix" every
+    ``every_n_steps``, ``forge/dream/probe_loss`` (of the first examples seen, which are never replayed) and
+    ``forge/dream/forgetting`` (that minus its lowest so far); with "cycle" also ``forge/dream/cycles`` and, of up to 64
+    stored rows, ``forge/dream/loss_before``, ``forge/dream/loss_after``, ``forge/dream/success_before`` and
+    ``forge/dream/success_after``. Measured in evaluation mode, with ``training_step``; NaN under manual optimization.
+    With ``augmenter`` then also ``forge/dream/augmented`` (variants stored so far) and ``forge/dream/yield`` (share of
+    those made that passed their check).
+
+    When it does not help: on one stream of data that comes again every epoch, replay is more of the same. Where tasks
+    follow one another it is the difference between forgetting and not. See `benchmarks/replay.md`.
+
+    Args:
+        mode: "mix" or "cycle".
+        every_n_steps: Optimizer steps between sleeps; with "mix" between measurements.
+        num_steps: Optimizer steps of a sleep; 0 turns "cycle" off.
+        fraction: With "mix", share of replayed rows in a batch, in [0, 1); they come on top. 0 turns it off.
+        strategy: How rows are drawn: "uniform", "balanced" over families, "near_threshold", "edge_cases" or "priority".
+        capacity: Rows stored at most, on each process.
+        frontier: Share of the capacity for what is near the threshold, in [0, 1).
+        max_bytes: Bytes of stored rows at most, on each process.
+        memory_map: Folder for a file that holds the rows, in place of memory.
+        batch_size: Rows of a step in a sleep. Default: as in training.
+        distillation: Weight of keeping to the logits that a row had when it was stored, for rows that were right then;
+            0 for none. Mean squared difference where all logits are stored, otherwise the divergence over the
+            ``top_k`` largest and the rest as one.
+        top_k: Logits stored for each label, with ``distillation``.
+        lr_scale: Learning rates in a sleep, as a multiple.
+        with_callbacks: Let other callbacks' hooks of backward pass and optimizer step, and their loss terms, take part
+            in a sleep: Grokfast then filters its gradients too. Logged is nothing of it.
+        probe_size: First examples of each process that are kept apart to measure forgetting; 0 for none.
+        every_n_steps_by_stage: With "cycle", another ``every_n_steps`` for stages of training, by number; 0: no sleep.
+        stage_monitor: Logged metric that holds the stage's number.
+        family: Key or position in the batch of whole numbers that tell families apart, which share the reservoir alike;
+            "auto" for "family", "arm" or "level"; ``None`` for one family.
+        sample_id: Key or position of numbers that tell examples apart; "auto" for "sample_id", "id", "idx" or "index",
+            otherwise their content does; ``None`` for content.
+        labels: Key or position of the labels; "auto" for the usual names, or the last of a tuple.
+        mask: Key of the attention mask: rows are stored up to its last 1.
+        network: Name of the part that puts out logits. Default: the only part with parameters, or "model", "net",
+            "network".
+        shift: Whether the label of a position is what the position before it predicts. Default: true for causal
+            language models of Hugging Face, else false.
+        save_buffer: Keep stored rows in checkpoints. Otherwise a resumed run begins with an empty buffer.
+        seed: Of what is stored and drawn.
+        name: Tells two instances apart.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: At start, under DeepSpeed and FSDP1, or if ``distillation`` finds no network; at the
+            first batch, if its rows cannot be stored.
+
+    References:
+        Chaudhry et al., `On Tiny Episodic Memories in Continual Learning <https://arxiv.org/abs/1902.10486>`_, 2019.
+        Buzzega et al., `Dark Experience for General Continual Learning <https://arxiv.org/abs/2004.07211>`_, 2020.
+    """
+
+    namespace: ClassVar[str] = "dream"
+
+    def __init__(
+        self,
+        mode: Literal["mix", "cycle"] = "mix",
+        every_n_steps: int = 1000,
+        num_steps: int = 50,
+        fraction: float = 0.2,
+        strategy: Strategy = "uniform",
+        capacity: int = 10_000,
+        frontier: float = 0.3,
+        max_bytes: int = 1 << 30,
+        memory_map: str | None = None,
+        batch_size: int | None = None,
+        distillation: float = 0.0,
+        top_k: int = 32,
+        lr_scale: float = 1.0,
+        with_callbacks: bool = False,
+        probe_size: int = 64,
+        every_n_steps_by_stage: dict[int, int] | None = None,
+        stage_monitor: str = "forge/stage/number",
+        family: str | int | None = "auto",
+        sample_id: str | int | None = "auto",
+        labels: str | int | None = "auto",
+        mask: str | None = "attention_mask",
+        network: str | None = None,
+        shift: bool | None = None,
+        save_buffer: bool = True,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+
+        def require(ok: bool, argument: str, value: object, allowed: str) -> None:
+            if not ok:
+                raise ValueError(f"`DreamReplay({argument}={value!r})` must be {allowed}.")
+
+        require(mode in ("mix", "cycle"), "mode", mode, "'mix' or 'cycle'")
+        require(every_n_steps >= 1, "every_n_steps", every_n_steps, "at least 1")
+        require(num_steps >= 0, "num_steps", num_steps, "at least 0")
+        require(0 <= fraction < 1, "fraction", fraction, "in [0, 1)")
+        require(strategy in STRATEGIES, "strategy", strategy, f"one of {list(STRATEGIES)}")
+        require(batch_size is None or batch_size >= 1, "batch_size", batch_size, "at least 1")
+        require(distillation >= 0, "distillation", distillation, "at least 0")
+        require(top_k >= 1, "top_k", top_k, "at least 1")
+        require(lr_scale > 0, "lr_scale", lr_scale, "above 0")
+        require(probe_size >= 0, "probe_size", probe_size, "at least 0")
+        by_stage = dict(every_n_steps_by_stage or {})
+        require(all(n >= 0 for n in by_stage.values()), "every_n_steps_by_stage", by_stage, "at least 0 each")
+        if by_stage and mode == "mix":
+            raise ValueError("`DreamReplay(every_n_steps_by_stage=...)` goes with mode='cycle': 'mix' has no sleep.")
+        self._new_buffer = partial(ReplayBuffer, mask=mask, owner="DreamReplay")
+        self._new_main = partial(self._new_buffer, capacity, frontier, max_bytes, memory_map=memory_map)
+        self._new_main(memory_map=None)  # refuses bad arguments here, where they were written
+        self.mode, self.every_n_steps, self.num_steps, self.fraction = mode, every_n_steps, num_steps, fraction
+        self.strategy, self.batch_size, self.lr_scale = strategy, batch_size, lr_scale
+        self.distillation, self.top_k, self.with_callbacks = distillation, top_k, with_callbacks
+        self.probe_size, self.every_n_steps_by_stage, self.stage_monitor = probe_size, by_stage, stage_monitor
+        self.family, self.sample_id, self.labels = family, sample_id, labels
+        self.network, self.shift, self.save_buffer, self.seed = network, shift, save_buffer, seed
+        self._off = fraction == 0 if mode == "mix" else num_steps == 0
+        self._restored: dict[str, Any] = {}
+        self._trainer: Trainer | None = None
+        self._tap: LogitTap | None = None
+        self._after: _AfterAll | None = None
+        self._to_device: Any = None
+        self._clear()
+
+    def _clear(self, rank: int = 0) -> None:
+        seed = self.seed * _SEED_STEP + rank
+        self.buffer = self._new_main(seed=seed)
+        """What is stored, on this process."""
+        self.probe = self._new_buffer(max(1, self.probe_size), 0.0, seed=seed)
+        """The first examples, on this process."""
+        self._watched = self._new_buffer(_NUM_WATCHED, 0.0, seed=seed)
+        self._steps, self._last_sleep, self._remaining, self._cycles, self._extra_steps = 0, 0, 0, 0, 0
+        self._carry, self._size = 0.0, 0
+        self._computed = [0, 0]  # entries of batches: fresh, replayed
+        self._before = [math.nan, math.nan]
+        self._lowest = math.nan
+        self._stage: int | None = None
+        self._replayed: list[tuple[Tensor, Tensor]] = []
+        self._forget_step()
+        self._measuring = False
+        self._step_before, self._check_at_start = -1, False
+
+    def _forget_step(self) -> None:
+        self._batch: Any = None
+        self._drawn: Replay | None = None  # rows of the batch that are replayed: its last ones
+        self._call: tuple[Any, Any, Tensor] | None = None
+        self._outcome: tuple[dict[str, Tensor], Tensor, Tensor] | None = None  # rows, losses, successes
+        self._logits: list[list[Tensor]] = []
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if not self._off and isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy):
+            raise self.refuse(
+                type(trainer.strategy).__name__,
+                "steps between steps are not tried there",
+                "Use DDP, or `ModelParallelStrategy` (FSDP2).",
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave(pl_module)
+        if self._off:
+            return
+        self._clear(trainer.global_rank)
+        self._trainer = trainer
+        try:
+            network = find_network(pl_module, self.network)
+        except ValueError as error:
+            if self.distillation or self.network is not None:
+                raise MisconfigurationException(f"`DreamReplay(network={self.network!r})`: {error}") from None
+        else:
+            self._tap = LogitTap(network)
+            self._shifted = is_shifted(network) if self.shift is None else self.shift
+        if self._restored:
+            self._take_restored()
+        add_loss_term(pl_module, self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._off:
+            return
+        # A new list, because the trainer is walking the old one.
+        self._after = _AfterAll(self._after_step)
+        vars(trainer)["callbacks"] = [*trainer.callbacks, self._after]  # type: ignore[attr-defined]
+        if self.mode == "mix":
+            strategy: Any = trainer.strategy
+            self._to_device = strategy.batch_to_device
+            strategy.batch_to_device = self._mixed
+
+    def _mixed(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
+        """In place of the strategy's ``batch_to_device``."""
+        moved = self._to_device(batch, *args, **kwargs)
+        trainer = self._trainer
+        if trainer is None or not trainer.training or trainer.sanity_checking or len(self.buffer) == 0:
+            return moved
+        rows = self._rows_of(moved)
+        self._carry += len(next(iter(rows.values()))) * self.fraction / (1 - self.fraction)
+        count = int(self._carry)
+        self._carry -= count
+        if count == 0:
+            return moved
+        self._drawn = self.buffer.sample(count, self.strategy)
+        return with_rows(moved, self._joined(rows, self._drawn.rows))
+
+    def begin(self, batch: Any) -> None:
+        """Called by the wrapped training step."""
+        if self._batch is None:  # not after a backward pass inside the step
+            self._batch, self._call, self._outcome = batch, None, None
+        if self._tap is not None and self._call is None:
+            self._tap.start(with_gradient=torch.is_grad_enabled())
+
+    def added(self, loss: Tensor) -> Tensor | None:
+        """Called by the wrapped training step."""
+        if self._call is not None or self._tap is None:
+            return None
+        try:
+            self._call = self._tap.take()
+        except ValueError as error:
+            self._cannot_score(error)
+        return self._distilled() if self.distillation and not self._measuring else None
+
+    def returned(self, outputs: Any) -> Any:
+        """Called by the wrapped training step."""
+        if outputs is None and self._call is None:
+            return outputs
+        rows = self._rows_of(self._batch)
+        count = len(next(iter(rows.values())))
+        losses, successes = self._scores(outputs, count)
+        self._outcome = (rows, losses.detach(), successes.detach())
+        fresh = count - (0 if self._drawn is None else len(self._drawn))
+        if self.distillation and fresh and not self._measuring:
+            self._logits = self._logits_to_store()
+        if self._drawn is None or not isinstance(outputs, Mapping):
+            return outputs
+
+        def cut(value: Any) -> Any:
+            return value[:fresh] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
+
+        return {key: cut(value) for key, value in outputs.items()}
+
+    def end(self) -> None:
+        """Called by the wrapped training step."""
+        self._batch = self._call = None
+        if self._tap is not None:
+            self._tap.stop()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step_before = trainer.global_step
+        if self._check_at_start:  # the checkpoint was written before a sleep, or within it
+            self._check_at_start = False
+            self._sleep_if_due(trainer, pl_module, batch)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._off:
+            return
+        self._store(trainer)
+        if trainer.global_step == self._step_before:
+            return
+        self._steps += 1
+        if is_logging_step(trainer):
+            self._log_step(trainer, pl_module)
+
+    def _after_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
+        """After all callbacks' ``on_train_batch_end``, also those that write checkpoints: these hold what is due."""
+        if trainer.global_step == self._step_before:
+            return  # gradients are being accumulated
+        if self.mode == "cycle":
+            self._sleep_if_due(trainer, pl_module, batch)
+        elif is_dev_run(trainer) or self._steps % self.every_n_steps == 0:
+            self.log_metrics(trainer, self._probed(trainer, pl_module, batch))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Collective where there are several processes: call it on every one."""
+        if self._off:
+            return {}
+        return dict(self._restored) or {"ranks": _gathered(self._own_state())}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = dict(state_dict)
+        if self._trainer is not None:  # some strategies restore after `on_fit_start`, others before
+            self._take_restored()
+
+    # What is stored.
+
+    def _rows_of(self, batch: Any) -> dict[str, Tensor]:
+        try:
+            return rows_of(batch)
+        except ValueError as error:
+            raise MisconfigurationException(f"`DreamReplay`: {error}") from None
+
+    def _joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        try:
+            return joined(first, second, self.buffer.pads)
+        except ValueError as error:
+            raise MisconfigurationException(f"`DreamReplay`: {error}") from None
+
+    def _store(self, trainer: Trainer) -> None:
+        """Admit the batch's fresh rows, and take note of how the replayed ones did."""
+        outcome, drawn, logits = self._outcome, self._drawn, self._logits
+        self._forget_step()
+        if outcome is None:
+            return
+        rows, losses, successes = outcome
+        replayed = 0 if drawn is None else len(drawn)
+        fresh = len(losses) - replayed
+        self._size = max(self._size, fresh)
+        first = next(iter(rows.values()))
+        self._computed[0] += first[:fresh].numel()
+        if drawn is not None:
+            self._note_replay(drawn, first[fresh:].numel(), losses[fresh:], successes[fresh:])
+        numbers = {
+            "sample_id": self._numbers("sample_id", rows, ("sample_id", "id", "idx", "index")),
+            "family": self._numbers("family", rows, ("family", "arm", "level")),
+        }
+        extras = {name: [each[i] for each in logits[:fresh]] for i, name in enumerate(_EXTRAS)} if logits else {}
+        kept = {name: tensor[:fresh] for name, tensor in rows.items()}
+        given = {name: None if tensor is None else tensor[:fresh] for name, tensor in numbers.items()}
+        self._push(kept, losses[:fresh], successes[:fresh], given, extras, self._stage_now(trainer))
+
+    def _push(
+        self,
+        rows: dict[str, Tensor],
+        losses: Tensor,
+        successes: Tensor,
+        numbers: Mapping[str, Tensor | None],
+        extras: dict[str, list[Tensor]],
+        stage: int,
+    ) -> None:
+        """To the probe while it has room; what is in it is never stored elsewhere."""
+        rows = {name: tensor.detach().cpu() for name, tensor in rows.items()}
+        ids = numbers["sample_id"]
+        try:
+            ids = self.probe.ids_of(rows) if ids is None else ids.cpu()
+            room = self.probe_size - len(self.probe)
+            if room > 0:
+                first = {name: tensor[:room] for name, tensor in rows.items()}
+                self.probe.push(first, losses[:room], successes[:room], ids[:room])
+            free = [i for i, id in enumerate(ids.tolist()) if id not in self.probe]
+            if free:
+                family = numbers["family"]
+                self.buffer.push(
+                    {name: tensor[free] for name, tensor in rows.items()},
+                    losses.cpu()[free],
+                    successes.cpu()[free],
+                    ids[free],
+                    None if family is None else family.cpu()[free],
+                    {name: [values[i] for i in free] for name, values in extras.items()},
+                    stage=stage,
+                    step=self._steps,
+                )
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from None
+
+    def _numbers(self, argument: str, rows: Mapping[str, Tensor], usual: tuple[str, ...]) -> Tensor | None:
+        key: Any = getattr(self, argument)
+        if key is None:
+            return None
+        if isinstance(key, int) and key < 0:
+            key += len(rows)
+        names = usual if key == "auto" else (str(key),)
+        found = next((rows[name] for name in names if name in rows), None)
+        if key == "auto":
+            return found if found is not None and found.ndim == 1 and not found.is_floating_point() else None
+        if found is None or found.ndim != 1 or found.is_floating_point():
+            raise MisconfigurationException(
+                f"`DreamReplay({argument}={getattr(self, argument)!r})`: the batch has no whole numbers (B,) there. It"
+                f" has { {name: tuple(tensor.shape) for name, tensor in rows.items()} }."
+            )
+        return found
+
+    def _scores(self, outputs: Any, count: int) -> tuple[Tensor, Tensor]:
+        """Loss and success of each row, ``(B,)``; NaN where nothing tells them."""
+        nothing = torch.full((count,), torch.nan)
+        given = outputs if isinstance(outputs, Mapping) else {}
+        losses, successes = given.get("example_loss"), given.get("example_success")
+        if isinstance(losses, Tensor) and losses.shape == (count,):
+            fits = isinstance(successes, Tensor) and successes.shape == (count,)
+            return losses.detach().float(), successes.detach().float() if fits else nothing  # type: ignore[union-attr]
+        if self._call is None:
+            return nothing, nothing
+        logits = self._call[2].detach()
+        try:
+            labels = labels_of(self._batch, self.labels)
+            if labels is None or labels.shape != logits.shape[:-1]:
+                shape = None if labels is None else tuple(labels.shape)
+                raise ValueError(f"labels {shape} do not fit logits {tuple(logits.shape)}.")
+        except ValueError as error:
+            self._cannot_score(error)
+            return nothing, nothing
+        return scores_of_rows(logits, labels, self._shifted)
+
+    def _cannot_score(self, error: ValueError) -> None:
+        if self.distillation:
+            raise MisconfigurationException(f"`DreamReplay(distillation={self.distillation})`: {error}") from None
+        self.warn_once(
+            f"nothing tells how single examples do ({error}), so that none is near the threshold, and rows are drawn"
+            " from the reservoir. Return `example_loss` and `example_success`, (B,), from `training_step`, or name"
+            " `labels` and `network`."
+        )
+
+    # Keeping to stored logits.
+
+    def _counts(self) -> Tensor:
+        """Labels of each row of the batch that a prediction is for, ``(B,)``."""
+        labels = labels_of(self._batch, self.labels)
+        assert labels is not None, "scored before"
+        if labels.ndim == 1:
+            return (labels != IGNORED).long()
+        return (labels[:, 1:] if self._shifted else labels).ne(IGNORED).sum(1)
+
+    def _logits_to_store(self) -> list[list[Tensor]]:
+        """What `top_logits` keeps, for each fresh row that was right."""
+        if self._call is None or self._outcome is None:
+            return []
+        try:
+            rows, labels = predicted_rows(self._call[2], labels_of(self._batch, self.labels), None, self._shifted)
+        except ValueError as error:
+            self._cannot_score(error)
+        if labels is None:
+            self._cannot_score(ValueError("the batch has no labels."))
+        counts = self._counts().tolist()
+        values, classes, total = (t.cpu() for t in top_logits(rows, self.top_k))
+        right = self._outcome[2].eq(1).tolist()
+        pieces = zip(right, *(t.split(counts) for t in (values.half(), classes, total)), strict=True)
+        return [[t.clone() if one else t[:0].clone() for t in parts] for one, *parts in pieces]
+
+    def _distilled(self) -> Tensor | None:
+        """Over replayed rows that have logits, per label of the whole batch."""
+        if self._call is None or self._drawn is None or not self._drawn.extras:
+            return None
+        count = len(self._drawn)
+        labels = labels_of(self._batch, self.labels)
+        logits = self._call[2]
+        if labels is None or labels.shape != logits.shape[:-1]:
+            return None
+        with torch.autocast(logits.device.type, enabled=False):
+            return self._distance(logits[-count:], labels[-count:])
+
+    def _distance(self, logits: Tensor, labels: Tensor) -> Tensor | None:
+        assert self._drawn is not None
+        count = len(self._drawn)
+        rows, _ = predicted_rows(logits, labels, None, self._shifted)
+        counts = self._counts()
+        has = [len(values) for values in self._drawn.extras[_EXTRAS[0]]]
+        chosen = torch.tensor(has, device=counts.device).eq(counts[-count:]).repeat_interleave(counts[-count:])
+        stored = [torch.cat(self._drawn.extras[name]).to(rows.device) for name in _EXTRAS]
+        if not chosen.any() or int(chosen.sum()) != len(stored[0]):
+            return None
+        return self.distillation * stored_logit_loss(rows[chosen], *stored).sum() / counts.sum()
+
+    # Sleeping.
+
+    def _interval(self, trainer: Trainer) -> int:
+        if not self.every_n_steps_by_stage:
+            return self.every_n_steps
+        stage = self._stage_now(trainer)
+        self._stage = trainer.strategy.broadcast(stage) if trainer.world_size > 1 else stage
+        return self.every_n_steps_by_stage.get(self._stage or 0, self.every_n_steps)
+
+    def _stage_now(self, trainer: Trainer) -> int:
+        value = trainer.callback_metrics.get(self.stage_monitor)
+        return (-1 if self._stage is None else self._stage) if value is None else int(value)
+
+    def _sleep_if_due(self, trainer: Trainer, pl_module: LightningModule, template: Any) -> None:
+        if not self._remaining:
+            interval = self._interval(trainer)
+            due = is_dev_run(trainer) or (interval and self._steps - self._last_sleep >= interval)
+            if not due or _least(trainer, len(self.buffer)) == 0:
+                return
+            self._last_sleep = self._steps
+            self._remaining = 1 if is_dev_run(trainer) else self.num_steps
+            self._watched = self._new_buffer(_NUM_WATCHED, 0.0)
+            some = self._some_stored()
+            self._watched.push(some.rows, some.loss, some.success)
+            self._before = self._measured(trainer, pl_module, template, self._watched)
+        with scaled_lr(trainer.optimizers, self.lr_scale):
+            while self._remaining:
+                self._dream(trainer, pl_module, template)
+                self._remaining -= 1
+                for callback in trainer.callbacks if self._remaining else ():  # type: ignore[attr-defined]
+                    if isinstance(callback, SupportsInterrupt):
+                        callback.stop_if_asked(trainer)
+        after = self._measured(trainer, pl_module, template, self._watched)
+        self._cycles += 1
+        metrics = {"cycles": float(self._cycles), "loss_before": self._before[0], "success_before": self._before[1]}
+        metrics |= {"loss_after": after[0], "success_after": after[1]}
+        self.log_metrics(trainer, metrics | self._probed(trainer, pl_module, template))
+
+    def _some_stored(self) -> Replay:
+        """Rows spread evenly over the buffer."""
+        slots = self.buffer.slots()
+        every = max(1, len(slots) // _NUM_WATCHED)
+        return self.buffer.read(slots[::every][:_NUM_WATCHED])
+
+    def _dream(self, trainer: Trainer, pl_module: LightningModule, template: Any) -> None:
+        self._extra_steps += 1
+        drawn = self.buffer.sample(self.batch_size or self._size, self.strategy)
+        self._drawn = drawn
+        seed = (self.seed * _SEED_STEP + self._extra_steps) * _SEED_STEP + trainer.global_rank
+        with apart(trainer, pl_module, self, seed % (1 << 63), self.with_callbacks):
+            extra_step(trainer, pl_module, self._on_device(pl_module, template, drawn))
+        if self._outcome is not None:
+            rows, losses, successes = self._outcome
+            self._note_replay(drawn, next(iter(rows.values())).numel(), losses, successes)
+        self._forget_step()
+
+    def _note_replay(self, drawn: Replay, entries: int, losses: Tensor, successes: Tensor) -> None:
+        self._computed[1] += entries
+        losses, successes = losses.cpu(), successes.cpu()
+        self._replayed.append((losses, successes))
+        self.buffer.update(drawn, losses, successes)
+
+    def _on_device(self, pl_module: LightningModule, template: Any, replay: Replay) -> Any:
+        return with_rows(template, {name: tensor.to(pl_module.device) for name, tensor in replay.rows.items()})
+
+    # Measuring.
+
+    def _measured(
+        self, trainer: Trainer, pl_module: LightningModule, template: Any, store: ReplayBuffer
+    ) -> list[float]:
+        """Loss and success on a store's rows, over all processes; all make the same number of forward passes."""
+        if not pl_module.automatic_optimization or _least(trainer, len(store)) == 0:
+            return [math.nan, math.nan]
+        slots, size = store.slots(), self.batch_size or max(1, self._size)
+        sums = torch.zeros(4, dtype=torch.float64)
+        for start in range(0, store.capacity, size):
+            chunk = slots[start : start + size]
+            batch = self._on_device(pl_module, template, store.read(chunk or slots[:size]))
+            self._measuring = True
+            try:
+                with apart(trainer, pl_module, self, seed=0):
+                    extra_evaluation(trainer, pl_module, batch)
+            finally:
+                self._measuring = False
+            if self._outcome is not None and chunk:
+                for place, values in enumerate(self._outcome[1:]):
+                    known = values[values.isfinite()].double().cpu()
+                    sums[2 * place : 2 * place + 2] += torch.tensor([known.sum(), len(known)])
+            self._forget_step()
+        if trainer.world_size > 1:
+            sums = trainer.strategy.reduce(sums.float().to(pl_module.device), reduce_op="sum").cpu().double()
+        loss, num_losses, success, num_successes = sums.tolist()
+        return [loss / num_losses if num_losses else math.nan, success / num_successes if num_successes else math.nan]
+
+    def _probed(self, trainer: Trainer, pl_module: LightningModule, template: Any) -> dict[str, float]:
+        if not self.probe_size:
+            return {}
+        loss = self._measured(trainer, pl_module, template, self.probe)[0]
+        self._lowest = loss if math.isnan(self._lowest) else min(self._lowest, loss)
+        return {"probe_loss": loss, "forgetting": loss - self._lowest}
+
+    def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        losses, successes = (
+            (torch.cat([torch.zeros(0), *parts]) for parts in zip(*self._replayed, strict=True))
+            if (self._replayed)
+            else (torch.zeros(0), torch.zeros(0))
+        )
+        self._replayed = []
+        fresh, replayed = self._computed
+        self.log_metrics(
+            trainer,
+            {
+                "stored": float(len(self.buffer)),
+                "frontier": float(sum(self.buffer.categories.values())),
+                "share": replayed / max(1, fresh + replayed),
+                "replay_loss": float(losses.nanmean()),
+                "replay_success": float(successes.nanmean()),
+            },
+        )
+
+    # State.
+
+    def _own_state(self) -> dict[str, Any]:
+        counters = {
+            "steps": self._steps,
+            "last_sleep": self._last_sleep,
+            "remaining": self._remaining,
+            "cycles": self._cycles,
+            "extra_steps": self._extra_steps,
+            "carry": self._carry,
+            "size": self._size,
+            "computed": list(self._computed),
+            "before": list(self._before),
+            "lowest": self._lowest,
+            "stage": self._stage,
+        }
+        if not self.save_buffer:
+            return {"counters": counters | {"remaining": 0}}
+        stores = {"buffer": self.buffer, "probe": self.probe, "watched": self._watched}
+        return {"counters": counters} | {name: store.state_dict() for name, store in stores.items()}
+
+    def _take_restored(self) -> None:
+        states, self._restored = self._restored.get("ranks", []), {}
+        trainer = self._trainer
+        assert trainer is not None
+        if not states:
+            return
+        same = len(states) == trainer.world_size
+        state = states[trainer.global_rank if same else 0]
+        for name, value in state["counters"].items():
+            setattr(self, f"_{name}", value)
+        for name, store in (("buffer", self.buffer), ("probe", self.probe), ("watched", self._watched)):
+            if name not in state:
+                continue
+            if same:
+                store.load_state_dict(state[name])
+            else:
+                store.load_shard([other[name] for other in states], trainer.global_rank, trainer.world_size)
+        self._check_at_start = self.mode == "cycle"
+
+    def _leave(self, pl_module: LightningModule) -> None:
+        remove_loss_term(pl_module, self)
+        if self._tap is not None:
+            self._tap.detach()
+        trainer = self._trainer
+        if trainer is not None and self._after is not None:
+            remaining = [callback for callback in trainer.callbacks if callback is not self._after]  # type: ignore[attr-defined]
+            vars(trainer)["callbacks"] = remaining
+        if trainer is not None and self._to_device is not None:
+            vars(trainer.strategy).pop("batch_to_device", None)
+        self._tap = self._trainer = self._after = self._to_device = None
+        self._forget_step()
+
+
+class _AfterAll(Callback):
+    """Stands last in the list of callbacks while fitting."""
+
+    def __init__(self, act: Any) -> None:
+        self._act = act
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._act(trainer, pl_module, batch)
+
+
+def _least(trainer: Trainer, value: int) -> int:
+    """The smallest of all processes'."""
+    if trainer.world_size == 1:
+        return value
+    mine = torch.tensor(value, device=trainer.strategy.root_device)
+    return int(trainer.strategy.all_gather(mine).min())
+
+
+def _gathered(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of all processes, on the first, which writes checkpoints; elsewhere only one's own."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
+        return [state]
+    first = distributed.get_rank() == 0
+    states: list[Any] | None = [None] * distributed.get_world_size() if first else None
+    distributed.gather_object(state, states)
+    return states if states is not None else [state]

@@ -1,0 +1,68 @@
+"""Batches of somebody else's as rows of named tensors, and back."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def rows_of(batch: Any) -> dict[str, Tensor]:
+    """The tensors of a batch by name, or by place in a tuple.
+
+    Args:
+        batch: A mapping or sequence of tensors ``(B, ...)``, or one tensor.
+
+    Raises:
+        ValueError: If there is anything else in it, or the number of rows is not the same in all.
+    """
+    if isinstance(batch, Tensor):
+        fields: dict[str, Any] = {"0": batch}
+    elif isinstance(batch, Mapping):
+        fields = {str(key): value for key, value in batch.items()}
+    elif isinstance(batch, tuple | list):
+        fields = {str(place): value for place, value in enumerate(batch)}
+    else:
+        raise ValueError(f"the batch is a {type(batch).__name__}, and must be a mapping or tuple of tensors.")
+    for name, value in fields.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            kind = "a number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            raise ValueError(f"entry {name!r} of the batch is {kind}; rows can be made only of tensors (B, ...).")
+    sizes = {name: len(value) for name, value in fields.items()}
+    if len(set(sizes.values())) != 1:
+        raise ValueError(f"the batch has no one number of rows: {sizes}.")
+    return fields
+
+
+def with_rows(batch: Any, rows: Mapping[str, Tensor]) -> Any:
+    """A batch of the same kind, of these rows."""
+    if isinstance(batch, Tensor):
+        return rows["0"]
+    if isinstance(batch, Mapping):
+        made = {key: rows[str(key)] for key in batch}
+        return made if type(batch) is dict else type(batch)(made)  # type: ignore[call-arg]
+    values = [rows[str(place)] for place in range(len(batch))]
+    return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
+
+
+def joined(first: Mapping[str, Tensor], second: Mapping[str, Tensor], pads: Mapping[str, float]) -> dict[str, Tensor]:
+    """Rows of both, the shorter ones filled up at the end.
+
+    Raises:
+        ValueError: If their fields differ.
+    """
+    if list(first) != list(second):
+        raise ValueError(f"the batch has {list(first)}, and what is stored {list(second)}.")
+    rows = {}
+    for name, one in first.items():
+        other = second[name].to(device=one.device, dtype=one.dtype)
+        if one.ndim > 1 and one.shape[1] != other.shape[1]:
+            width = max(one.shape[1], other.shape[1])
+            one, other = (_widened(part, width, pads.get(name, 0)) for part in (one, other))
+        rows[name] = torch.cat([one, other])
+    return rows
+
+
+def _widened(rows: Tensor, width: int, pad: float) -> Tensor:
+    missing = (len(rows), width - rows.shape[1], *rows.shape[2:])
+    return torch.cat([rows, rows.new_full(missing, pad)], 1) if missing[1] else rows
