@@ -1,7 +1,7 @@
 """DreamReplay: training again on what was trained on before."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -13,6 +13,8 @@ from torch import Tensor
 
 from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, is_logging_step
 from forge_lightning.components.batch_rows import joined, rows_of, with_rows
+from forge_lightning.components.code_augmentation import CodeExample
+from forge_lightning.components.dream_augmenter import DreamAugmenter
 from forge_lightning.components.extra_steps import apart, extra_evaluation, extra_step, scaled_lr
 from forge_lightning.components.logit_tap import (
     LogitTap,
@@ -26,10 +28,12 @@ from forge_lightning.components.loss_terms import add_loss_term, remove_loss_ter
 from forge_lightning.components.replay_buffer import STRATEGIES, Replay, ReplayBuffer, Strategy
 from forge_lightning.components.tokens import IGNORED
 from forge_lightning.functional.replay import stored_logit_loss, top_logits
-from forge_lightning.protocols import SupportsInterrupt
+from forge_lightning.protocols import SupportsAugmentation, SupportsInterrupt
+from forge_lightning.sandbox import Sandbox, SandboxError, Task, Verdict
 
 _EXTRAS = ("stored_values", "stored_classes", "stored_total")
 _NUM_WATCHED = 64  # stored rows that are measured before and after a sleep
+_NUM_DREAMS = 2048
 _SEED_STEP = 1_000_003
 
 
@@ -59,8 +63,8 @@ class DreamReplay(ForgeCallback):
     ``forge/dream/forgetting`` (that minus its lowest so far); with "cycle" also ``forge/dream/cycles`` and, of up to 64
     stored rows, ``forge/dream/loss_before``, ``forge/dream/loss_after``, ``forge/dream/success_before`` and
     ``forge/dream/success_after``. Measured in evaluation mode, with ``training_step``; NaN under manual optimization.
-    With ``augmenter`` then also ``forge/dream/augmented`` (variants stored so far) and ``forge/dream/yield`` (share of
-    those made that passed their check).
+    With ``augmenter`` also ``forge/dream/augmented`` (variants so far that held when they were run) and
+    ``forge/dream/yield`` (share of those made that did).
 
     When it does not help: on one stream of data that comes again every epoch, replay is more of the same. Where tasks
     follow one another it is the difference between forgetting and not. See `benchmarks/replay.md`.
@@ -83,6 +87,13 @@ class DreamReplay(ForgeCallback):
         lr_scale: Learning rates in a sleep, as a multiple.
         with_callbacks: Let other callbacks' hooks of backward pass and optimizer step, and their loss terms, take part
             in a sleep: Grokfast then filters its gradients too. Logged is nothing of it.
+        augmenter: Makes variants of stored programs that are near the threshold, before each sleep, or with "mix" every
+            ``every_n_steps``; each is run in a sandbox before it is stored. Needs `CodeTasks` or `GeneratedTasks`, or a
+            datamodule with ``problem_of`` and ``row_of``. Default: none.
+        augmented_fraction: Share of the replayed rows that are variants, in [0, 1], once there are some.
+        problems_per_cycle: Programs to make variants of each time, on each process.
+        timeout: Seconds that a program may run.
+        allow_weaker: Run programs also where the system lacks a protection. Only for data that you trust.
         probe_size: First examples of each process that are kept apart to measure forgetting; 0 for none.
         every_n_steps_by_stage: With "cycle", another ``every_n_steps`` for stages of training, by number; 0: no sleep.
         stage_monitor: Logged metric that holds the stage's number.
@@ -102,8 +113,8 @@ class DreamReplay(ForgeCallback):
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: At start, under DeepSpeed and FSDP1, or if ``distillation`` finds no network; at the
-            first batch, if its rows cannot be stored.
+        MisconfigurationException: At start, under DeepSpeed and FSDP1, if ``distillation`` finds no network, or
+            ``augmenter`` no programs or no sandbox; at the first batch, if its rows cannot be stored.
 
     References:
         Chaudhry et al., `On Tiny Episodic Memories in Continual Learning <https://arxiv.org/abs/1902.10486>`_, 2019.
@@ -128,6 +139,11 @@ class DreamReplay(ForgeCallback):
         top_k: int = 32,
         lr_scale: float = 1.0,
         with_callbacks: bool = False,
+        augmenter: DreamAugmenter | None = None,
+        augmented_fraction: float = 0.5,
+        problems_per_cycle: int = 16,
+        timeout: float = 2.0,
+        allow_weaker: bool = False,
         probe_size: int = 64,
         every_n_steps_by_stage: dict[int, int] | None = None,
         stage_monitor: str = "forge/stage/number",
@@ -156,6 +172,9 @@ class DreamReplay(ForgeCallback):
         require(distillation >= 0, "distillation", distillation, "at least 0")
         require(top_k >= 1, "top_k", top_k, "at least 1")
         require(lr_scale > 0, "lr_scale", lr_scale, "above 0")
+        require(0 <= augmented_fraction <= 1, "augmented_fraction", augmented_fraction, "in [0, 1]")
+        require(problems_per_cycle >= 1, "problems_per_cycle", problems_per_cycle, "at least 1")
+        require(timeout > 0, "timeout", timeout, "above 0")
         require(probe_size >= 0, "probe_size", probe_size, "at least 0")
         by_stage = dict(every_n_steps_by_stage or {})
         require(all(n >= 0 for n in by_stage.values()), "every_n_steps_by_stage", by_stage, "at least 0 each")
@@ -167,6 +186,8 @@ class DreamReplay(ForgeCallback):
         self.mode, self.every_n_steps, self.num_steps, self.fraction = mode, every_n_steps, num_steps, fraction
         self.strategy, self.batch_size, self.lr_scale = strategy, batch_size, lr_scale
         self.distillation, self.top_k, self.with_callbacks = distillation, top_k, with_callbacks
+        self.augmenter, self.augmented_fraction = augmenter, augmented_fraction
+        self.problems_per_cycle, self.timeout, self.allow_weaker = problems_per_cycle, timeout, allow_weaker
         self.probe_size, self.every_n_steps_by_stage, self.stage_monitor = probe_size, by_stage, stage_monitor
         self.family, self.sample_id, self.labels = family, sample_id, labels
         self.network, self.shift, self.save_buffer, self.seed = network, shift, save_buffer, seed
@@ -184,7 +205,12 @@ class DreamReplay(ForgeCallback):
         """What is stored, on this process."""
         self.probe = self._new_buffer(max(1, self.probe_size), 0.0, seed=seed)
         """The first examples, on this process."""
+        self.dreams = self._new_buffer(_NUM_DREAMS, 0.0, seed=seed)
+        """Variants of programs, on this process."""
         self._watched = self._new_buffer(_NUM_WATCHED, 0.0, seed=seed)
+        if self.augmenter is not None:
+            self.augmenter.load_state_dict({"tried": {}, "kept": {}})
+        self._augmentations = 0
         self._steps, self._last_sleep, self._remaining, self._cycles, self._extra_steps = 0, 0, 0, 0, 0
         self._carry, self._size = 0.0, 0
         self._computed = [0, 0]  # entries of batches: fresh, replayed
@@ -199,6 +225,7 @@ class DreamReplay(ForgeCallback):
     def _forget_step(self) -> None:
         self._batch: Any = None
         self._drawn: Replay | None = None  # rows of the batch that are replayed: its last ones
+        self._num_dreams = 0  # variants in front of them
         self._call: tuple[Any, Any, Tensor] | None = None
         self._outcome: tuple[dict[str, Tensor], Tensor, Tensor] | None = None  # rows, losses, successes
         self._logits: list[list[Tensor]] = []
@@ -210,6 +237,20 @@ class DreamReplay(ForgeCallback):
                 "steps between steps are not tried there",
                 "Use DDP, or `ModelParallelStrategy` (FSDP2).",
             )
+
+        if self._off or self.augmenter is None:
+            return
+        if stage == "fit" and _programs(trainer, pl_module) is None:
+            raise self.refuse(
+                "an augmenter and this data",
+                "neither datamodule nor module has `problem_of` and `row_of`, which say what program a row is of",
+                "Use CodeTasks, or leave `augmenter` out.",
+            )
+        try:
+            with self._sandbox():
+                pass
+        except SandboxError as error:
+            raise MisconfigurationException(f"`DreamReplay(augmenter=...)`: {error}") from None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave(pl_module)
@@ -252,8 +293,17 @@ class DreamReplay(ForgeCallback):
         self._carry -= count
         if count == 0:
             return moved
-        self._drawn = self.buffer.sample(count, self.strategy)
-        return with_rows(moved, self._joined(rows, self._drawn.rows))
+        return with_rows(moved, self._joined(rows, self._draw(count)))
+
+    def _draw(self, count: int) -> dict[str, Tensor]:
+        """Rows to replay: first variants, then stored ones."""
+        wanted = round(count * self.augmented_fraction) if len(self.dreams) else 0
+        dreams = self.dreams.sample(wanted, "uniform") if wanted else None
+        self._num_dreams = 0 if dreams is None else len(dreams)
+        if self._num_dreams < count:
+            self._drawn = self.buffer.sample(count - self._num_dreams, self.strategy)
+        parts = [part.rows for part in (dreams, self._drawn) if part is not None]
+        return parts[0] if len(parts) == 1 else self._joined(*parts)
 
     def begin(self, batch: Any) -> None:
         """Called by the wrapped training step."""
@@ -280,10 +330,10 @@ class DreamReplay(ForgeCallback):
         count = len(next(iter(rows.values())))
         losses, successes = self._scores(outputs, count)
         self._outcome = (rows, losses.detach(), successes.detach())
-        fresh = count - (0 if self._drawn is None else len(self._drawn))
+        fresh = count - self._num_dreams - (0 if self._drawn is None else len(self._drawn))
         if self.distillation and fresh and not self._measuring:
             self._logits = self._logits_to_store()
-        if self._drawn is None or not isinstance(outputs, Mapping):
+        if fresh == count or not isinstance(outputs, Mapping):
             return outputs
 
         def cut(value: Any) -> Any:
@@ -322,7 +372,8 @@ class DreamReplay(ForgeCallback):
         if self.mode == "cycle":
             self._sleep_if_due(trainer, pl_module, batch)
         elif is_dev_run(trainer) or self._steps % self.every_n_steps == 0:
-            self.log_metrics(trainer, self._probed(trainer, pl_module, batch))
+            self._augment(trainer, pl_module)
+            self.log_metrics(trainer, self._probed(trainer, pl_module, batch) | self._yields(trainer, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave(pl_module)
@@ -360,18 +411,16 @@ class DreamReplay(ForgeCallback):
 
     def _store(self, trainer: Trainer) -> None:
         """Admit the batch's fresh rows, and take note of how the replayed ones did."""
-        outcome, drawn, logits = self._outcome, self._drawn, self._logits
+        outcome, drawn, dreams, logits = self._outcome, self._drawn, self._num_dreams, self._logits
         self._forget_step()
         if outcome is None:
             return
         rows, losses, successes = outcome
-        replayed = 0 if drawn is None else len(drawn)
-        fresh = len(losses) - replayed
+        fresh = len(losses) - dreams - (0 if drawn is None else len(drawn))
         self._size = max(self._size, fresh)
         first = next(iter(rows.values()))
         self._computed[0] += first[:fresh].numel()
-        if drawn is not None:
-            self._note_replay(drawn, first[fresh:].numel(), losses[fresh:], successes[fresh:])
+        self._note_replay(drawn, first[fresh:].numel(), losses[fresh:], successes[fresh:])
         numbers = {
             "sample_id": self._numbers("sample_id", rows, ("sample_id", "id", "idx", "index")),
             "family": self._numbers("family", rows, ("family", "arm", "level")),
@@ -531,6 +580,7 @@ class DreamReplay(ForgeCallback):
             due = is_dev_run(trainer) or (interval and self._steps - self._last_sleep >= interval)
             if not due or _least(trainer, len(self.buffer)) == 0:
                 return
+            self._augment(trainer, pl_module)
             self._last_sleep = self._steps
             self._remaining = 1 if is_dev_run(trainer) else self.num_steps
             self._watched = self._new_buffer(_NUM_WATCHED, 0.0)
@@ -548,7 +598,8 @@ class DreamReplay(ForgeCallback):
         self._cycles += 1
         metrics = {"cycles": float(self._cycles), "loss_before": self._before[0], "success_before": self._before[1]}
         metrics |= {"loss_after": after[0], "success_after": after[1]}
-        self.log_metrics(trainer, metrics | self._probed(trainer, pl_module, template))
+        metrics |= self._probed(trainer, pl_module, template) | self._yields(trainer, pl_module)
+        self.log_metrics(trainer, metrics)
 
     def _some_stored(self) -> Replay:
         """Rows spread evenly over the buffer."""
@@ -558,24 +609,73 @@ class DreamReplay(ForgeCallback):
 
     def _dream(self, trainer: Trainer, pl_module: LightningModule, template: Any) -> None:
         self._extra_steps += 1
-        drawn = self.buffer.sample(self.batch_size or self._size, self.strategy)
-        self._drawn = drawn
+        rows = self._draw(self.batch_size or self._size)
+        drawn = self._drawn
         seed = (self.seed * _SEED_STEP + self._extra_steps) * _SEED_STEP + trainer.global_rank
         with apart(trainer, pl_module, self, seed % (1 << 63), self.with_callbacks):
-            extra_step(trainer, pl_module, self._on_device(pl_module, template, drawn))
+            extra_step(trainer, pl_module, _on_device(pl_module, template, rows))
         if self._outcome is not None:
-            rows, losses, successes = self._outcome
-            self._note_replay(drawn, next(iter(rows.values())).numel(), losses, successes)
+            self._note_replay(drawn, next(iter(rows.values())).numel(), *self._outcome[1:])
         self._forget_step()
 
-    def _note_replay(self, drawn: Replay, entries: int, losses: Tensor, successes: Tensor) -> None:
+    def _note_replay(self, drawn: Replay | None, entries: int, losses: Tensor, successes: Tensor) -> None:
+        """Of all rows that were replayed, the stored ones last."""
         self._computed[1] += entries
-        losses, successes = losses.cpu(), successes.cpu()
+        if drawn is None:
+            return
+        losses, successes = losses[-len(drawn) :].cpu(), successes[-len(drawn) :].cpu()
         self._replayed.append((losses, successes))
         self.buffer.update(drawn, losses, successes)
 
-    def _on_device(self, pl_module: LightningModule, template: Any, replay: Replay) -> Any:
-        return with_rows(template, {name: tensor.to(pl_module.device) for name, tensor in replay.rows.items()})
+    # Variants.
+
+    def _sandbox(self) -> Sandbox:
+        return Sandbox(self.timeout, allow_weaker=self.allow_weaker)
+
+    def _augment(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make variants of what is near the threshold, and store those that hold."""
+        programs = None if self.augmenter is None else _programs(trainer, pl_module)
+        if programs is None or self.augmenter is None or len(self.buffer) == 0:
+            return
+        parents = self.buffer.sample(self.problems_per_cycle, "near_threshold", counted=False)
+        problems = [programs.problem_of(_row(parents.rows, i)) for i in range(len(parents))]
+        places = [i for i, problem in enumerate(problems) if problem is not None]
+        examples = [CodeExample.of(problems[i]) for i in places]
+        self._augmentations += 1
+        seed = (self.seed * _SEED_STEP + self._augmentations) * _SEED_STEP + trainer.global_rank
+        with self._sandbox() as sandbox:
+
+            def run(chosen: Sequence[CodeExample]) -> list[Verdict]:
+                return sandbox.run_many([Task(e.program, e.tests, e.entry_point, e.setup) for e in chosen])
+
+            found = self.augmenter.augment(examples, run, seed)
+        longest = getattr(getattr(self._tap and self._tap.network, "config", None), "max_position_embeddings", None)
+        for i, variants in zip(places, found, strict=True):
+            for variant in variants:
+                row = programs.row_of(variant.example.prompt, variant.example.solution)
+                fits = row is not None and all(longest is None or t.shape[1] <= longest for t in row.values())
+                if row is not None and fits:
+                    self._store_variant(_row(parents.rows, i, keep=True), row)
+
+    def _store_variant(self, parent: dict[str, Tensor], row: dict[str, Tensor]) -> None:
+        missing = [name for name in row if name not in parent]
+        if missing:
+            raise MisconfigurationException(
+                f"`DreamReplay(augmenter=...)`: `row_of` gives {list(row)}, and batches have {list(parent)}."
+            )
+        ids = self.dreams.ids_of(parent | row)
+        named = {name: ids for name in ("sample_id",) if name in parent}
+        self.dreams.push(parent | row | named, sample_id=ids)
+
+    def _yields(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
+        """Over all processes."""
+        if self.augmenter is None:
+            return {}
+        counts = torch.tensor([float(sum(d.values())) for d in (self.augmenter.tried, self.augmenter.kept)])
+        if trainer.world_size > 1:
+            counts = trainer.strategy.reduce(counts.to(pl_module.device), reduce_op="sum")
+        tried, kept = counts.tolist()
+        return {"augmented": kept, "yield": kept / tried if tried else math.nan}
 
     # Measuring.
 
@@ -589,7 +689,7 @@ class DreamReplay(ForgeCallback):
         sums = torch.zeros(4, dtype=torch.float64)
         for start in range(0, store.capacity, size):
             chunk = slots[start : start + size]
-            batch = self._on_device(pl_module, template, store.read(chunk or slots[:size]))
+            batch = _on_device(pl_module, template, store.read(chunk or slots[:size]).rows)
             self._measuring = True
             try:
                 with apart(trainer, pl_module, self, seed=0):
@@ -647,11 +747,16 @@ class DreamReplay(ForgeCallback):
             "before": list(self._before),
             "lowest": self._lowest,
             "stage": self._stage,
+            "augmentations": self._augmentations,
         }
         if not self.save_buffer:
             return {"counters": counters | {"remaining": 0}}
-        stores = {"buffer": self.buffer, "probe": self.probe, "watched": self._watched}
-        return {"counters": counters} | {name: store.state_dict() for name, store in stores.items()}
+        made = {} if self.augmenter is None else {"augmenter": self.augmenter.state_dict()}
+        return {"counters": counters, **made} | {name: store.state_dict() for name, store in self._stores.items()}
+
+    @property
+    def _stores(self) -> dict[str, ReplayBuffer]:
+        return {"buffer": self.buffer, "probe": self.probe, "dreams": self.dreams, "watched": self._watched}
 
     def _take_restored(self) -> None:
         states, self._restored = self._restored.get("ranks", []), {}
@@ -663,7 +768,9 @@ class DreamReplay(ForgeCallback):
         state = states[trainer.global_rank if same else 0]
         for name, value in state["counters"].items():
             setattr(self, f"_{name}", value)
-        for name, store in (("buffer", self.buffer), ("probe", self.probe), ("watched", self._watched)):
+        if self.augmenter is not None and "augmenter" in state:
+            self.augmenter.load_state_dict(state["augmenter"])
+        for name, store in self._stores.items():
             if name not in state:
                 continue
             if same:
@@ -696,6 +803,20 @@ class _AfterAll(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._act(trainer, pl_module, batch)
+
+
+def _programs(trainer: Trainer, pl_module: LightningModule) -> SupportsAugmentation | None:
+    sources = (getattr(trainer, "datamodule", None), pl_module)
+    return next((source for source in sources if isinstance(source, SupportsAugmentation)), None)
+
+
+def _row(rows: Mapping[str, Tensor], i: int, keep: bool = False) -> dict[str, Tensor]:
+    """One row, with its dimension or without."""
+    return {name: tensor[i : i + 1] if keep else tensor[i] for name, tensor in rows.items()}
+
+
+def _on_device(pl_module: LightningModule, template: Any, rows: Mapping[str, Tensor]) -> Any:
+    return with_rows(template, {name: tensor.to(pl_module.device) for name, tensor in rows.items()})
 
 
 def _least(trainer: Trainer, value: int) -> int:

@@ -275,8 +275,8 @@ class ReplayBuffer:
         """Numbers made of each row's content, ``(B,)``, whatever its padding: its ``sample_id`` where it has none."""
         return torch.tensor(self._store.pack(rows, {}).ids())
 
-    def sample(self, batch_size: int, strategy: Strategy = "uniform") -> Replay:
-        """Draw rows without replacement, and count it as a replay of each.
+    def sample(self, batch_size: int, strategy: Strategy = "uniform", counted: bool = True) -> Replay:
+        """Draw rows without replacement.
 
         Args:
             batch_size: How many; fewer where fewer are stored.
@@ -284,6 +284,7 @@ class ReplayBuffer:
                 "near_threshold": the near successes and near failures; "edge_cases": those; both filled up from the
                 reservoir; "priority": in proportion to `replay_priority` to the power of ``alpha``, with importance
                 weights.
+            counted: Whether it is a replay of each, after which others come first under "priority".
 
         Raises:
             ValueError: If nothing is stored, or there is no such strategy.
@@ -301,8 +302,9 @@ class ReplayBuffer:
             wanted = {"near_threshold": (0, 1), "edge_cases": (2,)}.get(strategy, ())
             slots = self._drawn([slot for place in wanted for slot in self._frontier[place]], len(weights))
         slots = self._filled_up(slots, len(weights))
-        self._c["replays"][np.array(slots)] += 1
-        self._touched.update(slots)
+        if counted:
+            self._c["replays"][np.array(slots)] += 1
+            self._touched.update(slots)
         return self._read(slots, weights)
 
     def read(self, slots: Sequence[int]) -> Replay:

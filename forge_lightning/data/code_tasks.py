@@ -2,8 +2,9 @@
 
 import ast
 import os
+import random
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -125,6 +126,8 @@ class CodeTasks(TokenDataModule):
         dataset: "mbpp" or "humaneval".
         path: Its ``.jsonl`` or ``.jsonl.gz`` file. Default: the environment variable ``FORGE_MBPP`` or
             ``FORGE_HUMANEVAL``, else the Hugging Face hub.
+        generated: Where neither ``path`` nor the variable names MBPP's file, small generated functions take its place,
+            with a warning: for trying things out offline.
         test_dataset: Another benchmark for ``forge-fit test``. Default: ``dataset``.
         test_path: Its file, as ``path``.
         tokenizer: Hub name or local folder of a Hugging Face tokenizer, or "bytes" (one token a byte, no file needed).
@@ -148,6 +151,7 @@ class CodeTasks(TokenDataModule):
         self,
         dataset: Benchmark = "mbpp",
         path: str | None = None,
+        generated: bool = False,
         test_dataset: Benchmark | None = None,
         test_path: str | None = None,
         tokenizer: str = "bytes",
@@ -165,6 +169,7 @@ class CodeTasks(TokenDataModule):
             raise ValueError(f"`CodeTasks(prompt_template={prompt_template!r})` must hold {{text}} and {{tests}}.")
         self.dataset = dataset
         self.path = path
+        self.generated = generated
         self.test_dataset = test_dataset or dataset
         self.test_path = test_path if test_dataset else test_path or path
         self.max_length = max_length
@@ -173,6 +178,7 @@ class CodeTasks(TokenDataModule):
         self._difficulty: Tensor | None = None
         self._records: dict[tuple[str, str | None], list[dict[str, Any]]] = {}
         self._kept: dict[str, list[int]] = {}
+        self._by_id: dict[int, Problem] = {}
 
     def refuse_training(self) -> None:
         """Raise if this data must not be trained on."""
@@ -191,11 +197,23 @@ class CodeTasks(TokenDataModule):
         problems = self._problems(split)
         return [problems[i] for i in self._kept[split]] if split == "train" and split in self._kept else problems
 
+    def problem_of(self, row: Mapping[str, Tensor]) -> Problem | None:
+        """The problem that a training row was made of, by its ``sample_id``."""
+        if not self._by_id:
+            self._by_id = dict(enumerate(self._problems("train")))
+        return self._by_id.get(int(row["sample_id"]))
+
+    def row_of(self, prompt: str, completion: str) -> dict[str, Tensor] | None:
+        """A row of a batch, ``(1, T)`` each, without ``sample_id``; ``None`` if longer than ``max_length``."""
+        row = self._row_of(prompt, completion)
+        return row if row["input_ids"].shape[1] <= self.max_length else None
+
     def _problems(self, split: str) -> list[Problem]:
         dataset, path = (self.test_dataset, self.test_path) if split == "test" else (self.dataset, self.path)
         key = (dataset, path)
         if key not in self._records:
-            self._records[key] = _load(dataset, path)
+            missing = dataset == "mbpp" and path is None and _VARIABLE[dataset] not in os.environ
+            self._records[key] = generated_records() if self.generated and missing else _load(dataset, path)
         if dataset == "humaneval":
             return [humaneval_problem(record) for record in self._records[key]]
         chosen = self._of_split(self._records[key], split)
@@ -284,6 +302,35 @@ def _measures(code: str, tokens: int) -> list[float]:
     tree = ast_complexity(code)
     text = [float(tokens), shannon_entropy(code), lempel_ziv_complexity(code)]
     return [*text, tree.nodes, tree.depth, tree.cyclomatic, tree.nesting]
+
+
+def generated_records(seed: int = 0) -> list[dict[str, Any]]:
+    """Small functions in MBPP's format, 180 to train on and 30 for each of its other splits.
+
+    Their tests are what running them gave.
+    """
+    rank_zero_warn("`CodeTasks(generated=True)`: FORGE_MBPP is not set, and generated functions take MBPP's place.")
+    numbers = [*range(11, 41), *range(511, 541), *range(601, 781)]
+    return [_generated(number, random.Random(f"{seed}/{number}")) for number in numbers]
+
+
+def _generated(number: int, rng: random.Random) -> dict[str, Any]:
+    """One function on a list of numbers: which count, what is done to each, and how they are put together."""
+    bound, factor = rng.randint(-3, 9), rng.randint(2, 9)
+    condition, which = rng.choice(
+        [(f"item > {bound}", f"above {bound}"), (f"item < {bound}", f"below {bound}"), ("item % 2 == 0", "even")]
+    )
+    change, what = rng.choice([(f"item * {factor}", f"times {factor}"), (f"item + {factor}", f"plus {factor}")])
+    start, join, how = rng.choice([("0", "total += {}", "sum"), ("[]", "total.append({})", "list")])
+    name = f"{how}_{number}"
+    lines = [f"def {name}(items):", f"    total = {start}", "    for item in items:", f"        if {condition}:"]
+    code = "\n".join([*lines, f"            {join.format(change)}", "    return total"])
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)  # made of the pieces above
+    inputs = [[rng.randint(-9, 9) for _ in range(rng.randint(2, 5))] for _ in range(3)]
+    tests = [f"assert {name}({given}) == {namespace[name](list(given))}" for given in inputs]
+    text = f"Write a function to find the {how} of the numbers of a list that are {which}, {what}."
+    return {"task_id": number, "text": text, "code": code, "test_list": tests, "test_setup_code": ""}
 
 
 def _load(dataset: Benchmark, path: str | None) -> list[dict[str, Any]]:

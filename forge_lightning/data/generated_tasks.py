@@ -1,7 +1,7 @@
 """Tasks made when they are asked for, as hard as they are asked for, with answers found by running them."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -82,6 +82,10 @@ FAMILIES: dict[str, Callable[[random.Random, int, int], GeneratedTask]] = {
     "expression": expression,
     "python": python,
 }
+
+
+def _problem(name: str, task: GeneratedTask) -> Problem:
+    return Problem(name, task.prompt, task.answer, task.prompt, task.tests, ("f",), stops=("\n",))
 
 
 class GeneratedDataset(Dataset[Any]):
@@ -207,11 +211,16 @@ class GeneratedTasks(TokenDataModule):
         arms = [arm for arm, (family, _, _) in enumerate(self.data.arms) if family == "python"]
         first = {"train": 0, "val": -self.num_val, "test": -2 * self.num_val}[split]
         tasks = [self.data.task(first + i, arm) for arm in arms for i in range(self.num_val)]
-        names = [f"{t.family}/{t.level}/{i}" for i, t in enumerate(tasks)]
-        return [
-            Problem(name, t.prompt, t.answer, t.prompt, t.tests, ("f",), stops=("\n",))
-            for name, t in zip(names, tasks, strict=True)
-        ]
+        return [_problem(f"{t.family}/{t.level}/{i}", t) for i, t in enumerate(tasks)]
+
+    def problem_of(self, row: Mapping[str, Tensor]) -> Problem | None:
+        """The problem that a row was made of, by its ``sample_id`` and ``arm``; ``None`` of what is no program."""
+        task = self.data.task(int(row["sample_id"]), int(row["arm"]))
+        return _problem(f"{task.family}/{task.level}", task) if task.tests else None
+
+    def row_of(self, prompt: str, completion: str) -> dict[str, Tensor] | None:
+        """A row of a batch, ``(1, T)`` each, without ``sample_id``, ``level`` and ``arm``."""
+        return self._row_of(prompt, completion)
 
     def train_dataloader(self) -> StatefulDataLoader:
         levels = [float(level) for _, level, _ in self.data.arms]

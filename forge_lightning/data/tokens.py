@@ -123,6 +123,13 @@ class TokenDataModule(LightningDataModule):
             self._tokenizer = build_tokenizer(self.tokenizer_name)
         return self._tokenizer
 
+    def _row_of(self, prompt: str, completion: str) -> dict[str, Tensor]:
+        """A row of a batch, ``(1, T)`` each, without ``sample_id``."""
+        example = encode_example(self.tokenizer, 0, prompt, completion)
+        row = ExampleDataset([], self.tokenizer.pad_token_id).collate([example])
+        del row["sample_id"]
+        return row
+
     def _sampler(self, dataset: ExampleDataset) -> Any:
         """Draws training examples; ``None`` for a seeded shuffle."""
         return None

@@ -235,8 +235,7 @@ def test_bytes_are_bounded_and_the_rest_stays_a_fair_sample():
         buffer.push(rows, loss, (loss < 1.5).float(), sample_id=torch.arange(start, start + 10))
         assert buffer.num_bytes <= 4000
     assert 15 <= len(buffer) <= 20
-    kept = buffer.push({"x": torch.zeros(1, 2000, dtype=torch.long)}, sample_id=torch.tensor([99_999]))
-    assert kept == [-1]
+    assert ReplayBuffer(10, max_bytes=100).push({"x": torch.zeros(1, 26)}) == [-1], "one that fills it all"
     ages = []
     for seed in range(30):
         one = ReplayBuffer(1000, frontier=0, max_bytes=400, seed=seed)
@@ -340,6 +339,10 @@ def test_bad_arguments_are_refused():
         buffer.push({"x": torch.zeros(2, 3)})
     with pytest.raises(ValueError, match=r"'y' was float32 of \(B\), and now is int64 of \(2,\)"):
         buffer.push({"x": torch.zeros(2, 3), "y": torch.zeros(2, dtype=torch.long)})
+    with pytest.raises(
+        ValueError, match="rows of 'x' were 3 long and now are 4. Where lengths differ, batches need a mask"
+    ):
+        buffer.push({"x": torch.zeros(2, 4), "y": torch.zeros(2)})
     with pytest.raises(ValueError, match="'y' has 3 rows, others 2"):
         buffer.push({"x": torch.zeros(2, 3), "y": torch.zeros(3)})
     with pytest.raises(ValueError, match="`loss` has 1 values for 2 rows"):
