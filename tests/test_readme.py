@@ -90,6 +90,7 @@ def test_yaml(index, tmp_path):
         ("01_grokking", "steps = 2400", "steps = 48", "grokking.png"),
         ("02_edge", "steps = 1500", "steps = 40", "edge.png"),
         ("03_self_model_and_temperature", "steps = 400", "steps = 40", "self_model.png"),
+        ("04_dream", "steps = 800", "steps = 40", "dream.png"),
     ],
 )
 def test_notebook(tmp_path, name, long, short, leaves):

@@ -15,7 +15,7 @@ import torch
 from forge_lightning.components.stage_classifier import VAL_LOSS
 from forge_lightning.components.step_timer import CATEGORIES
 from forge_lightning.components.trace import number
-from forge_lightning.reports import figures, self_knowledge
+from forge_lightning.reports import dream, figures, self_knowledge
 from forge_lightning.reports.trace import RunTrace, read_run, stage_spans
 
 _STYLE = """
@@ -39,6 +39,7 @@ _FIGURES: dict[str, tuple[Callable[[RunTrace], Any], str]] = {
     ),
     "dimensions": (figures.dimensions, "Every estimator. Values compare only at the same number of points."),
     "edge": (figures.edge, "What `EdgeController` held, and what it drew to hold it."),
+    "dream": (dream.dream, "What `DreamReplay` stored and replayed, and what sleeping and forgetting did."),
     "optimizer": (figures.optimizer, "What the gradient filter and the optimizer did."),
     "self_model": (
         self_knowledge.self_model,

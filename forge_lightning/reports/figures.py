@@ -249,7 +249,7 @@ def edge(run: RunTrace) -> Any | None:
 
 def others(run: RunTrace) -> Any | None:
     """What callbacks logged that no other picture shows, a panel for each callback."""
-    shown = ("telemetry", "grokfast", "geometry", "stage", "edge", "self_model", "temperature", "calibration")
+    shown = ("telemetry", "grokfast", "geometry", "stage", "edge", "self_model", "temperature", "calibration", "dream")
     grouped: dict[str, dict[str, Series | None]] = {}
     for name, series in run.series.items():
         parts = name.split("/", 2)
