@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the suite runs in as many processes as there are cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 still calls what 5.0 will rename
 os.environ.setdefault("WANDB_MODE", "offline")

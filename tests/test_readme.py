@@ -17,6 +17,19 @@ SHORT = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.en
 SHORT += ["--trainer.log_every_n_steps=1"]
 
 
+IN_TURN = """
+import json, sys
+from forge_lightning.cli import main
+for words in json.loads(sys.argv[1]):
+    try:
+        code = main(words)
+    except SystemExit as end:
+        code = end.code
+    assert not code, f"{words} ends with {code}"
+"""
+"""Runs commands of ``forge-fit`` one after another in one process: its start takes longer than most of them."""
+
+
 def of(kind):
     return [block for language, block in BLOCKS if language == kind]
 
@@ -47,7 +60,7 @@ def test_commands(shell):
         lines.append(json.dumps(record | {"test_list": [f"assert f(0) == {task_id}"], "test_setup_code": ""}))
     data.write_text("\n".join(lines))
     environment = os.environ | {"FORGE_MBPP": str(data), "HF_HUB_OFFLINE": "1"}
-    seen = set()
+    seen, commands = set(), []
     for line in "\n".join(of("bash")).splitlines():
         words = shlex.split(line, comments=True)
         if not words:
@@ -65,8 +78,8 @@ def test_commands(shell):
         else:
             assert words[0] == "forge-fit", line
             short = SHORT if words[1] == "fit" else []
-            command = [sys.executable, "-W", "ignore", "-m", "forge_lightning.cli", *words[1:], *short]
-            run(command, cwd=shell, env=environment)
+            commands.append([*words[1:], *short])
+    run([sys.executable, "-W", "ignore", "-c", IN_TURN, json.dumps(commands)], cwd=shell, env=environment)
     assert seen == {"make", "pip", "export", "forge-fit"}
 
 
