@@ -587,13 +587,12 @@ class DreamReplay(ForgeCallback):
             some = self._some_stored()
             self._watched.push(some.rows, some.loss, some.success)
             self._before = self._measured(trainer, pl_module, template, self._watched)
-        with scaled_lr(trainer.optimizers, self.lr_scale):
-            while self._remaining:
-                self._dream(trainer, pl_module, template)
-                self._remaining -= 1
-                for callback in trainer.callbacks if self._remaining else ():  # type: ignore[attr-defined]
-                    if isinstance(callback, SupportsInterrupt):
-                        callback.stop_if_asked(trainer)
+        while self._remaining:
+            self._dream(trainer, pl_module, template)
+            self._remaining -= 1
+            for callback in trainer.callbacks if self._remaining else ():  # type: ignore[attr-defined]
+                if isinstance(callback, SupportsInterrupt):
+                    callback.stop_if_asked(trainer)
         after = self._measured(trainer, pl_module, template, self._watched)
         self._cycles += 1
         metrics = {"cycles": float(self._cycles), "loss_before": self._before[0], "success_before": self._before[1]}
@@ -612,7 +611,8 @@ class DreamReplay(ForgeCallback):
         rows = self._draw(self.batch_size or self._size)
         drawn = self._drawn
         seed = (self.seed * _SEED_STEP + self._extra_steps) * _SEED_STEP + trainer.global_rank
-        with apart(trainer, pl_module, self, seed % (1 << 63), self.with_callbacks):
+        asleep = apart(trainer, pl_module, self, seed % (1 << 63), self.with_callbacks)
+        with asleep, scaled_lr(trainer.optimizers, self.lr_scale):
             extra_step(trainer, pl_module, _on_device(pl_module, template, rows))
         if self._outcome is not None:
             self._note_replay(drawn, next(iter(rows.values())).numel(), *self._outcome[1:])
