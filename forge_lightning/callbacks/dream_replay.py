@@ -56,10 +56,10 @@ class DreamReplay(ForgeCallback):
     ``every_n_steps_by_stage``.
     Changes: with "mix" the batches, with "cycle" the weights between steps; with ``distillation`` the loss of replayed
     rows. Batch statistics and metrics that ``training_step`` updates see replayed rows.
-    Logs: at logging steps ``forge/dream/stored`` (rows, of this process), ``forge/dream/frontier`` (of those near the
+    Logs: at logging steps, of one process, ``forge/dream/stored`` (rows), ``forge/dream/frontier`` (of those near the
     threshold), ``forge/dream/share`` (of all compute so far, by entries of batches), ``forge/dream/replay_loss`` and
-    ``forge/dream/replay_success`` (of rows replayed since, NaN without any). After a sleep, and with "mix" every
-    ``every_n_steps``, ``forge/dream/probe_loss`` (of the first examples seen, which are never replayed) and
+    ``forge/dream/replay_success`` (of rows replayed since, NaN without any). Of all processes, after a sleep, and with
+    "mix" every ``every_n_steps``, ``forge/dream/probe_loss`` (of the first examples seen, which are never replayed) and
     ``forge/dream/forgetting`` (that minus its lowest so far); with "cycle" also ``forge/dream/cycles`` and, of up to 64
     stored rows, ``forge/dream/loss_before``, ``forge/dream/loss_after``, ``forge/dream/success_before`` and
     ``forge/dream/success_after``. Measured in evaluation mode, with ``training_step``; NaN under manual optimization.
@@ -217,9 +217,11 @@ class DreamReplay(ForgeCallback):
         self._before = [math.nan, math.nan]
         self._lowest = math.nan
         self._stage: int | None = None
-        self._replayed: list[tuple[Tensor, Tensor]] = []
+        self._replayed = [0.0] * 4  # since the last log: sum and number of losses, of successes
         self._forget_step()
-        self._measuring = False
+        self._measuring = self._dreaming = False
+        self._appended = 0  # rows that were put behind those of the batch at hand
+        self._mixer: DreamReplay | None = None
         self._step_before, self._check_at_start = -1, False
 
     def _forget_step(self) -> None:
@@ -273,6 +275,18 @@ class DreamReplay(ForgeCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._off:
             return
+        mixers = [
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if isinstance(callback, DreamReplay) and callback.mode == "mix" and not callback._off
+        ]
+        if len(mixers) > 1:
+            raise self.refuse(
+                "another `DreamReplay(mode='mix')`",
+                "each would store what the other replays",
+                "Raise `fraction`, or let one of them sleep.",
+            )
+        self._mixer = mixers[0] if mixers else None
         # A new list, because the trainer is walking the old one.
         self._after = _AfterAll(self._after_step)
         vars(trainer)["callbacks"] = [*trainer.callbacks, self._after]  # type: ignore[attr-defined]
@@ -284,6 +298,7 @@ class DreamReplay(ForgeCallback):
     def _mixed(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """In place of the strategy's ``batch_to_device``."""
         moved = self._to_device(batch, *args, **kwargs)
+        self._appended = 0
         trainer = self._trainer
         if trainer is None or not trainer.training or trainer.sanity_checking or len(self.buffer) == 0:
             return moved
@@ -293,7 +308,9 @@ class DreamReplay(ForgeCallback):
         self._carry -= count
         if count == 0:
             return moved
-        return with_rows(moved, self._joined(rows, self._draw(count)))
+        more = self._draw(count)
+        self._appended = count
+        return with_rows(moved, self._joined(rows, more))
 
     def _draw(self, count: int) -> dict[str, Tensor]:
         """Rows to replay: first variants, then stored ones."""
@@ -330,16 +347,22 @@ class DreamReplay(ForgeCallback):
         count = len(next(iter(rows.values())))
         losses, successes = self._scores(outputs, count)
         self._outcome = (rows, losses.detach(), successes.detach())
-        fresh = count - self._num_dreams - (0 if self._drawn is None else len(self._drawn))
+        fresh = self._fresh(count)
         if self.distillation and fresh and not self._measuring:
             self._logits = self._logits_to_store()
-        if fresh == count or not isinstance(outputs, Mapping):
+        if fresh == count or self is not self._mixer or not isinstance(outputs, Mapping):
             return outputs
 
         def cut(value: Any) -> Any:
             return value[:fresh] if isinstance(value, Tensor) and value.ndim and len(value) == count else value
 
         return {key: cut(value) for key, value in outputs.items()}
+
+    def _fresh(self, count: int) -> int:
+        """Rows of a batch that are not replayed, by whomever."""
+        if self._dreaming:
+            return 0
+        return count if self._mixer is None else count - self._mixer._appended
 
     def end(self) -> None:
         """Called by the wrapped training step."""
@@ -411,16 +434,17 @@ class DreamReplay(ForgeCallback):
 
     def _store(self, trainer: Trainer) -> None:
         """Admit the batch's fresh rows, and take note of how the replayed ones did."""
-        outcome, drawn, dreams, logits = self._outcome, self._drawn, self._num_dreams, self._logits
+        outcome, drawn, logits = self._outcome, self._drawn, self._logits
         self._forget_step()
         if outcome is None:
             return
         rows, losses, successes = outcome
-        fresh = len(losses) - dreams - (0 if drawn is None else len(drawn))
+        fresh = self._fresh(len(losses))
         self._size = max(self._size, fresh)
         first = next(iter(rows.values()))
         self._computed[0] += first[:fresh].numel()
-        self._note_replay(drawn, first[fresh:].numel(), losses[fresh:], successes[fresh:])
+        if self is self._mixer:
+            self._note_replay(drawn, first[fresh:].numel(), losses[fresh:], successes[fresh:])
         numbers = {
             "sample_id": self._numbers("sample_id", rows, ("sample_id", "id", "idx", "index")),
             "family": self._numbers("family", rows, ("family", "arm", "level")),
@@ -612,8 +636,14 @@ class DreamReplay(ForgeCallback):
         drawn = self._drawn
         seed = (self.seed * _SEED_STEP + self._extra_steps) * _SEED_STEP + trainer.global_rank
         asleep = apart(trainer, pl_module, self, seed % (1 << 63), self.with_callbacks)
-        with asleep, scaled_lr(trainer.optimizers, self.lr_scale):
-            extra_step(trainer, pl_module, _on_device(pl_module, template, rows))
+        self._dreaming = True
+        mixer = self._mixer or self
+        appended, mixer._appended = mixer._appended, 0
+        try:
+            with asleep, scaled_lr(trainer.optimizers, self.lr_scale):
+                extra_step(trainer, pl_module, _on_device(pl_module, template, rows))
+        finally:
+            self._dreaming, mixer._appended = False, appended
         if self._outcome is not None:
             self._note_replay(drawn, next(iter(rows.values())).numel(), *self._outcome[1:])
         self._forget_step()
@@ -624,7 +654,10 @@ class DreamReplay(ForgeCallback):
         if drawn is None:
             return
         losses, successes = losses[-len(drawn) :].cpu(), successes[-len(drawn) :].cpu()
-        self._replayed.append((losses, successes))
+        for place, values in enumerate((losses, successes)):
+            known = values[values.isfinite()]
+            self._replayed[2 * place] += float(known.sum())
+            self._replayed[2 * place + 1] += len(known)
         self.buffer.update(drawn, losses, successes)
 
     # Variants.
@@ -714,12 +747,7 @@ class DreamReplay(ForgeCallback):
         return {"probe_loss": loss, "forgetting": loss - self._lowest}
 
     def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        losses, successes = (
-            (torch.cat([torch.zeros(0), *parts]) for parts in zip(*self._replayed, strict=True))
-            if (self._replayed)
-            else (torch.zeros(0), torch.zeros(0))
-        )
-        self._replayed = []
+        (loss, num_losses, success, num_successes), self._replayed = self._replayed, [0.0] * 4
         fresh, replayed = self._computed
         self.log_metrics(
             trainer,
@@ -727,8 +755,8 @@ class DreamReplay(ForgeCallback):
                 "stored": float(len(self.buffer)),
                 "frontier": float(sum(self.buffer.categories.values())),
                 "share": replayed / max(1, fresh + replayed),
-                "replay_loss": float(losses.nanmean()),
-                "replay_success": float(successes.nanmean()),
+                "replay_loss": loss / num_losses if num_losses else math.nan,
+                "replay_success": success / num_successes if num_successes else math.nan,
             },
         )
 
@@ -789,7 +817,7 @@ class DreamReplay(ForgeCallback):
             vars(trainer)["callbacks"] = remaining
         if trainer is not None and self._to_device is not None:
             vars(trainer.strategy).pop("batch_to_device", None)
-        self._tap = self._trainer = self._after = self._to_device = None
+        self._tap = self._trainer = self._after = self._to_device = self._mixer = None
         self._forget_step()
 
 

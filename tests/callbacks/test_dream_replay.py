@@ -497,6 +497,17 @@ def test_dictionaries_and_named_tuples_stay_what_they_are():
     assert set(kinds) == {Pair}
 
 
+def test_one_that_mixes_and_one_that_sleeps_store_only_what_is_fresh():
+    mixes = DreamReplay(fraction=0.5, probe_size=0)
+    sleeps = DreamReplay(**SLEEPS | {"probe_size": 0}, name="second", with_callbacks=True)
+    for callbacks in ([mixes, sleeps], [sleeps, mixes]):
+        fit(callbacks, Plain, max_epochs=2)
+        assert mixes.buffer.num_seen == sleeps.buffer.num_seen == 2 * 64
+        assert len(mixes.buffer) == len(sleeps.buffer) == 64
+    with pytest.raises(MisconfigurationException, match="cannot work with another `DreamReplay\\(mode='mix'\\)`"):
+        fit([mixes, DreamReplay(fraction=0.1, name="second")], Plain)
+
+
 def test_fast_dev_run_sleeps_once():
     replay = DreamReplay(mode="cycle", probe_size=2)
     model, _ = fit([replay], Watched, fast_dev_run=2)

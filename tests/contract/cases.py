@@ -126,7 +126,7 @@ def dream_replay(mode, logs, exempt, **kwargs) -> Case:
         build=lambda: callbacks.DreamReplay(**options),
         id=f"dream-replay-{mode}",
         inert=lambda: callbacks.DreamReplay(**options | off),
-        twin=lambda: callbacks.DreamReplay(**options, name="second"),
+        twin=lambda: callbacks.DreamReplay(**options | {"mode": "cycle"}, name="second"),  # one of them can mix
         logs=frozenset(f"forge/dream/{key}" for key in logs),
         constant_logs=frozenset({"forge/dream/forgetting"}),  # 0 as long as the probe gets better
         exempt=exempt,
