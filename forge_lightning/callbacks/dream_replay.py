@@ -12,7 +12,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 
 from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, is_logging_step
-from forge_lightning.components.batch_rows import joined, rows_of, with_rows
+from forge_lightning.components.batch_rows import joined, rows_of, template_of, with_rows
 from forge_lightning.components.code_augmentation import CodeExample
 from forge_lightning.components.dream_augmenter import DreamAugmenter
 from forge_lightning.components.extra_steps import apart, extra_evaluation, extra_step, scaled_lr
@@ -31,6 +31,7 @@ from forge_lightning.functional.replay import stored_logit_loss, top_logits
 from forge_lightning.protocols import SupportsAugmentation, SupportsInterrupt
 from forge_lightning.sandbox import Sandbox, SandboxError, Task, Verdict
 
+_USUAL_LABELS = ("labels", "target", "targets", "label", "y")
 _EXTRAS = ("stored_values", "stored_classes", "stored_total")
 _NUM_WATCHED = 64  # stored rows that are measured before and after a sleep
 _NUM_DREAMS = 2048
@@ -59,7 +60,7 @@ class DreamReplay(ForgeCallback):
     Logs: at logging steps, of one process, ``forge/dream/stored`` (rows), ``forge/dream/frontier`` (of those near the
     threshold), ``forge/dream/share`` (of all compute so far, by entries of batches), ``forge/dream/replay_loss`` and
     ``forge/dream/replay_success`` (of rows replayed since, NaN without any). Of all processes, after a sleep, and with
-    "mix" every ``every_n_steps``, ``forge/dream/probe_loss`` (of the first examples seen, which are never replayed) and
+    "mix" every ``every_n_steps``, ``forge/dream/probe_loss`` (of early examples, which are never replayed) and
     ``forge/dream/forgetting`` (that minus its lowest so far); with "cycle" also ``forge/dream/cycles`` and, of up to 64
     stored rows, ``forge/dream/loss_before``, ``forge/dream/loss_after``, ``forge/dream/success_before`` and
     ``forge/dream/success_after``. Measured in evaluation mode, with ``training_step``; NaN under manual optimization.
@@ -94,13 +95,14 @@ class DreamReplay(ForgeCallback):
         problems_per_cycle: Programs to make variants of each time, on each process.
         timeout: Seconds that a program may run.
         allow_weaker: Run programs also where the system lacks a protection. Only for data that you trust.
-        probe_size: First examples of each process that are kept apart to measure forgetting; 0 for none.
+        probe_size: Examples of each process, every fourth of the first ones, that are kept apart to measure forgetting;
+            0 for none.
         every_n_steps_by_stage: With "cycle", another ``every_n_steps`` for stages of training, by number; 0: no sleep.
         stage_monitor: Logged metric that holds the stage's number.
         family: Key or position in the batch of whole numbers that tell families apart, which share the reservoir alike;
             "auto" for "family", "arm" or "level"; ``None`` for one family.
-        sample_id: Key or position of numbers that tell examples apart; "auto" for "sample_id", "id", "idx" or "index",
-            otherwise their content does; ``None`` for content.
+        sample_id: Key or position of numbers that tell examples apart; "auto" for "sample_id", otherwise their
+            content does; ``None`` for content.
         labels: Key or position of the labels; "auto" for the usual names, or the last of a tuple.
         mask: Key of the attention mask: rows are stored up to its last 1.
         network: Name of the part that puts out logits. Default: the only part with parameters, or "model", "net",
@@ -180,7 +182,8 @@ class DreamReplay(ForgeCallback):
         require(all(n >= 0 for n in by_stage.values()), "every_n_steps_by_stage", by_stage, "at least 0 each")
         if by_stage and mode == "mix":
             raise ValueError("`DreamReplay(every_n_steps_by_stage=...)` goes with mode='cycle': 'mix' has no sleep.")
-        self._new_buffer = partial(ReplayBuffer, mask=mask, owner="DreamReplay")
+        filled = _USUAL_LABELS if labels == "auto" else (str(labels),)
+        self._new_buffer = partial(ReplayBuffer, mask=mask, labels=filled, owner="DreamReplay")
         self._new_main = partial(self._new_buffer, capacity, frontier, max_bytes, memory_map=memory_map)
         self._new_main(memory_map=None)  # refuses bad arguments here, where they were written
         self.mode, self.every_n_steps, self.num_steps, self.fraction = mode, every_n_steps, num_steps, fraction
@@ -212,16 +215,22 @@ class DreamReplay(ForgeCallback):
             self.augmenter.load_state_dict({"tried": {}, "kept": {}})
         self._augmentations = 0
         self._steps, self._last_sleep, self._remaining, self._cycles, self._extra_steps = 0, 0, 0, 0, 0
-        self._carry, self._size = 0.0, 0
+        self._carry, self._dream_carry, self._size = 0.0, 0.0, 0
+        self._most_rows = 1  # of a batch, on any process, when the sleep began
+        self._offered, self._probe_closed = 0, self.probe_size == 0
         self._computed = [0, 0]  # entries of batches: fresh, replayed
         self._before = [math.nan, math.nan]
         self._lowest = math.nan
         self._stage: int | None = None
         self._replayed = [0.0] * 4  # since the last log: sum and number of losses, of successes
+        self._begin_fit()
+
+    def _begin_fit(self) -> None:
         self._forget_step()
         self._measuring = self._dreaming = False
         self._appended = 0  # rows that were put behind those of the batch at hand
         self._mixer: DreamReplay | None = None
+        self._kind: Any = None  # of batches, without rows
         self._step_before, self._check_at_start = -1, False
 
     def _forget_step(self) -> None:
@@ -258,7 +267,9 @@ class DreamReplay(ForgeCallback):
         self._leave(pl_module)
         if self._off:
             return
-        self._clear(trainer.global_rank)
+        if not self._offered:
+            self._clear(trainer.global_rank)
+        self._begin_fit()
         self._trainer = trainer
         try:
             network = find_network(pl_module, self.network)
@@ -298,23 +309,34 @@ class DreamReplay(ForgeCallback):
     def _mixed(self, batch: Any, *args: Any, **kwargs: Any) -> Any:
         """In place of the strategy's ``batch_to_device``."""
         moved = self._to_device(batch, *args, **kwargs)
-        self._appended = 0
         trainer = self._trainer
-        if trainer is None or not trainer.training or trainer.sanity_checking or len(self.buffer) == 0:
+        if moved is None or trainer is None or not trainer.training or trainer.sanity_checking:
             return moved
+        at = trainer.fit_loop.epoch_loop.batch_progress.current
+        if at.ready != at.completed:
+            return moved  # somebody else's batch, in the middle of a step
+        self._appended, self._drawn, self._num_dreams = 0, None, 0
         rows = self._rows_of(moved)
+        if self._check_at_start:  # the checkpoint was written before what was due then
+            self._check_at_start = False
+            self._measure_if_due(trainer, trainer.lightning_module, template_of(moved))
+        if len(self.buffer) == 0:
+            return moved
         self._carry += len(next(iter(rows.values()))) * self.fraction / (1 - self.fraction)
         count = int(self._carry)
         self._carry -= count
         if count == 0:
             return moved
         more = self._draw(count)
-        self._appended = count
+        self._appended = len(next(iter(more.values())))
         return with_rows(moved, self._joined(rows, more))
 
     def _draw(self, count: int) -> dict[str, Tensor]:
         """Rows to replay: first variants, then stored ones."""
-        wanted = round(count * self.augmented_fraction) if len(self.dreams) else 0
+        if len(self.dreams):
+            self._dream_carry += count * self.augmented_fraction
+        wanted = min(count, int(self._dream_carry))
+        self._dream_carry -= wanted
         dreams = self.dreams.sample(wanted, "uniform") if wanted else None
         self._num_dreams = 0 if dreams is None else len(dreams)
         if self._num_dreams < count:
@@ -325,7 +347,9 @@ class DreamReplay(ForgeCallback):
     def begin(self, batch: Any) -> None:
         """Called by the wrapped training step."""
         if self._batch is None:  # not after a backward pass inside the step
-            self._batch, self._call, self._outcome = batch, None, None
+            rows = self._rows_of(batch)
+            self._batch, self._kind = with_rows(batch, rows), template_of(batch)  # what the step takes out stays
+            self._call, self._outcome = None, None
         if self._tap is not None and self._call is None:
             self._tap.start(with_gradient=torch.is_grad_enabled())
 
@@ -374,7 +398,7 @@ class DreamReplay(ForgeCallback):
         self._step_before = trainer.global_step
         if self._check_at_start:  # the checkpoint was written before a sleep, or within it
             self._check_at_start = False
-            self._sleep_if_due(trainer, pl_module, batch)
+            self._sleep_if_due(trainer, pl_module, template_of(batch), interruptible=False)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -390,13 +414,20 @@ class DreamReplay(ForgeCallback):
 
     def _after_step(self, trainer: Trainer, pl_module: LightningModule, batch: Any) -> None:
         """After all callbacks' ``on_train_batch_end``, also those that write checkpoints: these hold what is due."""
-        if trainer.global_step == self._step_before:
-            return  # gradients are being accumulated
+        if trainer.global_step == self._step_before or self._kind is None:
+            return  # gradients are being accumulated, or nothing was trained on
         if self.mode == "cycle":
-            self._sleep_if_due(trainer, pl_module, batch)
-        elif is_dev_run(trainer) or self._steps % self.every_n_steps == 0:
+            self._sleep_if_due(trainer, pl_module, self._kind)
+        else:
+            self._measure_if_due(trainer, pl_module, self._kind)
+
+    def _measure_if_due(self, trainer: Trainer, pl_module: LightningModule, template: Any) -> None:
+        """What "mix" does every so often."""
+        due = self._steps and self._steps % self.every_n_steps == 0 and self._steps != self._last_sleep
+        if due or is_dev_run(trainer):
+            self._last_sleep = self._steps
             self._augment(trainer, pl_module)
-            self.log_metrics(trainer, self._probed(trainer, pl_module, batch) | self._yields(trainer, pl_module))
+            self.log_metrics(trainer, self._probed(trainer, pl_module, template) | self._yields(trainer, pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave(pl_module)
@@ -428,7 +459,8 @@ class DreamReplay(ForgeCallback):
 
     def _joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
         try:
-            return joined(first, second, self.buffer.pads)
+            known = self.buffer
+            return joined(first, second, known.pads, known.sequences, known.padded_at_front)
         except ValueError as error:
             raise MisconfigurationException(f"`DreamReplay`: {error}") from None
 
@@ -446,7 +478,7 @@ class DreamReplay(ForgeCallback):
         if self is self._mixer:
             self._note_replay(drawn, first[fresh:].numel(), losses[fresh:], successes[fresh:])
         numbers = {
-            "sample_id": self._numbers("sample_id", rows, ("sample_id", "id", "idx", "index")),
+            "sample_id": self._numbers("sample_id", rows, ("sample_id",)),
             "family": self._numbers("family", rows, ("family", "arm", "level")),
         }
         extras = {name: [each[i] for each in logits[:fresh]] for i, name in enumerate(_EXTRAS)} if logits else {}
@@ -463,15 +495,17 @@ class DreamReplay(ForgeCallback):
         extras: dict[str, list[Tensor]],
         stage: int,
     ) -> None:
-        """To the probe while it has room; what is in it is never stored elsewhere."""
+        """Every fourth to the probe while it has room; what is in it is never stored elsewhere."""
         rows = {name: tensor.detach().cpu() for name, tensor in rows.items()}
         ids = numbers["sample_id"]
         try:
             ids = self.probe.ids_of(rows) if ids is None else ids.cpu()
-            room = self.probe_size - len(self.probe)
-            if room > 0:
-                first = {name: tensor[:room] for name, tensor in rows.items()}
-                self.probe.push(first, losses[:room], successes[:room], ids[:room])
+            for i, id in enumerate(ids.tolist()):
+                self._offered += 1
+                if not self._probe_closed and self._offered % 4 == 1 and id not in self.buffer:
+                    one = {name: tensor[i : i + 1] for name, tensor in rows.items()}
+                    self.probe.push(one, losses[i : i + 1], successes[i : i + 1], ids[i : i + 1])
+                    self._probe_closed = len(self.probe) == self.probe_size
             free = [i for i, id in enumerate(ids.tolist()) if id not in self.probe]
             if free:
                 family = numbers["family"]
@@ -514,6 +548,7 @@ class DreamReplay(ForgeCallback):
             fits = isinstance(successes, Tensor) and successes.shape == (count,)
             return losses.detach().float(), successes.detach().float() if fits else nothing  # type: ignore[union-attr]
         if self._call is None:
+            self._cannot_score(ValueError("which part puts out logits is not known."))
             return nothing, nothing
         logits = self._call[2].detach()
         try:
@@ -521,6 +556,11 @@ class DreamReplay(ForgeCallback):
             if labels is None or labels.shape != logits.shape[:-1]:
                 shape = None if labels is None else tuple(labels.shape)
                 raise ValueError(f"labels {shape} do not fit logits {tuple(logits.shape)}.")
+            known = labels[labels != IGNORED]
+            if logits.shape[-1] < 2 or (
+                len(known) and not 0 <= int(known.min()) <= int(known.max()) < logits.shape[-1]
+            ):
+                raise ValueError(f"labels are no classes below {logits.shape[-1]}.")
         except ValueError as error:
             self._cannot_score(error)
             return nothing, nothing
@@ -595,17 +635,19 @@ class DreamReplay(ForgeCallback):
         return self.every_n_steps_by_stage.get(self._stage or 0, self.every_n_steps)
 
     def _stage_now(self, trainer: Trainer) -> int:
-        value = trainer.callback_metrics.get(self.stage_monitor)
-        return (-1 if self._stage is None else self._stage) if value is None else int(value)
+        value = float(trainer.callback_metrics.get(self.stage_monitor, math.nan))
+        return int(value) if math.isfinite(value) else -1 if self._stage is None else self._stage
 
-    def _sleep_if_due(self, trainer: Trainer, pl_module: LightningModule, template: Any) -> None:
+    def _sleep_if_due(
+        self, trainer: Trainer, pl_module: LightningModule, template: Any, interruptible: bool = True
+    ) -> None:
         if not self._remaining:
             interval = self._interval(trainer)
             due = is_dev_run(trainer) or (interval and self._steps - self._last_sleep >= interval)
             if not due or _least(trainer, len(self.buffer)) == 0:
                 return
             self._augment(trainer, pl_module)
-            self._last_sleep = self._steps
+            self._last_sleep, self._most_rows = self._steps, _most(trainer, self._size)
             self._remaining = 1 if is_dev_run(trainer) else self.num_steps
             self._watched = self._new_buffer(_NUM_WATCHED, 0.0)
             some = self._some_stored()
@@ -614,7 +656,7 @@ class DreamReplay(ForgeCallback):
         while self._remaining:
             self._dream(trainer, pl_module, template)
             self._remaining -= 1
-            for callback in trainer.callbacks if self._remaining else ():  # type: ignore[attr-defined]
+            for callback in trainer.callbacks if self._remaining and interruptible else ():  # type: ignore[attr-defined]
                 if isinstance(callback, SupportsInterrupt):
                     callback.stop_if_asked(trainer)
         after = self._measured(trainer, pl_module, template, self._watched)
@@ -632,7 +674,7 @@ class DreamReplay(ForgeCallback):
 
     def _dream(self, trainer: Trainer, pl_module: LightningModule, template: Any) -> None:
         self._extra_steps += 1
-        rows = self._draw(self.batch_size or self._size)
+        rows = self._draw(self.batch_size or self._most_rows)
         drawn = self._drawn
         seed = (self.seed * _SEED_STEP + self._extra_steps) * _SEED_STEP + trainer.global_rank
         asleep = apart(trainer, pl_module, self, seed % (1 << 63), self.with_callbacks)
@@ -718,7 +760,7 @@ class DreamReplay(ForgeCallback):
         """Loss and success on a store's rows, over all processes; all make the same number of forward passes."""
         if not pl_module.automatic_optimization or _least(trainer, len(store)) == 0:
             return [math.nan, math.nan]
-        slots, size = store.slots(), self.batch_size or max(1, self._size)
+        slots, size = store.slots(), self.batch_size or max(1, _most(trainer, self._size))
         sums = torch.zeros(4, dtype=torch.float64)
         for start in range(0, store.capacity, size):
             chunk = slots[start : start + size]
@@ -771,16 +813,27 @@ class DreamReplay(ForgeCallback):
             "extra_steps": self._extra_steps,
             "carry": self._carry,
             "size": self._size,
+            "most_rows": self._most_rows,
+            "dream_carry": self._dream_carry,
+            "offered": self._offered,
+            "probe_closed": self._probe_closed,
             "computed": list(self._computed),
             "before": list(self._before),
             "lowest": self._lowest,
             "stage": self._stage,
             "augmentations": self._augmentations,
+            "distilled": self._distilled_as,
         }
         if not self.save_buffer:
-            return {"counters": counters | {"remaining": 0}}
+            fresh = {"remaining": 0, "offered": 0, "probe_closed": self.probe_size == 0, "lowest": math.nan}
+            return {"counters": counters | fresh}
         made = {} if self.augmenter is None else {"augmenter": self.augmenter.state_dict()}
         return {"counters": counters, **made} | {name: store.state_dict() for name, store in self._stores.items()}
+
+    @property
+    def _distilled_as(self) -> list[int]:
+        """What rows are stored with."""
+        return [1, self.top_k] if self.distillation else [0, 0]
 
     @property
     def _stores(self) -> dict[str, ReplayBuffer]:
@@ -794,7 +847,15 @@ class DreamReplay(ForgeCallback):
             return
         same = len(states) == trainer.world_size
         state = states[trainer.global_rank if same else 0]
-        for name, value in state["counters"].items():
+        counters = dict(state["counters"])
+        kept = counters.pop("distilled")
+        if kept != self._distilled_as and any(len(other["buffer"]["slots"]) for other in states if "buffer" in other):
+            how = f"with the logits of {kept[1]} classes" if kept[0] else "without logits"
+            raise MisconfigurationException(
+                f"`DreamReplay(distillation={self.distillation}, top_k={self.top_k})`: the checkpoint's rows were"
+                f" stored {how}. Keep to that, or leave `DreamReplay` out and begin anew."
+            )
+        for name, value in counters.items():
             setattr(self, f"_{name}", value)
         if self.augmenter is not None and "augmenter" in state:
             self.augmenter.load_state_dict(state["augmenter"])
@@ -805,7 +866,8 @@ class DreamReplay(ForgeCallback):
                 store.load_state_dict(state[name])
             else:
                 store.load_shard([other[name] for other in states], trainer.global_rank, trainer.world_size)
-        self._check_at_start = self.mode == "cycle"
+        self._check_at_start = True
+        self._probe_closed |= not same and self._offered > 0
 
     def _leave(self, pl_module: LightningModule) -> None:
         remove_loss_term(pl_module, self)
@@ -853,6 +915,11 @@ def _least(trainer: Trainer, value: int) -> int:
         return value
     mine = torch.tensor(value, device=trainer.strategy.root_device)
     return int(trainer.strategy.all_gather(mine).min())
+
+
+def _most(trainer: Trainer, value: int) -> int:
+    """The largest of all processes'."""
+    return -_least(trainer, -value)
 
 
 def _gathered(state: dict[str, Any]) -> list[dict[str, Any]]:

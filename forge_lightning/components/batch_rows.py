@@ -1,6 +1,7 @@
 """Batches of somebody else's as rows of named tensors, and back."""
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
+from copy import copy
 from typing import Any
 
 import torch
@@ -40,29 +41,56 @@ def with_rows(batch: Any, rows: Mapping[str, Tensor]) -> Any:
         return rows["0"]
     if isinstance(batch, Mapping):
         made = {key: rows[str(key)] for key in batch}
-        return made if type(batch) is dict else type(batch)(made)  # type: ignore[call-arg]
+        if not isinstance(batch, dict):
+            return type(batch)(made)  # type: ignore[call-arg]
+        new = copy(batch)  # with what its kind has beside its entries
+        new.update(made)
+        return new
     values = [rows[str(place)] for place in range(len(batch))]
     return type(batch)(*values) if hasattr(batch, "_fields") else type(batch)(values)
 
 
-def joined(first: Mapping[str, Tensor], second: Mapping[str, Tensor], pads: Mapping[str, float]) -> dict[str, Tensor]:
-    """Rows of both, the shorter ones filled up at the end.
+def template_of(batch: Any) -> Any:
+    """A batch of the same kind without rows, for `with_rows`."""
+    return with_rows(batch, {name: torch.empty(0) for name in rows_of(batch)})
+
+
+def joined(
+    first: Mapping[str, Tensor],
+    second: Mapping[str, Tensor],
+    pads: Mapping[str, float],
+    sequences: Container[str],
+    at_front: bool = False,
+) -> dict[str, Tensor]:
+    """Rows of both.
+
+    Args:
+        first: Rows ``(B, ...)``.
+        second: Rows of the same fields.
+        pads: What fills up shorter sequences.
+        sequences: Fields whose rows may have different lengths.
+        at_front: Where they are filled up; otherwise at the end.
 
     Raises:
-        ValueError: If their fields differ.
+        ValueError: If their fields differ, or lengths of what is no sequence.
     """
-    if list(first) != list(second):
+    if set(first) != set(second):
         raise ValueError(f"the batch has {list(first)}, and what is stored {list(second)}.")
     rows = {}
     for name, one in first.items():
         other = second[name].to(device=one.device, dtype=one.dtype)
         if one.ndim > 1 and one.shape[1] != other.shape[1]:
+            if name not in sequences:
+                raise ValueError(
+                    f"rows of {name!r} are {one.shape[1]} long, and stored ones {other.shape[1]}. Where lengths differ,"
+                    " batches need a mask that is 0 at the padding."
+                )
             width = max(one.shape[1], other.shape[1])
-            one, other = (_widened(part, width, pads.get(name, 0)) for part in (one, other))
+            one, other = (_widened(part, width, pads.get(name, 0), at_front) for part in (one, other))
         rows[name] = torch.cat([one, other])
     return rows
 
 
-def _widened(rows: Tensor, width: int, pad: float) -> Tensor:
-    missing = (len(rows), width - rows.shape[1], *rows.shape[2:])
-    return torch.cat([rows, rows.new_full(missing, pad)], 1) if missing[1] else rows
+def _widened(rows: Tensor, width: int, pad: float, at_front: bool) -> Tensor:
+    more = rows.new_full((len(rows), width - rows.shape[1], *rows.shape[2:]), pad)
+    return torch.cat([more, rows] if at_front else [rows, more], 1)

@@ -179,7 +179,15 @@ def rename_entry_point(example: CodeExample, material: Material) -> list[Variant
     words = {word for text in (example.program, example.tests, example.setup) for word in re.findall(r"\w+", text)}
     if new in words or keyword.iskeyword(new) or old in local_names(ast.unparse(tree)) or old in attributes_of(tree):
         return []
-    in_prose = re.compile(rf"(?<![\w.]){re.escape(old)}(?=\s*\()")
+    called = re.compile(rf"(?<![\w.]){re.escape(old)}(?=\()")
+
+    def in_prose(text: str) -> str:
+        """In calls; and everywhere in lines that are Python, as assertions are."""
+        lines = text.splitlines(keepends=True)
+        return "".join(
+            (with_token(line, old, new) if parsed(line.strip()) else None) or called.sub(new, line) for line in lines
+        )
+
     tests, setup = with_token(example.tests, old, new), with_token(example.setup, old, new)
     program = with_token(example.program, old, new)
     if program is None or tests is None or setup is None:
@@ -187,8 +195,8 @@ def rename_entry_point(example: CodeExample, material: Material) -> list[Variant
     start = program.splitlines(keepends=True)[: example.before.count("\n")]  # a name holds no line end
     before = "".join(start)
     solution = program[len(before) : -1]
-    before = in_prose.sub(new, before)  # docstrings too
-    prompt = before if example.prompt == example.before else in_prose.sub(new, example.prompt)
+    before = in_prose(before)  # docstrings too
+    prompt = before if example.prompt == example.before else in_prose(example.prompt)
     if example.before and not example.before.endswith("\n"):
         return []
     return [Variant("rename_entry_point", CodeExample(prompt, solution, before, tests, (new,), setup))]

@@ -181,8 +181,9 @@ class Equivalents(Counting):
 
     def visit_AugAssign(self, node: ast.AugAssign) -> ast.stmt:
         self.generic_visit(node)
-        if not isinstance(node.target, ast.Name):
-            return node
+        number = isinstance(node.value, ast.Constant) and isinstance(node.value.value, int | float)
+        if not isinstance(node.target, ast.Name) or not number:
+            return node  # a list would no longer be changed in place
         self.count += 1
         return ast.Assign([node.target], ast.BinOp(ast.Name(node.target.id, ast.Load()), node.op, node.value))
 
@@ -208,8 +209,15 @@ class Renamer(ast.NodeTransformer):
             node.names = [self.names.get(name, name) for name in node.names]
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and is_docstring(body[0]) and self._words is not None:
-            body[0].value.value = self._words.sub(lambda m: self.names[m[0]], body[0].value.value)
+            lines = body[0].value.value.splitlines(keepends=True)
+            body[0].value.value = "".join(map(self._in_prose, lines))
         return self.generic_visit(node)
+
+    def _in_prose(self, line: str) -> str:
+        """A line of a docstring; examples and quotations in it are not about variables."""
+        if self._words is None or any(mark in line for mark in (">>>", '"', "'")):
+            return line
+        return self._words.sub(lambda m: self.names[m[0]], line)
 
 
 _DEFINES = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
@@ -317,22 +325,28 @@ def type_asserted(tests: str, call: ast.Call) -> str | None:
 def perturbed(call: ast.Call, rng: random.Random) -> ast.Call | None:
     """The same call with one literal a little changed."""
     new = copy.deepcopy(call)
-    places: list[Any] = [
-        node
-        for argument in new.args
-        for node in ast.walk(argument)
-        if (isinstance(node, ast.Constant) and isinstance(node.value, int | str) and not isinstance(node.value, bool))
-        or (isinstance(node, ast.List | ast.Tuple) and len(node.elts) > 2)
-    ]
+    sizes = {len(n.elts) for a in new.args for n in ast.walk(a) if isinstance(n, ast.List | ast.Tuple)}
+    nodes: list[Any] = [node for argument in new.args for node in ast.walk(argument)]
+    sizes |= {len(node.value) for node in nodes if _is_text(node)}
+    negative = {id(node.operand) for node in nodes if isinstance(node, ast.UnaryOp)}
+    # A number below 1, or one that is the length of something, may mean more than its value.
+    whole = [n for n in nodes if _is_whole(n) and n.value >= 1 and n.value not in sizes and id(n) not in negative]
+    places = whole + [node for node in nodes if _is_text(node) and len(node.value) > 1]
     if not places:
         return None
     node = rng.choice(places)
-    if isinstance(node, ast.List | ast.Tuple):
-        del node.elts[rng.randrange(len(node.elts))]
-    elif isinstance(node.value, str):
-        letters = list(node.value) or ["a"]
+    if isinstance(node.value, str):
+        letters = list(node.value)
         rng.shuffle(letters)
         node.value = "".join(letters)
     else:
         node.value += rng.choice((1, 2, 3))
     return new
+
+
+def _is_whole(node: Any) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, int) and not isinstance(node.value, bool)
+
+
+def _is_text(node: Any) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)

@@ -73,9 +73,12 @@ class DreamAugmenter:
             rng.shuffle(kinds)
             made.append([])
             for kind in kinds:
-                found = [
-                    variant for variant in AUGMENTATIONS[kind].make(example, material) if _differs(variant, example)
-                ]
+                try:
+                    candidates = AUGMENTATIONS[kind].make(example, material)
+                except (SyntaxError, ValueError, RecursionError):  # what parses need not compile, nor be written back
+                    self.tried[kind] = self.tried.get(kind, 0) + 1
+                    continue
+                found = [variant for variant in candidates if _differs(variant, example)]
                 if found:
                     made[-1].append(found)
                 if len(made[-1]) == self.per_problem:

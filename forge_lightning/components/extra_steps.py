@@ -2,10 +2,12 @@
 own.
 """
 
+import random
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
@@ -63,7 +65,7 @@ def apart(trainer: Any, module: Any, term: LossTerm, seed: int, with_callbacks: 
         trainer: Whose callbacks and loggers see nothing.
         module: Whose ``log`` does nothing.
         term: The one loss term that goes on.
-        seed: Of dropout and the like.
+        seed: Of torch's, NumPy's and Python's global random numbers.
         with_callbacks: Let callbacks' hooks and other loss terms take part; logged is nothing all the same.
     """
     devices = [module.device] if module.device.type == "cuda" else []
@@ -72,6 +74,10 @@ def apart(trainer: Any, module: Any, term: LossTerm, seed: int, with_callbacks: 
         stack.enter_context(muted(trainer, module))
         stack.enter_context(torch.random.fork_rng(devices))
         torch.manual_seed(seed)
+        stack.callback(random.setstate, random.getstate())
+        stack.callback(np.random.set_state, np.random.get_state())
+        random.seed(seed)
+        np.random.seed(seed % (1 << 32))
         if not with_callbacks:
             stack.enter_context(only_loss_term(module, term))
             vars(trainer)["callbacks"] = []

@@ -83,8 +83,9 @@ class ReplayBuffer:
     Args:
         capacity: Rows at most.
         frontier: Share of the capacity for the frontier, in [0, 1).
-        max_bytes: Bytes of row data at most. Rows beyond it drive others out, and one larger than it is not kept.
+        max_bytes: Bytes of row data at most, shared out as the capacity is. A row larger than its part is not kept.
         mask: Field that is 0 where sequences are padded.
+        labels: Fields that get -100 where shorter rows are filled up.
         alpha: How much priority decides in strategy "priority"; 0 is uniform.
         beta: How much importance weights correct for that, in [0, 1].
         memory_map: Folder for a file that holds the rows, for more than fits into memory.
@@ -113,6 +114,7 @@ class ReplayBuffer:
         frontier: float = 0.3,
         max_bytes: int = 1 << 30,
         mask: str | None = "attention_mask",
+        labels: Sequence[str] = ("labels",),
         alpha: float = 0.6,
         beta: float = 0.4,
         memory_map: str | Path | None = None,
@@ -130,14 +132,15 @@ class ReplayBuffer:
         require(0 <= beta <= 1, "beta", beta, "in [0, 1]")
         self.capacity, self.max_bytes, self.mask = capacity, max_bytes, mask
         self.alpha, self.beta, self.seed, self.owner = alpha, beta, seed, owner
-        self.memory_map = memory_map
+        self.memory_map, self.labels = memory_map, tuple(labels)
         self._quota = int(capacity * frontier) // len(CATEGORIES)
+        self._byte_quota = int(max_bytes * frontier) // len(CATEGORIES) if self._quota else 0
         self._clear()
 
     def _clear(self) -> None:
         self._columns = {name: torch.zeros(self.capacity, dtype=dtype) for name, dtype in _COLUMNS.items()}
         self._c: dict[str, Any] = {name: column.numpy() for name, column in self._columns.items()}
-        self._store = RowStore(self.capacity, self.mask, self.memory_map, self.owner)
+        self._store = RowStore(self.capacity, self.mask, self.memory_map, self.owner, self.labels)
         self._rng = np.random.default_rng(self.seed)
         self._free = list(range(self.capacity - 1, -1, -1))
         self._slot_of: dict[int, int] = {}
@@ -147,6 +150,9 @@ class ReplayBuffer:
         self._frontier: list[list[int]] = [[] for _ in CATEGORIES]
         self._place: Any = np.zeros((2, self.capacity), np.int64)  # in those lists
         self._num_held = 0
+        self._held_bytes, self._frontier_bytes = 0, [0] * len(CATEGORIES)
+        self._lengths = [0, 0]  # bytes of all rows offered, and their number
+        self._was_full = False  # of bytes
         self._recent: Any = np.zeros((3, _WINDOW))  # losses of failures, of successes, of all
         self._num_recent = [0, 0, 0]
         self._until_refresh = 0
@@ -188,6 +194,16 @@ class ReplayBuffer:
     def pads(self) -> dict[str, float]:
         """What fills up shorter rows, by field."""
         return self._store.pads
+
+    @property
+    def sequences(self) -> list[str]:
+        """Fields whose rows have lengths of their own."""
+        return self._store.sequences
+
+    @property
+    def padded_at_front(self) -> bool:
+        """Whether rows are filled up there."""
+        return self._store.padded_at_front
 
     def column(self, name: str) -> Tensor:
         """A score or label of all stored rows, by slot: "loss", "best_loss", "success", "best_success", "sample_id",
@@ -247,11 +263,12 @@ class ReplayBuffer:
                 self._rescore(slot, losses[i], successes[i], priorities[i])
                 kept.append(slot if ids[i] in self._slot_of else -1)
                 continue
-            fits = packed.length(i) <= self.max_bytes
-            fair = fits and self._makes_room(one_family, chances[i], places[i])
-            category = self._category(losses[i], successes[i]) if fits else 0
-            if category and not self._makes_room_in(category, priorities[i]):
+            length = packed.length(i)
+            self._lengths = [self._lengths[0] + length, self._lengths[1] + 1]
+            category = self._category(losses[i], successes[i])
+            if category and not self._makes_room_in(category, priorities[i], length):
                 category = 0
+            fair = self._makes_room(one_family, chances[i], places[i], length)
             if not (fair or category):
                 kept.append(-1)
                 continue
@@ -266,8 +283,6 @@ class ReplayBuffer:
                 self._join_reservoir(slot, one_family)
             if category:
                 self._join_frontier(slot, category)
-            while self.num_bytes > self.max_bytes:
-                self._drive_out(slot)
             kept.append(slot)
         return kept
 
@@ -352,18 +367,18 @@ class ReplayBuffer:
             "held": {family: list(held) for family, held in self._held.items()},
             "frontier": [list(part) for part in self._frontier],
             "seen": dict(self._seen),
-            "limit": self._limit,
+            "lengths": [*self._lengths, self._was_full],
             "recent": torch.from_numpy(self._recent.copy()),
             "num_recent": list(self._num_recent),
             "bounds": [self._until_refresh, *self._bounds],
             "rng": self._rng.bit_generator.state,
             "touched": sorted(self._touched),
-            "capacity": [self.capacity, self._quota],
+            "capacity": [self.capacity, self._quota, self.max_bytes],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`, exactly; with another capacity from its rows, as if they were pushed anew."""
-        if state_dict["capacity"] != [self.capacity, self._quota]:
+        """Go on from `state_dict`, exactly; with other limits as far as its rows fit, by chance."""
+        if state_dict["capacity"] != [self.capacity, self._quota, self.max_bytes]:
             self.load_shard([state_dict], rank=0, world_size=1)
             return
         self._clear()
@@ -380,7 +395,9 @@ class ReplayBuffer:
                 self._place[row][members] = range(len(members))
         self._num_held = sum(map(len, self._held.values()))
         self._seen = {int(family): count for family, count in state_dict["seen"].items()}
-        self._limit = state_dict["limit"]
+        *self._lengths, self._was_full = state_dict["lengths"]
+        self._held_bytes = sum(self._store.length(slot) for held in self._held.values() for slot in held)
+        self._frontier_bytes = [sum(map(self._store.length, part)) for part in self._frontier]
         self._touched = set(state_dict["touched"])
         self._recent = state_dict["recent"].numpy().copy()
         self._num_recent = list(state_dict["num_recent"])
@@ -398,13 +415,11 @@ class ReplayBuffer:
         self._clear()
         self._rng = np.random.default_rng([self.seed, rank, world_size])
         states = [state for state in states if len(state["slots"])]
-        number = 0
-        for state in states:
-            columns = state["columns"]
-            mine = [i for i in range(len(state["slots"])) if (number + i) % world_size == rank]
-            number += len(state["slots"])
-            for i in mine:
-                self._take_over(state["rows"], i, {name: column[i].item() for name, column in columns.items()})
+        rows = [(number, i) for number, state in enumerate(states) for i in range(len(state["slots"]))]
+        mine = rows[rank::world_size]
+        for number, i in (mine[place] for place in self._rng.permutation(len(mine))):  # whoever fits is a fair sample
+            state = states[number]
+            self._take_over(state["rows"], i, {name: column[i].item() for name, column in state["columns"].items()})
         seen: dict[int, int] = {}
         for state in states:
             for family, count in state["seen"].items():
@@ -416,12 +431,17 @@ class ReplayBuffer:
             state = states[rank % len(states)]
             self._recent, self._num_recent = state["recent"].numpy().copy(), list(state["num_recent"])
             self._until_refresh, *self._bounds = state["bounds"]
+            *self._lengths, self._was_full = state["lengths"]
 
     def _take_over(self, rows: Mapping[str, Any], i: int, row: dict[str, Any]) -> None:
-        if row["sample_id"] in self._slot_of or self.num_bytes + int(rows["lengths"][i]) > self.max_bytes:
+        length, category = int(rows["lengths"][i]), row["category"]
+        if row["sample_id"] in self._slot_of:
             return
-        fair = row["in_reservoir"] and self._num_held < self._limit
-        category = row["category"] if row["category"] and len(self._frontier[row["category"] - 1]) < self._quota else 0
+        budget = self.max_bytes - self._byte_quota * len(CATEGORIES)
+        fair = row["in_reservoir"] and self._num_held < self._limit and self._held_bytes + length <= budget
+        if category:
+            full = len(self._frontier[category - 1]) >= self._quota
+            category = 0 if full or self._frontier_bytes[category - 1] + length > self._byte_quota else category
         if not (fair or category):
             return
         slot = self._free.pop()
@@ -437,35 +457,55 @@ class ReplayBuffer:
 
     # Who stays.
 
-    def _makes_room(self, family: int, chance: float, place: float) -> bool:
+    def _makes_room(self, family: int, chance: float, place: float, length: int) -> bool:
         """Whether a new row enters the reservoir; if so, there is room for it."""
-        if self._limit == 0:
+        budget = self.max_bytes - self._byte_quota * len(CATEGORIES)
+        if self._limit == 0 or length > budget:
             return False
-        if self._num_held < self._limit:
+        self._was_full |= self._held_bytes + length > budget
+        if not self._was_full and self._num_held < self._limit:
             return True
+        # Where bytes are what is short, as many rows as fit of the mean length of all, so that none is favoured.
+        room = min(self._limit, budget * self._lengths[1] / self._lengths[0]) if self._was_full else self._limit
         held = self._held.setdefault(family, [])
-        share = self._limit / max(1, sum(1 for f in self._held if self._seen.get(f)))
+        share = room / len(self._held)
         largest = max(self._held.values(), key=len)
-        if len(held) < math.floor(share) and len(largest) > len(held) + 1:
-            self._leave_reservoir(largest[int(place * len(largest))])
-            return True
-        if not held or chance >= len(held) / self._seen[family]:
+        if share < 1:  # more families than room: all are one
+            if chance >= room / self.num_seen:
+                return False
+            from_ = None
+        elif len(held) < math.floor(share) and len(largest) > len(held) + 1:
+            from_ = largest
+        elif chance < min(share, max(1, len(held))) / self._seen[family]:
+            from_ = held
+        else:
             return False
-        self._leave_reservoir(held[int(place * len(held))])
+        while self._num_held >= self._limit or self._held_bytes + length > budget:
+            members = from_ or self._any_held(place)
+            self._leave_reservoir(members[int(place * len(members))])
+            place = float(self._rng.random())
         return True
 
-    def _makes_room_in(self, category: int, priority: float) -> bool:
+    def _any_held(self, place: float) -> list[int]:
+        """The members of a family, drawn in proportion to their number."""
+        at = place * self._num_held
+        for members in self._held.values():
+            at -= len(members)
+            if at < 0:
+                return members
+        return max(self._held.values(), key=len)
+
+    def _makes_room_in(self, category: int, priority: float, length: int) -> bool:
         """Whether there is room in a part of the frontier, if need be that of the least important of a few."""
         part = self._frontier[category - 1]
-        if len(part) < self._quota:
-            return True
-        if self._quota == 0:
+        if self._quota == 0 or length > self._byte_quota:
             return False
-        rivals = [part[int(u * len(part))] for u in self._rng.random(_RIVALS).tolist()]
-        weakest = min(rivals, key=self._c["priority"].__getitem__)
-        if priority < self._c["priority"][weakest]:
-            return False
-        self._leave_frontier(weakest)
+        while len(part) >= self._quota or self._frontier_bytes[category - 1] + length > self._byte_quota:
+            rivals = [part[int(u * len(part))] for u in self._rng.random(_RIVALS).tolist()]
+            weakest = min(rivals, key=self._c["priority"].__getitem__)
+            if priority < self._c["priority"][weakest]:
+                return False
+            self._leave_frontier(weakest)
         return True
 
     def _join_reservoir(self, slot: int, family: int) -> None:
@@ -474,23 +514,31 @@ class ReplayBuffer:
         held.append(slot)
         self._c["in_reservoir"][slot] = True
         self._num_held += 1
+        self._held_bytes += self._store.length(slot)
 
     def _leave_reservoir(self, slot: int) -> None:
         self._swap_out(self._held[int(self._c["family"][slot])], 0, slot)
         self._c["in_reservoir"][slot] = False
         self._num_held -= 1
+        self._held_bytes -= self._store.length(slot)
         self._drop_if_unused(slot)
 
     def _join_frontier(self, slot: int, category: int) -> None:
         part = self._frontier[category - 1]
         self._place[1, slot] = len(part)
         part.append(slot)
+        self._frontier_bytes[category - 1] += self._store.length(slot)
         self._c["category"][slot] = category
 
     def _leave_frontier(self, slot: int) -> None:
-        self._swap_out(self._frontier[int(self._c["category"][slot]) - 1], 1, slot)
-        self._c["category"][slot] = 0
+        self._pull_from_frontier(slot)
         self._drop_if_unused(slot)
+
+    def _pull_from_frontier(self, slot: int) -> None:
+        place = int(self._c["category"][slot]) - 1
+        self._swap_out(self._frontier[place], 1, slot)
+        self._frontier_bytes[place] -= self._store.length(slot)
+        self._c["category"][slot] = 0
 
     def _swap_out(self, members: list[int], row: int, slot: int) -> None:
         place, last = int(self._place[row, slot]), members.pop()
@@ -505,17 +553,6 @@ class ReplayBuffer:
         del self._slot_of[int(self._c["sample_id"][slot])]
         self._free.append(slot)
 
-    def _drive_out(self, newest: int) -> None:
-        """Make room for bytes: a random row of the largest family, else of the frontier; not the newest."""
-        largest = max(self._held.values(), key=len, default=[])
-        others = [slot for slot in largest if slot != newest] or [slot for slot in self.slots() if slot != newest]
-        slot = others[int(self._rng.integers(0, len(others)))]
-        if self._c["in_reservoir"][slot]:
-            self._leave_reservoir(slot)
-            self._limit = max(1, self._num_held)  # what there is room for
-        if self._slot_of.get(int(self._c["sample_id"][slot])) == slot and self._c["category"][slot]:
-            self._leave_frontier(slot)
-
     # What is known of them.
 
     def _rescore(self, slot: int, loss: float, success: float, priority: float) -> None:
@@ -527,11 +564,10 @@ class ReplayBuffer:
         if before == now:
             return
         c["priority"][slot] = priority
-        if now and not self._makes_room_in(now, priority):
+        if now and not self._makes_room_in(now, priority, self._store.length(slot)):
             now = 0
         if before:
-            self._swap_out(self._frontier[before - 1], 1, slot)
-            c["category"][slot] = 0
+            self._pull_from_frontier(slot)
         if now:
             self._join_frontier(slot, now)
         else:

@@ -25,7 +25,8 @@ class _Field:
         tail: Shape of an entry along the first dimension of a row.
         scalar: Whether a row is a single number.
         pad: What fills up shorter rows, once it was seen.
-        width: Length of all rows, where no mask says how long each is.
+        sequence: Whether the mask says how long each row is; decided by the first batch.
+        width: Length of all rows, where it does not.
         extra: Given row by row, with lengths of their own.
     """
 
@@ -34,6 +35,7 @@ class _Field:
     tail: tuple[int, ...]
     scalar: bool
     pad: float | None = None
+    sequence: bool = False
     width: int | None = None
     extra: bool = False
 
@@ -46,16 +48,19 @@ class _Field:
 class PackedRows:
     """A batch as bytes; a row is put together only when it is asked for."""
 
-    def __init__(self, items: Sequence[int], arrays: Sequence[Any], counts: Any) -> None:
+    def __init__(self, items: Sequence[int], arrays: Sequence[Any], counts: Any, halved: Sequence[bool]) -> None:
         self.counts = counts
-        self._items, self._arrays = items, arrays
+        self._items, self._arrays, self._halved = items, arrays, halved
 
     def __len__(self) -> int:
         return len(self.counts)
 
     def __getitem__(self, i: int) -> Any:
+        return np.concatenate(self._parts(i))
+
+    def _parts(self, i: int) -> list[Any]:
         pieces = zip(self._arrays, self._items, self.counts[i].tolist(), strict=True)
-        return np.concatenate([array[i][: item * count] for array, item, count in pieces])
+        return [array[i][: item * count] for array, item, count in pieces]
 
     def length(self, i: int) -> int:
         """Bytes of a row."""
@@ -63,25 +68,36 @@ class PackedRows:
 
     def ids(self) -> list[int]:
         """A number made of each row's content, of 62 bits."""
-        hashes = [hashlib.blake2b(self[i].tobytes(), digest_size=8).digest() for i in range(len(self))]
-        return [int.from_bytes(digest, "little") >> 2 for digest in hashes]
+        ids = []
+        for i in range(len(self)):
+            digest = hashlib.blake2b(digest_size=8)
+            for part, halved in zip(self._parts(i), self._halved, strict=True):
+                digest.update((_doubled(part) if halved else part).tobytes())  # however it is kept
+            ids.append(int.from_bytes(digest.digest(), "little") >> 2)
+        return ids
 
 
 class RowStore:
     """Rows by slot: the same fields in each, of any length along their first dimension.
 
-    What the mask covers at the end of sequences is left out, and filled up again where rows are read together.
+    Sequences are the fields of whole numbers, ``(B, T)``, that are as long as the mask in the first batch. What the
+    mask covers at their end is left out, and filled up again where rows are read together. Batches that are padded at
+    the front are kept whole, and filled up there.
 
     Args:
         capacity: Number of slots.
         mask: Field that is 0 where sequences are padded.
         folder: Where a file is made for the rows, which goes with the process. Default: they are kept in memory.
         owner: Name for error messages.
+        labels: Fields that are filled up with -100, which takes no loss.
     """
 
-    def __init__(self, capacity: int, mask: str | None, folder: str | Path | None, owner: str) -> None:
+    def __init__(
+        self, capacity: int, mask: str | None, folder: str | Path | None, owner: str, labels: Sequence[str]
+    ) -> None:
         self.num_bytes = 0
-        self._capacity, self._mask, self._owner = capacity, mask, owner
+        self.padded_at_front = False
+        self._capacity, self._mask, self._owner, self._labels = capacity, mask, owner, labels
         self._bytes: _Memory | _Mapped = _Memory() if folder is None else _Mapped(folder, capacity)
         self._fields: dict[str, _Field] = {}
         self._counts: Any = np.zeros((capacity, 0), np.int64)  # entries of each field of each row
@@ -96,13 +112,14 @@ class RowStore:
         Raises:
             ValueError: If fields differ from those of earlier rows, or numbers of rows from each other.
         """
-        if not self._fields:
-            self._begin(rows, extras)
-        if [*rows, *extras] != list(self._fields):
-            raise ValueError(f"`{self._owner}` stores rows of {list(self._fields)}, and got {[*rows, *extras]}.")
         size = len(next(iter(rows.values())))
         mask = rows.get(self._mask) if self._mask is not None else None
-        real = None if mask is None else _real_lengths(mask)
+        mask = mask if mask is not None and mask.ndim == 2 else None
+        if not self._fields:
+            self._begin(rows, extras, mask)
+        if {*rows, *extras} != set(self._fields):
+            raise ValueError(f"`{self._owner}` stores rows of {list(self._fields)}, and got {[*rows, *extras]}.")
+        real = None if mask is None else self._real_lengths(mask)
         arrays: list[Any] = []
         counts: Any = np.ones((size, len(self._fields)), np.int64)
         for place, (name, field) in enumerate(self._fields.items()):
@@ -113,14 +130,24 @@ class RowStore:
                 arrays.append([_bytes_of(self._fitting(name, field, one.unsqueeze(0))) for one in values])
                 counts[:, place] = [len(one) for one in values]
                 continue
-            if not field.scalar:
-                trimmed = real is not None and mask is not None and values.shape[1] == mask.shape[1]
-                counts[:, place] = real if trimmed else self._width(name, field, values.shape[1])
-                if trimmed and field.pad is None:
-                    covered = values[mask == 0].flatten()
+            if field.sequence:
+                if mask is None or real is None or values.shape[1] != mask.shape[1]:
+                    width = None if mask is None else mask.shape[1]
+                    raise ValueError(
+                        f"`{self._owner}`: {name!r} was as long as the mask {self._mask!r}, and now is"
+                        f" {values.shape[1]} long and the mask {width}."
+                    )
+                counts[:, place] = real
+                if field.pad is None:
+                    covered = values[mask == 0]
                     field.pad = covered[-1].item() if len(covered) else None
+            elif not field.scalar:
+                counts[:, place] = self._width(name, field, values.shape[1])
             arrays.append(_bytes_of(self._fitting(name, field, values)).reshape(size, -1))
-        return PackedRows([field.item for field in self._fields.values()], arrays, counts)
+        fields = self._fields.values()
+        return PackedRows(
+            [field.item for field in fields], arrays, counts, [field.stored != field.dtype for field in fields]
+        )
 
     def put(self, slot: int, packed: PackedRows, i: int) -> None:
         """Keep the ``i``-th row of a batch, in a free slot."""
@@ -149,9 +176,19 @@ class RowStore:
             tensor = torch.full((len(slots), *longest, *field.tail), field.pad or 0, dtype=field.stored)
             flat = _bytes_of(tensor).reshape(len(slots), -1)
             for i, parts in enumerate(split):
-                flat[i, : len(parts[place])] = parts[place]
+                end = flat.shape[1] if self.padded_at_front else len(parts[place])
+                flat[i, end - len(parts[place]) : end] = parts[place]
             rows[name] = tensor.to(field.dtype)
         return rows, extras
+
+    @property
+    def sequences(self) -> list[str]:
+        """Fields whose rows have lengths of their own."""
+        return [name for name, field in self._fields.items() if field.sequence]
+
+    def length(self, slot: int) -> int:
+        """Bytes of a stored row."""
+        return len(self._bytes[slot])
 
     @property
     def pads(self) -> dict[str, float]:
@@ -162,11 +199,12 @@ class RowStore:
         """The rows of these slots, as plain tensors and lists."""
         blobs = [self._bytes[slot] for slot in slots]
         fields = {
-            name: [_name(f.dtype), _name(f.stored), list(f.tail), f.scalar, f.pad, f.width, f.extra]
+            name: [_name(f.dtype), _name(f.stored), list(f.tail), f.scalar, f.pad, f.sequence, f.width, f.extra]
             for name, f in self._fields.items()
         }
         return {
             "fields": fields,
+            "padded_at_front": self.padded_at_front,
             "data": torch.from_numpy(np.concatenate([np.zeros(0, np.uint8), *blobs])),
             "lengths": torch.tensor([len(blob) for blob in blobs], dtype=torch.int64),
             "counts": torch.from_numpy(self._counts[np.array(slots, np.int64)]),
@@ -180,6 +218,7 @@ class RowStore:
                 for name, (dtype, stored, tail, *rest) in state["fields"].items()
             }
             self._counts = np.zeros((self._capacity, len(self._fields)), np.int64)
+            self.padded_at_front = state["padded_at_front"]
         ends = state["lengths"].cumsum(0).tolist()
         for place, slot in slots.items():
             blob = state["data"][ends[place - 1] if place else 0 : ends[place]].numpy()
@@ -190,13 +229,29 @@ class RowStore:
         self._counts[slot] = counts
         self.num_bytes += len(row)
 
-    def _begin(self, rows: Mapping[str, Tensor], extras: Mapping[str, Sequence[Tensor]]) -> None:
+    def _begin(self, rows: Mapping[str, Tensor], extras: Mapping[str, Sequence[Tensor]], mask: Tensor | None) -> None:
         for name, like in (*rows.items(), *((name, values[0].unsqueeze(0)) for name, values in extras.items())):
-            stored = torch.int32 if like.dtype == torch.int64 else like.dtype
-            pad = {"labels": IGNORED, self._mask: 0}.get(name)
-            tail, scalar, extra = tuple(like.shape[2:]), like.ndim == 1, name in extras
-            self._fields[name] = _Field(like.dtype, stored, tail, scalar, pad, extra=extra)
+            whole = not like.is_floating_point() and not like.is_complex()
+            field = _Field(
+                like.dtype,
+                torch.int32 if like.dtype == torch.int64 else like.dtype,
+                tuple(like.shape[2:]),
+                scalar=like.ndim == 1,
+                pad=0 if name == self._mask else IGNORED if name in self._labels and whole else None,
+                sequence=name in rows and mask is not None and whole and like.shape == mask.shape,
+                extra=name in extras,
+            )
+            self._fields[name] = field
         self._counts = np.zeros((self._capacity, len(self._fields)), np.int64)
+
+    def _real_lengths(self, mask: Tensor) -> Any:
+        """Positions up to the last one that counts, ``(B,)``; all where rows are padded at the front."""
+        counts = mask.detach().cpu().ne(0)
+        self.padded_at_front |= bool((counts[:, -1] & ~counts[:, 0]).any()) if counts.shape[1] else False
+        if self.padded_at_front:
+            return np.full(len(counts), counts.shape[1])
+        last = counts.flip(1).int().argmax(1)
+        return torch.where(counts.any(1), counts.shape[1] - last, 0).numpy()
 
     def _width(self, name: str, field: _Field, width: int) -> int:
         if field.width not in (None, width):
@@ -318,13 +373,6 @@ def _bytes_of(tensor: Tensor) -> Any:
 def _doubled(part: Any) -> Any:
     """Whole numbers of 32 bits as such of 64."""
     return part.copy().view(np.int32).astype(np.int64).view(np.uint8)
-
-
-def _real_lengths(mask: Tensor) -> Any:
-    """Positions up to the last one that counts, ``(B,)``."""
-    counts = mask.detach().cpu().ne(0)
-    last = counts.flip(1).int().argmax(1)
-    return torch.where(counts.any(1), counts.shape[1] - last, 0).numpy()
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -59,7 +59,7 @@ def dream(run: RunTrace) -> Any | None:
         if found.get(key, ([], []))[0]:
             draw_series(probe, found[key], label, color)
     probe.set(xlabel=STEP, ylabel="loss")
-    probe.set_title("The first examples, never replayed")
+    probe.set_title("Early examples, never replayed")
     if probe.get_legend_handles_labels()[0]:
         probe.legend(loc="best")
     return figure

@@ -2,11 +2,14 @@ import contextlib
 import csv
 import math
 import pickle
+import random
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
@@ -76,12 +79,12 @@ def test_mixed_batches_hold_what_was_seen_before_and_is_stored_exactly():
         fresh, replayed = x[:8], x[8:]
         total += len(replayed)
         assert rows_in(replayed) <= known, "not what comes later"
-        assert rows_in(replayed).isdisjoint(rows_in(data[:8])), "not the probe"
+        assert rows_in(replayed).isdisjoint(rows_in(data[:32:4])), "not the probe"
         known |= rows_in(fresh)
-    assert total == pytest.approx(14 * 8 * 0.25, abs=1), "a fifth of the batch, on top; none while nothing is stored"
+    assert total == pytest.approx(15 * 8 * 0.25, abs=1), "a fifth of the batch, on top; none while nothing is stored"
     assert len(replay.buffer) == 64 - 8, "nothing is stored twice"
     assert replay.buffer.num_seen == 2 * 64 - 2 * 8, "and what is replayed is not offered again"
-    assert rows_in(replay.buffer.read(replay.buffer.slots()).rows["0"]) == rows_in(data[8:])
+    assert rows_in(replay.buffer.read(replay.buffer.slots()).rows["0"]) == rows_in(data) - rows_in(data[:32:4])
 
 
 def test_other_callbacks_see_the_fresh_rows_of_what_a_step_returns():
@@ -327,7 +330,7 @@ def test_scores_from_logits_are_those_that_the_module_returns(offline):
         assert torch.equal(success, other_success)
 
 
-def fit_model(callbacks, data, config=TINY, **kwargs):
+def fit_model(callbacks, data, config=TINY, ckpt_path=None, **kwargs):
     from lightning.pytorch import Trainer, seed_everything
 
     seed_everything(0, verbose=False)
@@ -335,7 +338,7 @@ def fit_model(callbacks, data, config=TINY, **kwargs):
     defaults |= {"enable_model_summary": False, "limit_val_batches": 0}
     trainer = Trainer(**defaults | {"callbacks": callbacks} | kwargs)
     model = ForgeModule(config=config)
-    trainer.fit(model, datamodule=data)
+    trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
     return model, trainer
 
 
@@ -498,10 +501,10 @@ def test_dictionaries_and_named_tuples_stay_what_they_are():
 
 
 def test_one_that_mixes_and_one_that_sleeps_store_only_what_is_fresh():
-    mixes = DreamReplay(fraction=0.5, probe_size=0)
-    sleeps = DreamReplay(**SLEEPS | {"probe_size": 0}, name="second", with_callbacks=True)
-    for callbacks in ([mixes, sleeps], [sleeps, mixes]):
-        fit(callbacks, Plain, max_epochs=2)
+    for turned in (False, True):
+        mixes = DreamReplay(fraction=0.5, probe_size=0)
+        sleeps = DreamReplay(**SLEEPS | {"probe_size": 0}, name="second", with_callbacks=True)
+        fit([sleeps, mixes] if turned else [mixes, sleeps], Plain, max_epochs=2)
         assert mixes.buffer.num_seen == sleeps.buffer.num_seen == 2 * 64
         assert len(mixes.buffer) == len(sleeps.buffer) == 64
     with pytest.raises(MisconfigurationException, match="cannot work with another `DreamReplay\\(mode='mix'\\)`"):
@@ -513,6 +516,179 @@ def test_fast_dev_run_sleeps_once():
     model, _ = fit([replay], Watched, fast_dev_run=2)
     assert replay._cycles == 2
     assert sum(model.modes) == 4
+
+
+@pytest.mark.parametrize(
+    "options", [{"fraction": 0.8}, {"fraction": 0.5, "capacity": 4}, {"fraction": 0.5, "batch_size": 3}]
+)
+def test_fewer_stored_rows_than_asked_for_are_no_harm(options):
+    outputs = Outputs()
+    replay = DreamReplay(**options, probe_size=0, frontier=0.0)
+    fit([replay, outputs], PerExample, max_epochs=2)
+    assert outputs.sizes == [8] * 16
+    assert replay.buffer.num_seen == 128
+
+
+class Indexed(Plain):
+    """The last of the batch's tensors are no classes."""
+
+    def train_dataloader(self):
+        x, y = examples().tensors
+        return DataLoader(TensorDataset(x, y, torch.arange(100, 164)), batch_size=8)
+
+    def loss(self, batch):
+        return super().loss(batch[:2])
+
+
+class OneLogit(Plain):
+    def __init__(self):
+        super().__init__()
+        self.net[3] = nn.Linear(16, 1)
+
+    def loss(self, batch):
+        x, y = batch
+        return nn.functional.binary_cross_entropy_with_logits(self.net(x)[:, 0], y.float())
+
+
+@pytest.mark.parametrize("module", [Indexed, OneLogit])
+def test_labels_that_are_no_classes_are_not_scored(module):
+    replay = DreamReplay(fraction=0.5, probe_size=0)
+    with pytest.warns(UserWarning, match="nothing tells how single examples do .labels are no classes below"):
+        fit([replay], module)
+    assert replay.buffer.column("loss").isnan().all()
+
+
+@pytest.mark.parametrize("mode", ["mix", "cycle"])
+def test_a_step_may_take_things_out_of_its_batch(mode):
+    class Pops(Plain):
+        def train_dataloader(self):
+            x, y = examples().tensors
+            return DataLoader([{"x": a, "labels": b} for a, b in zip(x, y, strict=True)], batch_size=8)
+
+        val_dataloader = train_dataloader
+
+        def loss(self, batch):
+            labels = batch.pop("labels")
+            batch["x"] = batch["x"] * 2
+            return nn.functional.cross_entropy(self.net(batch["x"]), labels)
+
+    replay = DreamReplay(**SLEEPS | {"mode": mode, "fraction": 0.5, "probe_size": 0})
+    fit([replay], Pops)
+    rows = replay.buffer.read(replay.buffer.slots()).rows
+    assert rows_in(rows["x"]) == rows_in(examples().tensors[0]), "what came, not what was made of it"
+    assert not replay.buffer.column("loss").isnan().any()
+
+
+def test_ragged_batches_without_a_mask_are_refused():
+    class Ragged(Plain):
+        def train_dataloader(self):
+            return DataLoader([(torch.ones(4, n), torch.zeros(4, dtype=torch.long)) for n in (9, 7)], batch_size=None)
+
+        def loss(self, batch):
+            return self.net(torch.ones(4, 8)).square().mean() * batch[0].mean()
+
+    with pytest.raises(
+        MisconfigurationException, match="rows of '0' are 7 long, and stored ones 9. Where lengths differ"
+    ):
+        fit([DreamReplay(fraction=0.5, probe_size=0)], Ragged)
+
+
+def test_a_batch_that_somebody_else_moves_in_a_step_is_left_alone():
+    sizes = []
+
+    class Looks(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            sizes.append(len(trainer.strategy.batch_to_device([torch.zeros(8, 8), torch.zeros(8)])[0]))
+
+    with_it, _ = fit([DreamReplay(fraction=0.5), Looks()], Plain)
+    without, _ = fit([DreamReplay(fraction=0.5)], Plain)
+    assert sizes == [8] * 8
+    assert torch.equal(weights(with_it), weights(without))
+
+
+def test_a_sleep_that_is_finished_after_a_resume_is_not_stopped_again(tmp_path):
+    """The next batch has been handed out by then, and would be lost."""
+    path = tmp_path / "asleep.ckpt"
+    made = lambda *more: [DreamReplay(**SLEEPS), RNGState(), *more]  # noqa: E731
+    straight, _ = fit(made(), Stateful, max_epochs=2)
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt, SystemExit):
+            start = path if path.exists() else None
+            fit(made(StopsInSleep(path, 1)), Stateful, max_epochs=2, ckpt_path=start)
+    resumed, trainer = fit(made(), Stateful, max_epochs=2, ckpt_path=path)
+    assert trainer.global_step == 16
+    assert torch.equal(weights(resumed), weights(straight))
+
+
+@pytest.mark.filterwarnings("ignore:.*generated functions take", "ignore:.*are longer than max_length")
+def test_variants_that_were_due_when_a_checkpoint_was_written_are_made_after_it(offline, tmp_path):
+    def run(**more):
+        data = CodeTasks(generated=True, batch_size=4, max_length=400)
+        augmenter = DreamAugmenter(["rename_variables"])
+        options = {
+            "fraction": 0.5,
+            "every_n_steps": 3,
+            "problems_per_cycle": 2,
+            "augmenter": augmenter,
+            "probe_size": 4,
+        }
+        checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
+        callbacks = [DreamReplay(**options), RNGState(), checkpoint]
+        return fit_model(callbacks, data, max_steps=5, enable_checkpointing=True, **more)[0]
+
+    straight = run()
+    resumed = run(ckpt_path=tmp_path / "step=3.ckpt")
+    for name, weight in straight.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+
+
+def test_fitted_again_it_keeps_what_it_has_stored():
+    replay = DreamReplay(fraction=0.5, probe_size=0)
+    fit([replay], with_data(0))
+    fit([replay], with_data(1))
+    assert len(replay.buffer) == 128
+
+
+def test_a_data_set_smaller_than_the_probe_is_replayed_all_the_same():
+    replay = DreamReplay(fraction=0.5)
+    fit([replay], Plain, max_epochs=2)
+    assert len(replay.probe) == 16
+    assert len(replay.buffer) == 48
+
+
+def test_variants_come_also_where_one_row_is_drawn_at_a_time():
+    replay = DreamReplay(fraction=0.2, augmented_fraction=0.5, probe_size=0)
+    for store in (replay.buffer, replay.dreams):
+        store.push({"x": torch.arange(8)})
+    variants = 0
+    for _ in range(10):
+        replay._draw(1)
+        variants += replay._num_dreams
+    assert variants == 5
+
+
+def test_a_buffer_that_was_stored_otherwise_is_explained():
+    replay = DreamReplay(fraction=0.5)
+    fit([replay], Plain)
+    other = DreamReplay(fraction=0.5, distillation=1.0)
+    other.load_state_dict(replay.state_dict())
+    with pytest.raises(
+        MisconfigurationException, match=r"the checkpoint's rows were stored without logits. Keep to that"
+    ):
+        fit([other], Plain)
+
+
+def test_numpys_random_numbers_are_not_moved_by_a_sleep():
+    class Draws(Plain):
+        def training_step(self, batch, batch_idx):
+            np.random.rand()
+            random.random()
+            return super().training_step(batch, batch_idx)
+
+    fit([DreamReplay(**SLEEPS)], Draws)
+    after = np.random.rand(), random.random()
+    fit([], Draws)
+    assert after == (np.random.rand(), random.random())
 
 
 def test_it_can_be_pickled():

@@ -14,7 +14,7 @@ from forge_lightning.components.code_augmentation import (
     Variant,
     register_augmentation,
 )
-from forge_lightning.components.code_trees import mutants, parsed
+from forge_lightning.components.code_trees import mutants, parsed, perturbed
 from forge_lightning.components.dream_augmenter import DreamAugmenter
 from forge_lightning.data import CodeTasks
 from forge_lightning.sandbox import Sandbox, Task
@@ -129,13 +129,61 @@ def test_the_entry_point_is_renamed_in_prompt_program_and_tests_alike(run):
         ),
         ("api_equivalents", "return [i for i in range(a)]", "return list((i for i in range(a)))"),
         ("api_equivalents", "return str(a)", "return f'{a}'"),
-        ("api_equivalents", "a += b\n    return a", "a = a + b"),
+        ("api_equivalents", "a += 2\n    return a", "a = a + 2"),
     ],
 )
 def test_programs_become_what_means_the_same(kind, before, after):
     example = replace(MBPP, solution=f"def f(a, b):\n    {before}")
     (variant,) = AUGMENTATIONS[kind].make(example, Material(random.Random(0)))
     assert after in variant.example.solution
+
+
+def test_a_list_is_still_changed_in_place():
+    example = replace(MBPP, solution="def f(a, b):\n    a += b\n    return a")
+    assert AUGMENTATIONS["api_equivalents"].make(example, Material(random.Random(0))) == []
+
+
+def test_examples_in_a_docstring_are_not_about_variables(run):
+    signature = 'def f(text):\n    """Length of text.\n    >>> f("text")\n    4\n    """\n'
+    example = CodeExample(signature, "    return len(text)", signature, 'assert f("text") == 4', ("f",))
+    for seed in range(6):
+        (variant,) = made("rename_variables", example, run, seed=seed)
+        assert 'f("text")' in variant.example.prompt.replace("'", '"')
+        assert "Length of text." not in variant.example.prompt
+
+
+def test_an_entry_point_that_is_handed_on_is_renamed_in_the_prompts_assertions_too(run):
+    test = "assert list(map(add_one, [1])) == [2]"
+    prompt = f'"""\nAdd one (and only one).\n{test}\n"""\n'
+    example = CodeExample(prompt, "def add_one(x):\n    return x + 1", "", test, ("add_one",))
+    (variant,) = made("rename_entry_point", example, run)
+    assert "map(addOne, [1])" in variant.example.prompt
+    example = replace(
+        example, prompt='"""\nfirst (of all).\n"""\n', solution="def first(x): return x", entry_point=("first",)
+    )
+    (variant,) = made("rename_entry_point", replace(example, tests="assert first(1) == 1"), run)
+    assert "\nfirst (of all)" in variant.example.prompt
+
+
+def test_what_cannot_be_written_back_is_counted_and_passed_over(run):
+    program = 'def count_above(a, b):\n    import re\n    return str(re.sub(r"\\d", "", a))'
+    augmenter = DreamAugmenter(["api_equivalents"])
+    (variants,) = augmenter.augment(
+        [replace(MBPP, solution=program, tests='assert count_above("a1", 0) == "a"')], run, 0
+    )
+    assert augmenter.tried == {"api_equivalents": 1}
+    assert len(variants) == augmenter.kept.get("api_equivalents", 0)
+
+
+def test_inputs_are_changed_only_within_what_they_mean():
+    call = ast.parse("f([1, 5, 9], 3, -2, 'ab')").body[0].value
+    seen = {ast.unparse(perturbed(call, random.Random(seed))) for seed in range(40)}
+    assert len(seen) > 3
+    for text in seen:
+        numbers, size, negative, letters = (ast.literal_eval(arg) for arg in ast.parse(text).body[0].value.args)
+        assert len(numbers) == size == 3
+        assert negative == -2
+        assert sorted(letters) == ["a", "b"]
 
 
 def test_chains_and_lazy_conditions_are_left_alone():

@@ -245,6 +245,86 @@ def test_bytes_are_bounded_and_the_rest_stays_a_fair_sample():
     assert 150 < torch.cat(ages).mean() < 250
 
 
+def test_bytes_are_shared_out_as_rows_are():
+    """Neither part takes the other's room, where bytes are what is short."""
+    buffer = ReplayBuffer(10_000, frontier=0.3, max_bytes=300 * 8)
+    judged(buffer, count=3000)
+    in_frontier = sum(buffer.categories.values())
+    assert buffer.num_bytes <= 300 * 8
+    assert 150 <= buffer.num_in_reservoir <= 420
+    assert 50 <= in_frontier <= 180
+
+
+def test_rows_of_different_lengths_stay_a_fair_sample_where_bytes_are_short():
+    counts, lengths = torch.zeros(4), []
+    for seed in range(30):
+        buffer = ReplayBuffer(1000, frontier=0, max_bytes=8000, seed=seed)
+        generator = torch.Generator().manual_seed(seed)
+        for start in range(0, 800, 8):
+            real = torch.where(torch.rand(8, 1, generator=generator) < 0.1, 100, 10)
+            mask = (torch.arange(100) < real).long()
+            buffer.push({"x": mask.clone(), "attention_mask": mask}, sample_id=torch.arange(start, start + 8))
+        ids = buffer.column("sample_id")
+        counts += torch.bincount(ids // 200, minlength=4)
+        lengths.append(buffer.num_bytes)
+        assert buffer.num_bytes <= 8000
+    assert min(lengths) > 5000, "room that a long row leaves is used again"
+    assert counts.max() / counts.min() < 1.35
+
+
+def test_more_families_than_room_are_a_fair_sample_together():
+    first = []
+    for seed in range(20):
+        buffer = ReplayBuffer(50, frontier=0, seed=seed)
+        for start in range(0, 2000, 200):
+            push(buffer, start, 200, family=torch.arange(200))
+        assert len(buffer) == 50
+        first.append((buffer.column("family") < 50).float().mean())
+    assert torch.stack(first).mean() == pytest.approx(0.25, abs=0.05)
+
+
+def test_labels_are_filled_up_with_what_takes_no_loss_whatever_they_are_called():
+    buffer = ReplayBuffer(10, labels=("targets",))
+    for width in (3, 5):
+        full = torch.ones(1, width, dtype=torch.long)
+        buffer.push({"x": full * width, "targets": full, "attention_mask": full})
+    rows = buffer.read(buffer.slots()).rows
+    assert rows["targets"].tolist() == [[1, 1, 1, -100, -100], [1] * 5]
+
+
+def test_rows_padded_at_the_front_are_filled_up_there():
+    buffer = ReplayBuffer(10)
+    for width, start in ((4, 1), (6, 2)):
+        mask = torch.ones(2, width, dtype=torch.long)
+        mask[0, :start] = 0
+        buffer.push({"ids": mask * 5 + 1, "attention_mask": mask, "labels": torch.where(mask > 0, 5, -100)})
+    rows = buffer.read(buffer.slots()).rows
+    assert (rows["attention_mask"][:, -1] == 1).all()
+    assert (rows["ids"][:, -1] == 6).all()
+    assert rows["labels"].tolist()[0] == [-100, -100, -100, 5, 5, 5]
+
+
+def test_features_as_many_as_there_are_tokens_are_no_sequence():
+    buffer = ReplayBuffer(10)
+    mask = torch.tensor([[1, 1, 0, 0]])
+    features = torch.rand(1, 4)
+    slots = buffer.push({"ids": mask * 3, "attention_mask": mask, "features": features})
+    assert torch.equal(buffer.read(slots).rows["features"], features)
+    assert buffer.read(slots).rows["ids"].shape == (1, 2)
+    with pytest.raises(
+        ValueError, match="'ids' was as long as the mask 'attention_mask', and now is 3 long and the mask 4"
+    ):
+        buffer.push({"ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": mask, "features": features})
+
+
+def test_content_is_the_same_however_it_is_kept():
+    buffer = ReplayBuffer(10)
+    small = {"x": torch.tensor([[1, 2]])}
+    before = buffer.ids_of(small)
+    buffer.push({"x": torch.tensor([[1 << 40, 0]])})
+    assert torch.equal(buffer.ids_of(small), before)
+
+
 @pytest.mark.parametrize("mapped", [False, True])
 def test_a_saved_buffer_goes_on_exactly(mapped, tmp_path):
     def made():
@@ -306,6 +386,7 @@ def test_a_state_of_another_capacity_is_taken_over_as_far_as_it_fits():
     smaller = ReplayBuffer(30, frontier=0.3)
     smaller.load_state_dict(buffer.state_dict())
     assert len(smaller) <= 30
+    assert smaller.column("sample_id").max() > 200, "not the oldest alone"
     assert set(smaller.column("sample_id").tolist()) <= set(buffer.column("sample_id").tolist())
     judged(smaller, count=100, first=9000)
 
