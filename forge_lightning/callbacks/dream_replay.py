@@ -16,23 +16,14 @@ from forge_lightning.components.batch_rows import joined, rows_of, template_of, 
 from forge_lightning.components.code_augmentation import CodeExample
 from forge_lightning.components.dream_augmenter import DreamAugmenter
 from forge_lightning.components.extra_steps import apart, extra_evaluation, extra_step, scaled_lr
-from forge_lightning.components.logit_tap import (
-    LogitTap,
-    find_network,
-    is_shifted,
-    labels_of,
-    predicted_rows,
-    scores_of_rows,
-)
+from forge_lightning.components.logit_tap import find_network
 from forge_lightning.components.loss_terms import add_loss_term, remove_loss_term
 from forge_lightning.components.replay_buffer import STRATEGIES, Replay, ReplayBuffer, Strategy
-from forge_lightning.components.tokens import IGNORED
-from forge_lightning.functional.replay import stored_logit_loss, top_logits
+from forge_lightning.components.replay_scores import KEPT, RowScores
 from forge_lightning.protocols import SupportsAugmentation, SupportsInterrupt
 from forge_lightning.sandbox import Sandbox, SandboxError, Task, Verdict
 
 _USUAL_LABELS = ("labels", "target", "targets", "label", "y")
-_EXTRAS = ("stored_values", "stored_classes", "stored_total")
 _NUM_WATCHED = 64  # stored rows that are measured before and after a sleep
 _NUM_DREAMS = 2048
 _SEED_STEP = 1_000_003
@@ -197,7 +188,7 @@ class DreamReplay(ForgeCallback):
         self._off = fraction == 0 if mode == "mix" else num_steps == 0
         self._restored: dict[str, Any] = {}
         self._trainer: Trainer | None = None
-        self._tap: LogitTap | None = None
+        self._scores: RowScores | None = None
         self._after: _AfterAll | None = None
         self._to_device: Any = None
         self._clear()
@@ -237,7 +228,6 @@ class DreamReplay(ForgeCallback):
         self._batch: Any = None
         self._drawn: Replay | None = None  # rows of the batch that are replayed: its last ones
         self._num_dreams = 0  # variants in front of them
-        self._call: tuple[Any, Any, Tensor] | None = None
         self._outcome: tuple[dict[str, Tensor], Tensor, Tensor] | None = None  # rows, losses, successes
         self._logits: list[list[Tensor]] = []
 
@@ -271,14 +261,13 @@ class DreamReplay(ForgeCallback):
             self._clear(trainer.global_rank)
         self._begin_fit()
         self._trainer = trainer
+        network = None
         try:
             network = find_network(pl_module, self.network)
         except ValueError as error:
             if self.distillation or self.network is not None:
                 raise MisconfigurationException(f"`DreamReplay(network={self.network!r})`: {error}") from None
-        else:
-            self._tap = LogitTap(network)
-            self._shifted = is_shifted(network) if self.shift is None else self.shift
+        self._scores = RowScores(network, self.labels, self.shift)
         if self._restored:
             self._take_restored()
         add_loss_term(pl_module, self)
@@ -349,31 +338,42 @@ class DreamReplay(ForgeCallback):
         if self._batch is None:  # not after a backward pass inside the step
             rows = self._rows_of(batch)
             self._batch, self._kind = with_rows(batch, rows), template_of(batch)  # what the step takes out stays
-            self._call, self._outcome = None, None
-        if self._tap is not None and self._call is None:
-            self._tap.start(with_gradient=torch.is_grad_enabled())
+            self._outcome = None
+            assert self._scores is not None
+            self._scores.begin(self._batch)
 
     def added(self, loss: Tensor) -> Tensor | None:
         """Called by the wrapped training step."""
-        if self._call is not None or self._tap is None:
-            return None
+        assert self._scores is not None
         try:
-            self._call = self._tap.take()
+            new = self._scores.take()
         except ValueError as error:
             self._cannot_score(error)
-        return self._distilled() if self.distillation and not self._measuring else None
+            return None
+        if not new or not self.distillation or self._measuring or self._drawn is None:
+            return None
+        distance = self._scores.distance(self._drawn.extras, len(self._drawn))
+        return None if distance is None else self.distillation * distance
 
     def returned(self, outputs: Any) -> Any:
         """Called by the wrapped training step."""
-        if outputs is None and self._call is None:
+        assert self._scores is not None
+        if outputs is None and not self._scores.has_logits:
             return outputs
         rows = self._rows_of(self._batch)
         count = len(next(iter(rows.values())))
-        losses, successes = self._scores(outputs, count)
-        self._outcome = (rows, losses.detach(), successes.detach())
+        losses = successes = torch.full((count,), torch.nan)
+        try:
+            losses, successes = self._scores.read(outputs, count)
+        except ValueError as error:
+            self._cannot_score(error)
+        self._outcome = (rows, losses, successes)
         fresh = self._fresh(count)
         if self.distillation and fresh and not self._measuring:
-            self._logits = self._logits_to_store()
+            try:
+                self._logits = self._scores.logits_to_keep(successes.eq(1), self.top_k)
+            except ValueError as error:
+                self._cannot_score(error)
         if fresh == count or self is not self._mixer or not isinstance(outputs, Mapping):
             return outputs
 
@@ -390,9 +390,9 @@ class DreamReplay(ForgeCallback):
 
     def end(self) -> None:
         """Called by the wrapped training step."""
-        self._batch = self._call = None
-        if self._tap is not None:
-            self._tap.stop()
+        self._batch = None
+        if self._scores is not None:
+            self._scores.end()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_before = trainer.global_step
@@ -481,7 +481,7 @@ class DreamReplay(ForgeCallback):
             "sample_id": self._numbers("sample_id", rows, ("sample_id",)),
             "family": self._numbers("family", rows, ("family", "arm", "level")),
         }
-        extras = {name: [each[i] for each in logits[:fresh]] for i, name in enumerate(_EXTRAS)} if logits else {}
+        extras = {name: [each[i] for each in logits[:fresh]] for i, name in enumerate(KEPT)} if logits else {}
         kept = {name: tensor[:fresh] for name, tensor in rows.items()}
         given = {name: None if tensor is None else tensor[:fresh] for name, tensor in numbers.items()}
         self._push(kept, losses[:fresh], successes[:fresh], given, extras, self._stage_now(trainer))
@@ -539,33 +539,6 @@ class DreamReplay(ForgeCallback):
             )
         return found
 
-    def _scores(self, outputs: Any, count: int) -> tuple[Tensor, Tensor]:
-        """Loss and success of each row, ``(B,)``; NaN where nothing tells them."""
-        nothing = torch.full((count,), torch.nan)
-        given = outputs if isinstance(outputs, Mapping) else {}
-        losses, successes = given.get("example_loss"), given.get("example_success")
-        if isinstance(losses, Tensor) and losses.shape == (count,):
-            fits = isinstance(successes, Tensor) and successes.shape == (count,)
-            return losses.detach().float(), successes.detach().float() if fits else nothing  # type: ignore[union-attr]
-        if self._call is None:
-            self._cannot_score(ValueError("which part puts out logits is not known."))
-            return nothing, nothing
-        logits = self._call[2].detach()
-        try:
-            labels = labels_of(self._batch, self.labels)
-            if labels is None or labels.shape != logits.shape[:-1]:
-                shape = None if labels is None else tuple(labels.shape)
-                raise ValueError(f"labels {shape} do not fit logits {tuple(logits.shape)}.")
-            known = labels[labels != IGNORED]
-            if logits.shape[-1] < 2 or (
-                len(known) and not 0 <= int(known.min()) <= int(known.max()) < logits.shape[-1]
-            ):
-                raise ValueError(f"labels are no classes below {logits.shape[-1]}.")
-        except ValueError as error:
-            self._cannot_score(error)
-            return nothing, nothing
-        return scores_of_rows(logits, labels, self._shifted)
-
     def _cannot_score(self, error: ValueError) -> None:
         if self.distillation:
             raise MisconfigurationException(f"`DreamReplay(distillation={self.distillation})`: {error}") from None
@@ -574,56 +547,6 @@ class DreamReplay(ForgeCallback):
             " from the reservoir. Return `example_loss` and `example_success`, (B,), from `training_step`, or name"
             " `labels` and `network`."
         )
-
-    # Keeping to stored logits.
-
-    def _counts(self) -> Tensor:
-        """Labels of each row of the batch that a prediction is for, ``(B,)``."""
-        labels = labels_of(self._batch, self.labels)
-        assert labels is not None, "scored before"
-        if labels.ndim == 1:
-            return (labels != IGNORED).long()
-        return (labels[:, 1:] if self._shifted else labels).ne(IGNORED).sum(1)
-
-    def _logits_to_store(self) -> list[list[Tensor]]:
-        """What `top_logits` keeps, for each fresh row that was right."""
-        if self._call is None or self._outcome is None:
-            return []
-        try:
-            rows, labels = predicted_rows(self._call[2], labels_of(self._batch, self.labels), None, self._shifted)
-        except ValueError as error:
-            self._cannot_score(error)
-        if labels is None:
-            self._cannot_score(ValueError("the batch has no labels."))
-        counts = self._counts().tolist()
-        values, classes, total = (t.cpu() for t in top_logits(rows, self.top_k))
-        right = self._outcome[2].eq(1).tolist()
-        pieces = zip(right, *(t.split(counts) for t in (values.half(), classes, total)), strict=True)
-        return [[t.clone() if one else t[:0].clone() for t in parts] for one, *parts in pieces]
-
-    def _distilled(self) -> Tensor | None:
-        """Over replayed rows that have logits, per label of the whole batch."""
-        if self._call is None or self._drawn is None or not self._drawn.extras:
-            return None
-        count = len(self._drawn)
-        labels = labels_of(self._batch, self.labels)
-        logits = self._call[2]
-        if labels is None or labels.shape != logits.shape[:-1]:
-            return None
-        with torch.autocast(logits.device.type, enabled=False):
-            return self._distance(logits[-count:], labels[-count:])
-
-    def _distance(self, logits: Tensor, labels: Tensor) -> Tensor | None:
-        assert self._drawn is not None
-        count = len(self._drawn)
-        rows, _ = predicted_rows(logits, labels, None, self._shifted)
-        counts = self._counts()
-        has = [len(values) for values in self._drawn.extras[_EXTRAS[0]]]
-        chosen = torch.tensor(has, device=counts.device).eq(counts[-count:]).repeat_interleave(counts[-count:])
-        stored = [torch.cat(self._drawn.extras[name]).to(rows.device) for name in _EXTRAS]
-        if not chosen.any() or int(chosen.sum()) != len(stored[0]):
-            return None
-        return self.distillation * stored_logit_loss(rows[chosen], *stored).sum() / counts.sum()
 
     # Sleeping.
 
@@ -724,7 +647,9 @@ class DreamReplay(ForgeCallback):
                 return sandbox.run_many([Task(e.program, e.tests, e.entry_point, e.setup) for e in chosen])
 
             found = self.augmenter.augment(examples, run, seed)
-        longest = getattr(getattr(self._tap and self._tap.network, "config", None), "max_position_embeddings", None)
+        longest = getattr(
+            getattr(self._scores and self._scores.network, "config", None), "max_position_embeddings", None
+        )
         for i, variants in zip(places, found, strict=True):
             for variant in variants:
                 row = programs.row_of(variant.example.prompt, variant.example.solution)
@@ -871,15 +796,15 @@ class DreamReplay(ForgeCallback):
 
     def _leave(self, pl_module: LightningModule) -> None:
         remove_loss_term(pl_module, self)
-        if self._tap is not None:
-            self._tap.detach()
+        if self._scores is not None:
+            self._scores.detach()
         trainer = self._trainer
         if trainer is not None and self._after is not None:
             remaining = [callback for callback in trainer.callbacks if callback is not self._after]  # type: ignore[attr-defined]
             vars(trainer)["callbacks"] = remaining
         if trainer is not None and self._to_device is not None:
             vars(trainer.strategy).pop("batch_to_device", None)
-        self._tap = self._trainer = self._after = self._to_device = self._mixer = None
+        self._scores = self._trainer = self._after = self._to_device = self._mixer = None
         self._forget_step()
 
 

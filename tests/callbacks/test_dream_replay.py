@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader, TensorDataset
 from forge_lightning.callbacks import DreamReplay, EdgeController, Grokfast, InterruptCheckpoint, RNGState
 from forge_lightning.components import DreamAugmenter
 from forge_lightning.components.code_augmentation import CodeExample
-from forge_lightning.components.logit_tap import scores_of_rows
 from forge_lightning.data import CodeTasks, GeneratedTasks
 from forge_lightning.models import ForgeModule
 from forge_lightning.sandbox import Sandbox
@@ -316,11 +315,11 @@ def test_scores_from_logits_are_those_that_the_module_returns(offline):
     seen = []
 
     class Both(DreamReplay):
-        def _scores(self, outputs, count):
-            given = super()._scores(outputs, count)
-            logits, labels = self._call[2].detach(), self._batch["labels"]
-            seen.append((*given, *scores_of_rows(logits, labels, self._shifted)))
-            return given
+        def returned(self, outputs):
+            bare = {"loss": outputs["loss"]}
+            count = len(outputs["example_loss"])
+            seen.append((*self._scores.read(outputs, count), *self._scores.read(bare, count)))
+            return super().returned(outputs)
 
     data = CodeTasks(generated=True, batch_size=4, max_length=400)
     fit_model([Both(fraction=0.2)], data, max_steps=3)
@@ -438,9 +437,8 @@ def test_keeping_to_logits_of_weights_that_have_not_moved_adds_nothing():
 @pytest.mark.filterwarnings("ignore:.*generated functions take", "ignore:.*are longer than max_length")
 def test_a_language_model_keeps_to_the_logits_of_its_top_tokens(offline):
     class AllRight(DreamReplay):
-        def _scores(self, outputs, count):
-            losses, successes = super()._scores(outputs, count)
-            return losses, torch.ones_like(successes)
+        def returned(self, outputs):
+            return super().returned(outputs | {"example_success": torch.ones_like(outputs["example_success"])})
 
     added = []
 
