@@ -58,8 +58,10 @@ class DreamReplay(ForgeCallback):
     With ``augmenter`` also ``forge/dream/augmented`` (variants so far that held when they were run) and
     ``forge/dream/yield`` (share of those made that did).
 
-    When it does not help: on one stream of data that comes again every epoch, replay is more of the same. Where tasks
-    follow one another it is the difference between forgetting and not. See `benchmarks/replay.md`.
+    When it does not help: where all tasks come all along, or the data come again every epoch, replay is more of the
+    same. Where tasks follow one another it is the difference between forgetting and not, and "uniform" is the strategy:
+    what is near the threshold is mostly what came last. Sleeps were never better than mixing. See
+    `benchmarks/replay.md`.
 
     Args:
         mode: "mix" or "cycle".
