@@ -240,10 +240,9 @@ class DreamReplay(ForgeCallback):
                 "steps between steps are not tried there",
                 "Use DDP, or `ModelParallelStrategy` (FSDP2).",
             )
-
-        if self._off or self.augmenter is None:
+        if self._off or self.augmenter is None or stage != "fit":
             return
-        if stage == "fit" and _programs(trainer, pl_module) is None:
+        if _programs(trainer, pl_module) is None:
             raise self.refuse(
                 "an augmenter and this data",
                 "neither datamodule nor module has `problem_of` and `row_of`, which say what program a row is of",
