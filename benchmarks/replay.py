@@ -341,8 +341,8 @@ def shown(values, scale=100):
 def report():
     parts = [
         f"# Replay\n\n{header('python -m benchmarks.replay digits|tune|study|buffer|augment|cost|report')}\n"
-        "Digits and study were trained before `ReplayBuffer` shared out its bytes and `DreamReplay` cut what fewer drawn"
-        " rows leave; neither happens in them."
+        "Digits and study were trained before `ReplayBuffer` shared out its bytes, and `DreamReplay` took note of draws"
+        " that come out smaller; neither happens in them."
     ]
     found = rows("digits")
     lines = []
