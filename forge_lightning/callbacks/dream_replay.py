@@ -1,14 +1,14 @@
 """DreamReplay: training again on what was trained on before."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, is_logging_step
@@ -20,7 +20,7 @@ from forge_lightning.components.logit_tap import find_network
 from forge_lightning.components.loss_terms import add_loss_term, remove_loss_term
 from forge_lightning.components.replay_buffer import STRATEGIES, Replay, ReplayBuffer, Strategy
 from forge_lightning.components.replay_scores import KEPT, RowScores
-from forge_lightning.protocols import SupportsAugmentation, SupportsInterrupt
+from forge_lightning.protocols import SupportsAugmentation, SupportsGenerate, SupportsInterrupt
 from forge_lightning.sandbox import Sandbox, SandboxError, Task, Verdict
 
 _USUAL_LABELS = ("labels", "target", "targets", "label", "y")
@@ -56,7 +56,8 @@ class DreamReplay(ForgeCallback):
     stored rows, ``forge/dream/loss_before``, ``forge/dream/loss_after``, ``forge/dream/success_before`` and
     ``forge/dream/success_after``. Measured in evaluation mode, with ``training_step``; NaN under manual optimization.
     With ``augmenter`` also ``forge/dream/augmented`` (variants so far that held when they were run) and
-    ``forge/dream/yield`` (share of those made that did).
+    ``forge/dream/yield`` (share of those made that did), with ``temperatures`` ``forge/dream/sampled`` (programs of the
+    model's own so far that passed, and are not what it was taught) and ``forge/dream/sampled_yield`` (their share).
 
     When it does not help: where all tasks come all along, or the data come again every epoch, replay is more of the
     same. Where tasks follow one another it is the difference between forgetting and not, and "uniform" is the strategy:
@@ -84,7 +85,11 @@ class DreamReplay(ForgeCallback):
         augmenter: Makes variants of stored programs that are near the threshold, before each sleep, or with "mix" every
             ``every_n_steps``; each is run in a sandbox before it is stored. Needs `CodeTasks` or `GeneratedTasks`, or a
             datamodule with ``problem_of`` and ``row_of``. Default: none.
-        augmented_fraction: Share of the replayed rows that are variants, in [0, 1], once there are some.
+        temperatures: Have the model write programs for the same problems itself, one at each of these temperatures, and
+            store those that pass their tests in the sandbox. Their prompts are the problems' own.
+        max_new_tokens: Tokens of such a program at most.
+        augmented_fraction: Share of the replayed rows that are variants or such programs, in [0, 1], once there are
+            some.
         problems_per_cycle: Programs to make variants of each time, on each process.
         timeout: Seconds that a program may run.
         allow_weaker: Run programs also where the system lacks a protection. Only for data that you trust.
@@ -109,7 +114,8 @@ class DreamReplay(ForgeCallback):
     Raises:
         ValueError: If an argument is out of range.
         MisconfigurationException: At start, under DeepSpeed and FSDP1, if ``distillation`` finds no network, or
-            ``augmenter`` no programs or no sandbox; at the first batch, if its rows cannot be stored.
+            ``augmenter`` or ``temperatures`` no programs or no sandbox, or sharded weights are to write some; at the
+            first batch, if its rows cannot be stored.
 
     References:
         Chaudhry et al., `On Tiny Episodic Memories in Continual Learning <https://arxiv.org/abs/1902.10486>`_, 2019.
@@ -135,6 +141,8 @@ class DreamReplay(ForgeCallback):
         lr_scale: float = 1.0,
         with_callbacks: bool = False,
         augmenter: DreamAugmenter | None = None,
+        temperatures: Sequence[float] = (),
+        max_new_tokens: int = 128,
         augmented_fraction: float = 0.5,
         problems_per_cycle: int = 16,
         timeout: float = 2.0,
@@ -167,6 +175,8 @@ class DreamReplay(ForgeCallback):
         require(distillation >= 0, "distillation", distillation, "at least 0")
         require(top_k >= 1, "top_k", top_k, "at least 1")
         require(lr_scale > 0, "lr_scale", lr_scale, "above 0")
+        require(all(t > 0 for t in temperatures), "temperatures", temperatures, "above 0 each")
+        require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
         require(0 <= augmented_fraction <= 1, "augmented_fraction", augmented_fraction, "in [0, 1]")
         require(problems_per_cycle >= 1, "problems_per_cycle", problems_per_cycle, "at least 1")
         require(timeout > 0, "timeout", timeout, "above 0")
@@ -183,6 +193,7 @@ class DreamReplay(ForgeCallback):
         self.strategy, self.batch_size, self.lr_scale = strategy, batch_size, lr_scale
         self.distillation, self.top_k, self.with_callbacks = distillation, top_k, with_callbacks
         self.augmenter, self.augmented_fraction = augmenter, augmented_fraction
+        self.temperatures, self.max_new_tokens = list(temperatures), max_new_tokens
         self.problems_per_cycle, self.timeout, self.allow_weaker = problems_per_cycle, timeout, allow_weaker
         self.probe_size, self.every_n_steps_by_stage, self.stage_monitor = probe_size, by_stage, stage_monitor
         self.family, self.sample_id, self.labels = family, sample_id, labels
@@ -206,7 +217,7 @@ class DreamReplay(ForgeCallback):
         self._watched = self._new_buffer(_NUM_WATCHED, 0.0, seed=seed)
         if self.augmenter is not None:
             self.augmenter.load_state_dict({"tried": {}, "kept": {}})
-        self._augmentations = 0
+        self._augmentations, self._sampled = 0, [0, 0]  # programs that the model wrote, and those of them that passed
         self._steps, self._last_sleep, self._remaining, self._cycles, self._extra_steps = 0, 0, 0, 0, 0
         self._carry, self._dream_carry, self._size = 0.0, 0.0, 0
         self._most_rows = 1  # of a batch, on any process, when the sleep began
@@ -240,19 +251,27 @@ class DreamReplay(ForgeCallback):
                 "steps between steps are not tried there",
                 "Use DDP, or `ModelParallelStrategy` (FSDP2).",
             )
-        if self._off or self.augmenter is None or stage != "fit":
+        if self._off or not self._dreams_up or stage != "fit":
             return
+        if self.temperatures and not isinstance(pl_module, SupportsGenerate):
+            raise self.refuse(type(pl_module).__name__, "it has no method `complete(prompts, ...)`", "Use ForgeModule.")
+        if self.temperatures and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise self.refuse(
+                "`temperatures` and sharded weights",
+                "the processes would generate out of step",
+                "Leave `temperatures` out.",
+            )
         if _programs(trainer, pl_module) is None:
             raise self.refuse(
-                "an augmenter and this data",
+                "`augmenter` or `temperatures` and this data",
                 "neither datamodule nor module has `problem_of` and `row_of`, which say what program a row is of",
-                "Use CodeTasks, or leave `augmenter` out.",
+                "Use CodeTasks, or leave them out.",
             )
         try:
             with self._sandbox():
                 pass
         except SandboxError as error:
-            raise MisconfigurationException(f"`DreamReplay(augmenter=...)`: {error}") from None
+            raise MisconfigurationException(f"`DreamReplay`: {error}") from None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave(pl_module)
@@ -633,36 +652,61 @@ class DreamReplay(ForgeCallback):
 
     def _augment(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make variants of what is near the threshold, and store those that hold."""
-        programs = None if self.augmenter is None else _programs(trainer, pl_module)
-        if programs is None or self.augmenter is None or len(self.buffer) == 0:
+        programs = _programs(trainer, pl_module) if self._dreams_up else None
+        if programs is None or len(self.buffer) == 0:
             return
         parents = self.buffer.sample(self.problems_per_cycle, "near_threshold", counted=False)
-        problems = [programs.problem_of(_row(parents.rows, i)) for i in range(len(parents))]
-        places = [i for i, problem in enumerate(problems) if problem is not None]
-        examples = [CodeExample.of(problems[i]) for i in places]
+        found = ((i, programs.problem_of(_row(parents.rows, i))) for i in range(len(parents)))
+        problems = {i: problem for i, problem in found if problem is not None}
         self._augmentations += 1
         seed = (self.seed * _SEED_STEP + self._augmentations) * _SEED_STEP + trainer.global_rank
         with self._sandbox() as sandbox:
+            made = [*self._variants(problems, sandbox, seed), *self._samples(problems, sandbox, pl_module, seed)]
+        network = self._scores and self._scores.network
+        longest = getattr(getattr(network, "config", None), "max_position_embeddings", None)
+        for i, prompt, completion in made:
+            row = programs.row_of(prompt, completion)
+            if row is not None and all(longest is None or t.shape[1] <= longest for t in row.values()):
+                self._store_variant(_row(parents.rows, i, keep=True), row)
 
-            def run(chosen: Sequence[CodeExample]) -> list[Verdict]:
-                return sandbox.run_many([Task(e.program, e.tests, e.entry_point, e.setup) for e in chosen])
+    @property
+    def _dreams_up(self) -> bool:
+        return self.augmenter is not None or bool(self.temperatures)
 
-            found = self.augmenter.augment(examples, run, seed)
-        longest = getattr(
-            getattr(self._scores and self._scores.network, "config", None), "max_position_embeddings", None
-        )
-        for i, variants in zip(places, found, strict=True):
-            for variant in variants:
-                row = programs.row_of(variant.example.prompt, variant.example.solution)
-                fits = row is not None and all(longest is None or t.shape[1] <= longest for t in row.values())
-                if row is not None and fits:
-                    self._store_variant(_row(parents.rows, i, keep=True), row)
+    def _variants(self, problems: Mapping[int, Any], sandbox: Sandbox, seed: int) -> Iterator[tuple[int, str, str]]:
+        """Place, prompt and completion of variants that hold."""
+        if self.augmenter is None:
+            return
+
+        def run(chosen: Sequence[CodeExample]) -> list[Verdict]:
+            return sandbox.run_many([Task(e.program, e.tests, e.entry_point, e.setup) for e in chosen])
+
+        examples = [CodeExample.of(problem) for problem in problems.values()]
+        for i, variants in zip(problems, self.augmenter.augment(examples, run, seed), strict=True):
+            yield from ((i, variant.example.prompt, variant.example.solution) for variant in variants)
+
+    def _samples(
+        self, problems: Mapping[int, Any], sandbox: Sandbox, pl_module: Any, seed: int
+    ) -> Iterator[tuple[int, str, str]]:
+        """Place, prompt and completion of what the model writes itself, where it passes and is not what was given."""
+        for temperature in self.temperatures if problems else ():
+            prompts = [problem.prompt for problem in problems.values()]
+            options = {"max_new_tokens": self.max_new_tokens, "temperature": temperature, "seed": seed % (1 << 31)}
+            tasks = [
+                p.task(text) for p, text in zip(problems.values(), pl_module.complete(prompts, **options), strict=True)
+            ]
+            for (i, problem), task, verdict in zip(problems.items(), tasks, sandbox.run_many(tasks), strict=True):
+                completion = task.solution[len(problem.before) :].rstrip()
+                self._sampled[0] += 1
+                if verdict.passed and completion != problem.solution.rstrip():
+                    self._sampled[1] += 1
+                    yield i, problem.prompt, completion
 
     def _store_variant(self, parent: dict[str, Tensor], row: dict[str, Tensor]) -> None:
         missing = [name for name in row if name not in parent]
         if missing:
             raise MisconfigurationException(
-                f"`DreamReplay(augmenter=...)`: `row_of` gives {list(row)}, and batches have {list(parent)}."
+                f"`DreamReplay`: `row_of` gives {list(row)}, and batches have {list(parent)}."
             )
         ids = self.dreams.ids_of(parent | row)
         named = {name: ids for name in ("sample_id",) if name in parent}
@@ -670,13 +714,16 @@ class DreamReplay(ForgeCallback):
 
     def _yields(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Over all processes."""
-        if self.augmenter is None:
+        if not self._dreams_up:
             return {}
-        counts = torch.tensor([float(sum(d.values())) for d in (self.augmenter.tried, self.augmenter.kept)])
+        of_augmenter = (self.augmenter.tried, self.augmenter.kept) if self.augmenter is not None else ()
+        counts = torch.tensor([*(float(sum(each.values())) for each in of_augmenter), *map(float, self._sampled)])
         if trainer.world_size > 1:
             counts = trainer.strategy.reduce(counts.to(pl_module.device), reduce_op="sum")
-        tried, kept = counts.tolist()
-        return {"augmented": kept, "yield": kept / tried if tried else math.nan}
+        *made, tried, kept = counts.tolist()
+        metrics = {"augmented": made[1], "yield": made[1] / made[0] if made[0] else math.nan} if made else {}
+        sampled = {"sampled": kept, "sampled_yield": kept / tried if tried else math.nan}
+        return metrics | (sampled if self.temperatures else {})
 
     # Measuring.
 
@@ -748,6 +795,7 @@ class DreamReplay(ForgeCallback):
             "lowest": self._lowest,
             "stage": self._stage,
             "augmentations": self._augmentations,
+            "sampled": list(self._sampled),
             "distilled": self._distilled_as,
         }
         if not self.save_buffer:

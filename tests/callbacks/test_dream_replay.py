@@ -380,6 +380,37 @@ def test_variants_of_programs_are_run_stored_and_trained_on(mode, offline):
 
 
 @pytest.mark.filterwarnings("ignore:.*generated functions take", "ignore:.*are longer than max_length")
+def test_programs_of_the_models_own_are_stored_where_they_pass(offline):
+    """It writes the given program, the same in other words, and a wrong one."""
+    data = CodeTasks(generated=True, batch_size=4, max_length=400)
+    asked = []
+
+    class Writes(ForgeModule):
+        def complete(self, prompts, *, temperature, **options):
+            asked.append(temperature)
+            right = {p.prompt: p.solution for p in data.problems("train")}
+            written = {0.2: "{}", 0.6: "{}\n\nhelper = 1", 1.0: "# {}"}[temperature]
+            return [written.format(right[prompt]).replace("# def", "def g(): pass\n# def") for prompt in prompts]
+
+    from lightning.pytorch import Trainer, seed_everything
+
+    seed_everything(0, verbose=False)
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    options = SLEEPS | {"batch_size": 4, "temperatures": [0.2, 0.6, 1.0], "problems_per_cycle": 2}
+    replay = DreamReplay(**options)
+    trainer = Trainer(callbacks=[replay], max_steps=8, limit_val_batches=0, enable_model_summary=False, **quiet)
+    trainer.fit(Writes(config=TINY), datamodule=data)
+    assert asked == [0.2, 0.6, 1.0] * 2
+    rows = replay.dreams.read(replay.dreams.slots()).rows
+    texts = [data.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows["input_ids"]]
+    assert texts
+    assert all("helper = 1" in text for text in texts)
+    seen = {key: float(value) for key, value in trainer.callback_metrics.items()}
+    assert seen["forge/dream/sampled_yield"] == pytest.approx(1 / 3)
+    assert seen["forge/dream/sampled"] == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*generated functions take", "ignore:.*are longer than max_length")
 def test_variants_of_generated_tasks_fit_the_model():
     data = GeneratedTasks(families=("python", "addition"), max_level=2, batch_size=8)
     replay = DreamReplay(**SLEEPS, augmenter=DreamAugmenter(["repair", "shift_context"]), problems_per_cycle=8)
@@ -740,9 +771,13 @@ def test_what_cannot_be_served_is_refused():
         MisconfigurationException, match=r"`DreamReplay\(family='kind'\)`: the batch has no whole numbers"
     ):
         fit([DreamReplay(family="kind")], Plain)
-    with pytest.raises(MisconfigurationException, match="cannot work with an augmenter and this data: neither"):
+    with pytest.raises(
+        MisconfigurationException, match="cannot work with `augmenter` or `temperatures` and this data: "
+    ):
         fit([DreamReplay(augmenter=DreamAugmenter())], Plain)
 
+    with pytest.raises(MisconfigurationException, match="cannot work with RandomModule: it has no method `complete"):
+        fit([DreamReplay(temperatures=[1.0])], type("RandomModule", (Plain,), {"complete": None}))
     strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
     trainer = type("T", (), {"strategy": strategy})()
     with pytest.raises(MisconfigurationException, match="`DreamReplay` cannot work with DeepSpeedStrategy"):
@@ -762,6 +797,8 @@ def test_bad_arguments_are_refused():
         ({"top_k": 0}, r"top_k=0\)` must be at least 1"),
         ({"lr_scale": 0}, r"lr_scale=0\)` must be above 0"),
         ({"probe_size": -1}, r"probe_size=-1\)` must be at least 0"),
+        ({"temperatures": [0.0]}, r"temperatures=\[0.0\]\)` must be above 0 each"),
+        ({"max_new_tokens": 0}, r"max_new_tokens=0\)` must be at least 1"),
         ({"augmented_fraction": 2}, r"augmented_fraction=2\)` must be in \[0, 1\]"),
         ({"problems_per_cycle": 0}, r"problems_per_cycle=0\)` must be at least 1"),
         ({"timeout": 0}, r"timeout=0\)` must be above 0"),
