@@ -241,7 +241,10 @@ class ReplayBuffer:
             ValueError: If fields differ from those of earlier rows, or lengths do not agree.
         """
         size = len(next(iter(rows.values())))
+        bytes_before = self.num_bytes
         packed = self._store.pack(rows, extras or {})
+        if self.num_bytes != bytes_before:  # numbers came that no longer fit into half the bits
+            self._count_bytes()
         ids = _listed(sample_id, size, "sample_id") if sample_id is not None else packed.ids()
         losses = _listed(loss, size, "loss") if loss is not None else [math.nan] * size
         successes = _listed(success, size, "success") if success is not None else [math.nan] * size
@@ -396,8 +399,7 @@ class ReplayBuffer:
         self._num_held = sum(map(len, self._held.values()))
         self._seen = {int(family): count for family, count in state_dict["seen"].items()}
         *self._lengths, self._was_full = state_dict["lengths"]
-        self._held_bytes = sum(self._store.length(slot) for held in self._held.values() for slot in held)
-        self._frontier_bytes = [sum(map(self._store.length, part)) for part in self._frontier]
+        self._count_bytes()
         self._touched = set(state_dict["touched"])
         self._recent = state_dict["recent"].numpy().copy()
         self._num_recent = list(state_dict["num_recent"])
@@ -485,6 +487,10 @@ class ReplayBuffer:
             self._leave_reservoir(members[int(place * len(members))])
             place = float(self._rng.random())
         return True
+
+    def _count_bytes(self) -> None:
+        self._held_bytes = sum(self._store.length(slot) for held in self._held.values() for slot in held)
+        self._frontier_bytes = [sum(map(self._store.length, part)) for part in self._frontier]
 
     def _any_held(self, place: float) -> list[int]:
         """The members of a family, drawn in proportion to their number."""

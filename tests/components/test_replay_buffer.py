@@ -54,7 +54,7 @@ def test_numbers_too_large_for_half_the_bits_are_kept_whole():
     buffer.push({"x": torch.tensor([[1, 2], [3, 4]])}, sample_id=torch.tensor([0, 1]))
     slots = buffer.push({"x": torch.tensor([[1 << 40, -5]])}, sample_id=torch.tensor([2]))
     assert buffer.read([0, 1, *slots]).rows["x"].tolist() == [[1, 2], [3, 4], [1 << 40, -5]]
-    assert buffer.num_bytes == 3 * 2 * 8
+    assert buffer.num_bytes == buffer._held_bytes == 3 * 2 * 8
 
 
 def test_extras_keep_their_own_lengths():
