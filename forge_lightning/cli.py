@@ -1,6 +1,7 @@
 """forge-fit: a LightningCLI with our callbacks, data and models by short name, and a few commands around it."""
 
 import argparse
+import inspect
 import json
 import os
 import pickle
@@ -185,12 +186,22 @@ def _is_stateful(callback: pl.Callback) -> bool:
 
 
 def list_configs(argv: Sequence[str]) -> int:
-    """Every shipped config with its one-line description."""
+    """Every shipped config with its one-line description; or the callbacks, and what one of them says of itself."""
     parser = argparse.ArgumentParser("forge-fit list", description=list_configs.__doc__)
-    parser.parse_args(argv)
-    configs = shipped_configs()
-    width = max(len(name) for name, _ in configs)
-    for name, about in configs:
+    every = sorted(name for name in callbacks.__all__ if issubclass(getattr(callbacks, name), pl.Callback))
+    parser.add_argument(
+        "--callbacks", nargs="?", const="all", metavar="NAME", choices=["all", *every], help=f"of {', '.join(every)}"
+    )
+    wanted = parser.parse_args(argv).callbacks
+    if wanted in every:
+        print(inspect.cleandoc(getattr(callbacks, wanted).__doc__).split("\nArgs:\n")[0].rstrip())
+        print(f"\nIts arguments: forge-fit fit --trainer.callbacks.help={wanted}")
+        return 0
+    rows = shipped_configs()
+    if wanted == "all":
+        rows = [(name, getattr(callbacks, name).__doc__.split("\n", 1)[0]) for name in every]
+    width = max(len(name) for name, _ in rows)
+    for name, about in rows:
         print(f"{name:{width}}  {about}")
     return 0
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 
+from forge_lightning import callbacks
 from forge_lightning.cli import config_folders, main, shipped_configs
 
 SHIPPED = [name for name, _ in shipped_configs()]
@@ -49,6 +50,28 @@ def test_list_prints_them(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
     assert all(name in out for name in SHIPPED)
+
+
+def test_list_tells_of_callbacks_what_they_tell_of_themselves(capsys):
+    assert main(["list", "--callbacks"]) == 0
+    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert shown["Grokfast"] == callbacks.Grokfast.__doc__.split("\n")[0]
+    assert set(shown) == set(callbacks.__all__) - {"TrainingStage"}
+    assert main(["list", "--callbacks", "DreamReplay"]) == 0
+    card = capsys.readouterr().out
+    for part in (
+        "Hooks:",
+        "Reads:",
+        "Changes:",
+        "forge/dream/stored",
+        "When it does not help:",
+        "callbacks.help=DreamReplay",
+    ):
+        assert part in card
+    assert "every_n_steps: Optimizer steps" not in card, "the arguments are the command's own help"
+    with pytest.raises(SystemExit):
+        main(["list", "--callbacks", "Grokslow"])
+    assert "Grokfast" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", SHIPPED)
