@@ -68,7 +68,8 @@ class DreamReplay(ForgeCallback):
         mode: "mix" or "cycle".
         every_n_steps: Optimizer steps between sleeps; with "mix" between measurements.
         num_steps: Optimizer steps of a sleep; 0 turns "cycle" off.
-        fraction: With "mix", share of replayed rows in a batch, in [0, 1); they come on top. 0 turns it off.
+        fraction: With "mix", share of replayed rows in a batch, in [0, 1), on top of it: with 0.2, 8 behind each 32. 0
+            turns it off. What the module logs of a batch is of all its rows.
         strategy: How rows are drawn: "uniform", "balanced" over families, "near_threshold", "edge_cases" or "priority".
         capacity: Rows stored at most, on each process.
         frontier: Share of the capacity for what is near the threshold, in [0, 1).
@@ -235,6 +236,7 @@ class DreamReplay(ForgeCallback):
         self._appended = 0  # rows that were put behind those of the batch at hand
         self._mixer: DreamReplay | None = None
         self._kind: Any = None  # of batches, without rows
+        self._told = False  # that nothing tells how rows do
         self._step_before, self._check_at_start = -1, False
 
     def _forget_step(self) -> None:
@@ -307,6 +309,11 @@ class DreamReplay(ForgeCallback):
                 "Raise `fraction`, or let one of them sleep.",
             )
         self._mixer = mixers[0] if mixers else None
+        steps = trainer.estimated_stepping_batches if self.mode == "cycle" and not self.every_n_steps_by_stage else 0
+        if 0 < steps < self.every_n_steps and not is_dev_run(trainer):
+            self.warn_once(
+                f"every_n_steps={self.every_n_steps} is more than the run's {steps} steps: it will not sleep."
+            )
         # A new list, because the trainer is walking the old one.
         self._after = _AfterAll(self._after_step)
         vars(trainer)["callbacks"] = [*trainer.callbacks, self._after]  # type: ignore[attr-defined]
@@ -562,6 +569,9 @@ class DreamReplay(ForgeCallback):
     def _cannot_score(self, error: ValueError) -> None:
         if self.distillation:
             raise MisconfigurationException(f"`DreamReplay(distillation={self.distillation})`: {error}") from None
+        if self._told:
+            return
+        self._told = True
         self.warn_once(
             f"nothing tells how single examples do ({error}), so that none is near the threshold, and rows are drawn"
             " from the reservoir. Return `example_loss` and `example_success`, (B,), from `training_step`, or name"

@@ -29,6 +29,8 @@ def rows_of(batch: Any) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or value.ndim == 0:
             kind = "a number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise ValueError(f"entry {name!r} of the batch is {kind}; rows can be made only of tensors (B, ...).")
+    if not fields:
+        raise ValueError("the batch is empty.")
     sizes = {name: len(value) for name, value in fields.items()}
     if len(set(sizes.values())) != 1:
         raise ValueError(f"the batch has no one number of rows: {sizes}.")

@@ -134,7 +134,7 @@ def register_augmentation(name: str, changes: Iterable[str]) -> Callable[[Transf
         >>> AUGMENTATIONS.pop("shout").changes
         frozenset({'prompt'})
     """
-    changed = frozenset(changes)
+    changed = frozenset([changes] if isinstance(changes, str) else changes)
     if not changed or not changed <= {"prompt", "target", "tests"}:
         raise ValueError(f"`register_augmentation(changes={sorted(changed)})` must be of 'prompt', 'target', 'tests'.")
 

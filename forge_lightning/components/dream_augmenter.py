@@ -30,7 +30,7 @@ class DreamAugmenter:
 
     def __init__(self, kinds: Sequence[str] | None = None, per_problem: int = 1) -> None:
         unknown = [kind for kind in kinds or () if kind not in AUGMENTATIONS]
-        if unknown or kinds == []:
+        if unknown or (kinds is not None and not kinds):
             raise ValueError(f"`DreamAugmenter(kinds={kinds!r})` must be of {sorted(AUGMENTATIONS)}.")
         if per_problem < 1:
             raise ValueError(f"`DreamAugmenter(per_problem={per_problem})` must be at least 1.")
@@ -54,7 +54,8 @@ class DreamAugmenter:
 
         Args:
             examples: Problems with right answers.
-            run: Runs programs. Never without a sandbox: mutants do whatever they do.
+            run: Runs programs. Never without a sandbox, as mutants do whatever they do: with a `Sandbox`, ``lambda
+                examples: sandbox.run_many([Task(e.program, e.tests, e.entry_point, e.setup) for e in examples])``.
             seed: Of all choices.
             others: Problems to put in front of one another.
 
@@ -74,11 +75,11 @@ class DreamAugmenter:
             made.append([])
             for kind in kinds:
                 try:
-                    candidates = AUGMENTATIONS[kind].make(example, material)
+                    candidates: Any = AUGMENTATIONS[kind].make(example, material)
                 except (SyntaxError, ValueError, RecursionError):  # what parses need not compile, nor be written back
                     self.tried[kind] = self.tried.get(kind, 0) + 1
                     continue
-                found = [variant for variant in candidates if _differs(variant, example)]
+                found = [variant for variant in _checked(kind, candidates, example) if _differs(variant, example)]
                 if found:
                     made[-1].append(found)
                 if len(made[-1]) == self.per_problem:
@@ -115,6 +116,22 @@ class DreamAugmenter:
     def load_state_dict(self, state_dict: dict[str, dict[str, int]]) -> None:
         """Go on from `state_dict`."""
         self.tried, self.kept = dict(state_dict["tried"]), dict(state_dict["kept"])
+
+
+def _checked(kind: str, candidates: Any, example: CodeExample) -> Sequence[Variant]:
+    """What a transformation made, if it is what it says."""
+    if not isinstance(candidates, list | tuple) or not all(isinstance(variant, Variant) for variant in candidates):
+        raise TypeError(f"The augmentation {kind!r} must return a list of `Variant`, and returned {candidates!r:.80}.")
+    parts = {"prompt": "prompt", "target": "solution", "tests": "tests"}
+    may = AUGMENTATIONS[kind].changes | ({"prompt"} if example.before else set())  # there it is the program's beginning
+    for variant in candidates:
+        changed = {part for part, name in parts.items() if getattr(variant.example, name) != getattr(example, name)}
+        if not changed <= may:
+            raise ValueError(
+                f"The augmentation {kind!r} was registered to change {sorted(AUGMENTATIONS[kind].changes)}, and changed"
+                f" {sorted(changed)}."
+            )
+    return candidates
 
 
 def _differs(variant: Variant, example: CodeExample) -> bool:

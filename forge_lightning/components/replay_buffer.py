@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from forge_lightning.components.batch_rows import rows_of
 from forge_lightning.components.replay_store import RowStore
 from forge_lightning.functional.replay import gumbel_top_k, importance_weights, replay_priority
 
@@ -130,6 +131,8 @@ class ReplayBuffer:
         require(max_bytes >= 1, "max_bytes", max_bytes, "at least 1")
         require(alpha >= 0, "alpha", alpha, "at least 0")
         require(0 <= beta <= 1, "beta", beta, "in [0, 1]")
+        above = memory_map is None or Path(memory_map).absolute().parent.is_dir()
+        require(above, "memory_map", memory_map and str(memory_map), "a folder in one that exists")
         self.capacity, self.max_bytes, self.mask = capacity, max_bytes, mask
         self.alpha, self.beta, self.seed, self.owner = alpha, beta, seed, owner
         self.memory_map, self.labels = memory_map, tuple(labels)
@@ -238,17 +241,18 @@ class ReplayBuffer:
             The slot of each row, -1 where it was not kept.
 
         Raises:
-            ValueError: If fields differ from those of earlier rows, or lengths do not agree.
+            ValueError: If rows are no tensors, fields differ from those of earlier rows, or lengths do not agree.
         """
+        rows = rows_of(rows)
         size = len(next(iter(rows.values())))
         bytes_before = self.num_bytes
         packed = self._store.pack(rows, extras or {})
         if self.num_bytes != bytes_before:  # numbers came that no longer fit into half the bits
             self._count_bytes()
-        ids = _listed(sample_id, size, "sample_id") if sample_id is not None else packed.ids()
+        ids = _listed(sample_id, size, "sample_id", whole=True) if sample_id is not None else packed.ids()
         losses = _listed(loss, size, "loss") if loss is not None else [math.nan] * size
         successes = _listed(success, size, "success") if success is not None else [math.nan] * size
-        families = _listed(family, size, "family") if family is not None else [0] * size
+        families = _listed(family, size, "family", whole=True) if family is not None else [0] * size
         chances, places = self._rng.random((2, size)).tolist()
         if self._until_refresh <= 0:
             self._refresh()
@@ -291,7 +295,7 @@ class ReplayBuffer:
 
     def ids_of(self, rows: Mapping[str, Tensor]) -> Tensor:
         """Numbers made of each row's content, ``(B,)``, whatever its padding: its ``sample_id`` where it has none."""
-        return torch.tensor(self._store.pack(rows, {}).ids())
+        return torch.tensor(self._store.pack(rows_of(rows), {}).ids())
 
     def sample(self, batch_size: int, strategy: Strategy = "uniform", counted: bool = True) -> Replay:
         """Draw rows without replacement.
@@ -309,6 +313,8 @@ class ReplayBuffer:
         """
         if strategy not in STRATEGIES:
             raise ValueError(f"`sample(strategy={strategy!r})` must be one of {list(STRATEGIES)}.")
+        if batch_size < 1:
+            raise ValueError(f"`ReplayBuffer.sample(batch_size={batch_size})` must be at least 1.")
         if not self._slot_of:
             raise ValueError("`ReplayBuffer.sample`: nothing is stored.")
         weights = torch.ones(min(batch_size, len(self)))
@@ -348,7 +354,7 @@ class ReplayBuffer:
         Args:
             replay: As it was drawn.
             loss: ``(B,)``.
-            success: ``(B,)``, or ``None`` where it is not known.
+            success: ``(B,)``, or ``None`` where it is not known: what was known last stays.
         """
         losses = _listed(loss, len(replay), "loss")
         successes = [math.nan] * len(replay) if success is None else _listed(success, len(replay), "success")
@@ -563,6 +569,7 @@ class ReplayBuffer:
 
     def _rescore(self, slot: int, loss: float, success: float, priority: float) -> None:
         c = self._c
+        success = float(c["success"][slot]) if math.isnan(success) else success
         c["loss"][slot], c["success"][slot] = loss, success
         c["best_loss"][slot] = np.fmin(c["best_loss"][slot], loss)
         c["best_success"][slot] = np.fmax(c["best_success"][slot], success)
@@ -691,11 +698,10 @@ class ReplayBuffer:
         return used[places].tolist(), importance_weights(probability, len(used), self.beta)
 
 
-def _listed(values: Tensor, size: int, name: str) -> list[Any]:
-    if len(values) != size:
-        raise ValueError(f"`{name}` has {len(values)} values for {size} rows.")
-    return list(values.detach().cpu().tolist())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _listed(values: Any, size: int, name: str, whole: bool = False) -> list[Any]:
+    tensor = torch.as_tensor(values).detach().cpu()
+    if tensor.shape != (size,):
+        raise ValueError(f"`{name}` is {tuple(tensor.shape)} for {size} rows, and must be ({size},).")
+    if whole and (tensor.is_floating_point() or tensor.is_complex()):
+        raise ValueError(f"`{name}` must be whole numbers, and is {str(tensor.dtype).removeprefix('torch.')}.")
+    return list(tensor.tolist() if whole else tensor.float().tolist())

@@ -212,6 +212,7 @@ def test_ctrl_c_in_a_sleep_is_heard_between_its_steps(tmp_path):
     assert saved["callbacks"]["DreamReplay"]["ranks"][0]["counters"]["remaining"] == 1
 
 
+@pytest.mark.filterwarnings("ignore:.*it will not sleep")
 def test_state_of_two_processes_is_taken_over_by_one():
     first, second = DreamReplay(**SLEEPS), DreamReplay(**SLEEPS)
     fit([first], with_data(0))
@@ -233,6 +234,7 @@ def with_data(seed):
     return Other
 
 
+@pytest.mark.filterwarnings("ignore:.*it will not sleep")
 def test_without_the_buffer_in_checkpoints_a_resumed_run_begins_with_an_empty_one():
     replay = DreamReplay(**SLEEPS, save_buffer=False)
     fit([replay], Plain)
@@ -538,6 +540,11 @@ def test_one_that_mixes_and_one_that_sleeps_store_only_what_is_fresh():
         assert len(mixes.buffer) == len(sleeps.buffer) == 64
     with pytest.raises(MisconfigurationException, match="cannot work with another `DreamReplay\\(mode='mix'\\)`"):
         fit([mixes, DreamReplay(fraction=0.1, name="second")], Plain)
+
+
+def test_a_run_too_short_for_a_sleep_is_told():
+    with pytest.warns(UserWarning, match="every_n_steps=1000 is more than the run's 8 steps: it will not sleep"):
+        fit([DreamReplay(mode="cycle")], Plain)
 
 
 def test_fast_dev_run_sleeps_once():

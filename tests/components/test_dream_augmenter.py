@@ -265,6 +265,27 @@ def test_what_does_not_hold_is_counted_and_left_out(run):
         del AUGMENTATIONS["spoil"]
 
 
+@pytest.mark.parametrize(
+    ("made", "error", "message"),
+    [
+        (lambda e: None, TypeError, "The augmentation 'mine' must return a list of `Variant`, and returned None"),
+        (lambda e: [e], TypeError, "must return a list of `Variant`, and returned"),
+        (
+            lambda e: [Variant("mine", replace(e, prompt="other"))],
+            ValueError,
+            r"'mine' was registered to change \['target'\], and changed \['prompt'\]",
+        ),
+    ],
+)
+def test_a_kind_that_does_not_do_what_it_says_is_named(made, error, message):
+    register_augmentation("mine", changes="target")(lambda example, material: made(example))
+    try:
+        with pytest.raises(error, match=message):
+            DreamAugmenter(["mine"]).augment([MBPP], lambda examples: [], seed=0)
+    finally:
+        del AUGMENTATIONS["mine"]
+
+
 def test_a_mutant_that_its_tests_do_not_catch_is_no_repair_task(run):
     weak = replace(MBPP, tests="assert count_above([], 0) == 0")
     for seed in range(4):

@@ -148,6 +148,15 @@ def test_a_known_sample_is_refreshed_and_not_stored_twice():
     assert buffer.column("best_success").item() == 1.0
 
 
+def test_success_may_be_true_or_false_and_stays_where_it_is_not_told_again():
+    buffer = ReplayBuffer(10)
+    (slot,) = buffer.push({"x": torch.ones(1)}, loss=[1], success=torch.tensor([True]))
+    assert buffer.column("success").item() == 1
+    buffer.update(buffer.read([slot]), torch.tensor([0.5]))
+    assert buffer.column("success").item() == 1
+    assert buffer.column("loss").item() == 0.5
+
+
 def test_what_was_mastered_leaves_the_frontier():
     buffer = ReplayBuffer(300, frontier=0.9)
     judged(buffer)
@@ -424,9 +433,19 @@ def test_bad_arguments_are_refused():
         ValueError, match="rows of 'x' were 3 long and now are 4. Where lengths differ, batches need a mask"
     ):
         buffer.push({"x": torch.zeros(2, 4), "y": torch.zeros(2)})
-    with pytest.raises(ValueError, match="'y' has 3 rows, others 2"):
+    with pytest.raises(ValueError, match=r"the batch has no one number of rows: \{'x': 2, 'y': 3\}"):
         buffer.push({"x": torch.zeros(2, 3), "y": torch.zeros(3)})
-    with pytest.raises(ValueError, match="`loss` has 1 values for 2 rows"):
+    with pytest.raises(ValueError, match=r"`loss` is \(1,\) for 2 rows, and must be \(2,\)"):
         buffer.push({"x": torch.zeros(2, 3), "y": torch.zeros(2)}, loss=torch.zeros(1))
+    with pytest.raises(ValueError, match=r"`sample_id` must be whole numbers, and is float32"):
+        buffer.push({"x": torch.zeros(2, 3), "y": torch.zeros(2)}, sample_id=torch.tensor([1.2, 1.7]))
+    with pytest.raises(ValueError, match=r"entry 'x' of the batch is a list"):
+        buffer.push({"x": [1, 2]})
+    with pytest.raises(ValueError, match="the batch is empty"):
+        buffer.push({})
+    with pytest.raises(ValueError, match=r"sample\(batch_size=0\)` must be at least 1"):
+        buffer.sample(0)
+    with pytest.raises(ValueError, match=r"memory_map='/nowhere/at/all'\)` must be a folder in one that exists"):
+        ReplayBuffer(10, memory_map="/nowhere/at/all")
     with pytest.raises(ValueError, match=r"`sample\(strategy='best'\)` must be one of \['uniform'"):
         buffer.sample(1, "best")
