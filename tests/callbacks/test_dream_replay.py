@@ -21,6 +21,7 @@ from forge_lightning.components.code_augmentation import CodeExample
 from forge_lightning.data import CodeTasks, GeneratedTasks
 from forge_lightning.models import ForgeModule
 from forge_lightning.sandbox import Sandbox
+from tests.cli.test_full_suite import StopsInSleep
 from tests.contract.modules import LossOnly, Plain, Stateful, TwoOptimizers, examples, with_choices
 from tests.contract.rows import fit, weights
 
@@ -163,19 +164,6 @@ def test_dropout_of_a_sleep_does_not_move_the_dropout_of_training():
     after = torch.rand(1)
     fit([], LossOnly)
     assert torch.equal(torch.rand(1), after)
-
-
-class StopsInSleep(Callback):
-    """As a signal does: ends the run between two steps of a sleep, with a checkpoint."""
-
-    def __init__(self, path, calls):
-        self.path, self.calls = path, calls
-
-    def stop_if_asked(self, trainer):
-        self.calls -= 1
-        if self.calls == 0:
-            trainer.save_checkpoint(self.path)
-            raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("strategy", ["uniform", "priority"])
