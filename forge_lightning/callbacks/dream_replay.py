@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from functools import partial
 from typing import Any, ClassVar, Literal
 
@@ -24,6 +25,11 @@ from forge_lightning.protocols import SupportsAugmentation, SupportsGenerate, Su
 from forge_lightning.sandbox import Sandbox, SandboxError, Task, Verdict
 
 _USUAL_LABELS = ("labels", "target", "targets", "label", "y")
+_COUNTERS = (
+    *("steps", "last_sleep", "remaining", "cycles", "extra_steps", "carry", "dream_carry", "size", "most_rows"),
+    *("offered", "probe_closed", "computed", "before", "lowest", "stage", "augmentations", "sampled"),
+)
+"""What is saved beside the rows, each an attribute with an underscore."""
 _NUM_WATCHED = 64  # stored rows that are measured before and after a sleep
 _NUM_DREAMS = 2048
 _SEED_STEP = 1_000_003
@@ -788,26 +794,8 @@ class DreamReplay(ForgeCallback):
     # State.
 
     def _own_state(self) -> dict[str, Any]:
-        counters = {
-            "steps": self._steps,
-            "last_sleep": self._last_sleep,
-            "remaining": self._remaining,
-            "cycles": self._cycles,
-            "extra_steps": self._extra_steps,
-            "carry": self._carry,
-            "size": self._size,
-            "most_rows": self._most_rows,
-            "dream_carry": self._dream_carry,
-            "offered": self._offered,
-            "probe_closed": self._probe_closed,
-            "computed": list(self._computed),
-            "before": list(self._before),
-            "lowest": self._lowest,
-            "stage": self._stage,
-            "augmentations": self._augmentations,
-            "sampled": list(self._sampled),
-            "distilled": self._distilled_as,
-        }
+        counters = {name: copy(getattr(self, f"_{name}")) for name in _COUNTERS}
+        counters["distilled"] = self._distilled_as
         if not self.save_buffer:
             fresh = {"remaining": 0, "offered": 0, "probe_closed": self.probe_size == 0, "lowest": math.nan}
             return {"counters": counters | fresh}
@@ -831,16 +819,15 @@ class DreamReplay(ForgeCallback):
             return
         same = len(states) == trainer.world_size
         state = states[trainer.global_rank if same else 0]
-        counters = dict(state["counters"])
-        kept = counters.pop("distilled")
+        kept = state["counters"]["distilled"]
         if kept != self._distilled_as and any(len(other["buffer"]["slots"]) for other in states if "buffer" in other):
             how = f"with the logits of {kept[1]} classes" if kept[0] else "without logits"
             raise MisconfigurationException(
                 f"`DreamReplay(distillation={self.distillation}, top_k={self.top_k})`: the checkpoint's rows were"
                 f" stored {how}. Keep to that, or leave `DreamReplay` out and begin anew."
             )
-        for name, value in counters.items():
-            setattr(self, f"_{name}", value)
+        for name in _COUNTERS:  # no other: a checkpoint does not decide what is set
+            setattr(self, f"_{name}", copy(state["counters"][name]))
         if self.augmenter is not None and "augmenter" in state:
             self.augmenter.load_state_dict(state["augmenter"])
         for name, store in self._stores.items():
