@@ -10,6 +10,16 @@ import torch
 
 FOLDER = Path(__file__).parent
 
+QUIET = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "num_sanity_val_steps": 0,
+}
+"""Settings of a Trainer that measures."""
+
 
 def cpu_name() -> str:
     info = Path("/proc/cpuinfo")

@@ -26,7 +26,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.environment import FOLDER, header, table
+from benchmarks.environment import FOLDER, QUIET, header, table
 from forge_lightning.callbacks import GeometryProbe, StageClassifier, Telemetry
 from forge_lightning.data import AlgorithmicData
 from forge_lightning.functional import (
@@ -38,15 +38,6 @@ from forge_lightning.functional import (
 )
 from forge_lightning.models import AlgorithmicModule, ForgeModule
 from tests.functional.test_intrinsic_dimension import ESTIMATORS, SETS, draw, oracle
-
-QUIET = {
-    "accelerator": "cpu",
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-    "max_epochs": -1,
-}
 
 
 def accuracy() -> str:
@@ -159,7 +150,7 @@ def probe() -> str:
         every = options["num_points"] // 1024  # batches that it takes
         timed = _TimedProbe(layers=layers, every_n_steps=every, positions="all", **options)
         steps = _StepTimes()  # first in the list: its end comes before the probe's
-        trainer = Trainer(max_steps=6 * every, logger=False, limit_val_batches=0, callbacks=[steps, timed], **QUIET)
+        trainer = Trainer(max_steps=6 * every, max_epochs=-1, limit_val_batches=0, callbacks=[steps, timed], **QUIET)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             trainer.fit(module, loader)
@@ -181,9 +172,9 @@ def telemetry() -> str:
             max_steps=100,
             log_every_n_steps=1,
             check_val_every_n_epoch=3,
-            logger=CSVLogger(folder, name="", version=""),
+            max_epochs=-1,
             callbacks=[*callbacks, _Clock(steps)],
-            **QUIET,
+            **QUIET | {"logger": CSVLogger(folder, name="", version="")},
         )
         module = AlgorithmicModule(num_layers=1)
         trainer.fit(module, AlgorithmicData("add", train_fraction=0.5, batch_size=768))
@@ -253,9 +244,9 @@ def memory() -> str:
             max_steps=100_000,
             log_every_n_steps=1,
             limit_val_batches=1,
-            logger=CSVLogger(folder, name="", version=""),
+            max_epochs=-1,
             callbacks=[StageClassifier(), Telemetry(max_rows=1000), resident],
-            **QUIET,
+            **QUIET | {"logger": CSVLogger(folder, name="", version="")},
         )
         trainer.fit(_Tiny(), loader, loader)
         trace = (Path(folder) / "trace.jsonl").stat().st_size / 2**20

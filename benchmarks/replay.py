@@ -25,7 +25,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.environment import FOLDER, header, table
+from benchmarks.environment import FOLDER, QUIET, header, table
 from forge_lightning.callbacks import DreamReplay
 from forge_lightning.components import DreamAugmenter, ReplayBuffer
 from forge_lightning.components.code_augmentation import AUGMENTATIONS, CodeExample
@@ -39,13 +39,6 @@ from forge_lightning.sandbox import Sandbox, Task
 
 ROWS, OUT = FOLDER / "replay.jsonl", FOLDER / "replay.md"
 TUNING, SEEDS = (100, 101), range(6)
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-}
 
 # Digits.
 

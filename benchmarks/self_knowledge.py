@@ -25,7 +25,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.nn import functional as F
 
-from benchmarks.environment import FOLDER, header, table
+from benchmarks.environment import FOLDER, QUIET, header, table
 from forge_lightning.callbacks import SelfModel, TemperatureCurriculum
 from forge_lightning.components import SelfModelHead
 from forge_lightning.components.calibration import CalibrationMetric, FittedTemperature
@@ -38,14 +38,6 @@ ROWS, OUT = FOLDER / "self_knowledge.jsonl", FOLDER / "self_knowledge.md"
 SIZES = {"train": 15_000, "val": 10_000, "test": 20_000}
 STEPS, EVERY, BLOCK, BATCH = 600, 50, 64, 16
 TUNING_SEEDS, SEEDS = (100, 101), range(5)
-QUIET = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "num_sanity_val_steps": 0,
-}
 ONE_TEMPERATURE = {"bins": [(3.99, 4.01)], "overlap": 0.0}
 WARMUP = 60
 

@@ -124,3 +124,79 @@ def test_learning_rate_schedulers_work():
     train(model, optimizer, 1)
     scheduler.step()
     assert optimizer.param_groups[0]["lr"] == pytest.approx(0.075)
+
+
+MUON = {"lr": 0.05, "weight_decay": 0.5, "momentum": 0.9, "ns_steps": 4}
+
+
+def test_muon_beside_adamw_is_both_of_them_stepped_in_turn():
+    from forge_lightning.optim import MuonAdamW
+
+    a, b = net(), net()
+    together = train(a, MuonAdamW(a.parameters(), **MUON, adamw_lr=3e-3), 10)
+    muon = torch.optim.Muon([p for p in b.parameters() if p.ndim == 2], **MUON)
+    adamw = torch.optim.AdamW([p for p in b.parameters() if p.ndim != 2], lr=3e-3, betas=(0.9, 0.98), weight_decay=0.0)
+
+    class Both:
+        def zero_grad(self):
+            b.zero_grad()
+
+        def step(self):
+            muon.step()
+            adamw.step()
+
+    assert torch.equal(together, train(b, Both(), 10))
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_muon_beside_adamw_goes_on_from_its_state_under_a_schedule(named):
+    import copy
+
+    from forge_lightning.optim import MuonAdamW
+
+    def start(model):
+        optimizer = MuonAdamW(model.named_parameters() if named else model.parameters(), **MUON)
+        return optimizer, torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=8)
+
+    def steps(model, optimizer, schedule, start, count):
+        for step in range(start, start + count):
+            flat = train(model, optimizer, 1, start=step)
+            schedule.step()
+        return flat
+
+    a = net()
+    straight = steps(a, *start(a), 0, 8)
+    b = net()
+    optimizer, schedule = start(b)
+    steps(b, optimizer, schedule, 0, 3)
+    assert [group["lr"] for group in optimizer.param_groups] != [MUON["lr"], 1e-3]
+    buffer = io.BytesIO()
+    torch.save([b.state_dict(), optimizer.state_dict(), schedule.state_dict()], buffer)
+    buffer.seek(0)
+    weights, state, progress = torch.load(buffer, weights_only=True)
+    c = net()
+    c.load_state_dict(weights)
+    optimizer, schedule = start(c)
+    optimizer.load_state_dict(state)
+    schedule.load_state_dict(progress)
+    assert torch.equal(steps(c, optimizer, schedule, 3, 5), straight)
+    d = copy.deepcopy(optimizer)
+    assert d.state_dict()["state"].keys() == optimizer.state_dict()["state"].keys()
+
+
+def test_a_group_says_which_of_the_two_has_it():
+    from forge_lightning.optim import MuonAdamW
+
+    model = net()
+    groups = [
+        {"params": model[0].parameters(), "use_muon": False, "lr": 0.5},
+        {"params": model[2].parameters(), "weight_decay": 0.3},
+    ]
+    found = [(g["use_muon"], g["lr"], g["weight_decay"]) for g in MuonAdamW(groups, lr=0.02).param_groups]
+    assert found == [(False, 0.5, 0.0), (True, 0.02, 0.3), (False, 1e-3, 0.3)]
+    with pytest.raises(ValueError, match="only hold parameters of two dimensions"):
+        MuonAdamW([{"params": model.parameters(), "use_muon": True}])
+    with pytest.raises(ValueError, match="Learning rate"):
+        MuonAdamW(model.parameters(), lr=-1.0)
+    with pytest.raises(ValueError, match="beta"):
+        MuonAdamW(model.parameters(), adamw_betas=(0.9, 1.5))
