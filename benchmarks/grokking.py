@@ -15,78 +15,139 @@ import math
 import statistics
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
+import forge_lightning.optim
 from benchmarks.environment import FOLDER, header, table
 from forge_lightning.components.grokfast import GradientFilter
 from forge_lightning.data.algorithmic import AlgorithmicData
-from forge_lightning.models.algorithmic import Decoder
+from forge_lightning.models.algorithmic import Decoder, scale_initial_weights
 
 PAPER = 39_890  # iterations of the paper's baseline
 ADAM = {"betas": (0.9, 0.98)}
 
+EMA = {"filter": "ema", "alpha": 0.98, "lamb": 2.0}
+ADAMW_TUNED = {"lr": 3e-3, "weight_decay": 1.0}
+MUON = {"lr": 0.05, "weight_decay": 0.5, "momentum": 0.9, "adamw_lr": 5e-3}
+SMALL = {"embedding_scale": 0.02, "weight_scale": 0.7}
+
+
+class Configuration(NamedTuple):
+    """One way to train.
+
+    Args:
+        what: Its row's name.
+        optimizer: A class of `torch.optim` or `forge_lightning.optim`.
+        options: Its arguments.
+        filter: Arguments of a gradient filter.
+        limit: Iterations at most.
+        initial: Factors on the initial weights, as `AlgorithmicModule` has them.
+        averaging: Decay of the running mean of the weights that is validated in their place; 0: none.
+    """
+
+    what: str
+    optimizer: str
+    options: dict
+    filter: dict | None = None
+    limit: int = 2000
+    initial: dict | None = None
+    averaging: float = 0.0
+
+
 CONFIGURATIONS = {
-    # name: (what it is, optimizer, its options, filter options, most iterations)
-    "adam": ("Adam, no weight decay: the paper's baseline", "Adam", {"lr": 1e-3}, None, 3000),
-    "adam_l2": ("Adam, L2 0.005, no filter", "Adam", {"lr": 1e-3, "weight_decay": 0.005}, None, 1500),
-    "ema": (
+    "adam": Configuration("Adam, no weight decay: the paper's baseline", "Adam", ADAM | {"lr": 1e-3}, limit=3000),
+    "adam_l2": Configuration(
+        "Adam, L2 0.005, no filter", "Adam", ADAM | {"lr": 1e-3, "weight_decay": 0.005}, limit=1500
+    ),
+    "ema": Configuration(
         "Grokfast-EMA, paper's flags: alpha 0.98, lamb 2, Adam L2 0.005",
         "Adam",
-        {"lr": 1e-3, "weight_decay": 0.005},
-        {"filter": "ema", "alpha": 0.98, "lamb": 2.0},
-        2000,
+        ADAM | {"lr": 1e-3, "weight_decay": 0.005},
+        EMA,
     ),
-    "ma": (
+    "ma": Configuration(
         "Grokfast-MA, paper's flags: window 100, lamb 5, Adam L2 0.01",
         "Adam",
-        {"lr": 1e-3, "weight_decay": 0.01},
+        ADAM | {"lr": 1e-3, "weight_decay": 0.01},
         {"filter": "ma", "window_size": 100, "lamb": 5.0},
-        2000,
     ),
-    "projection": (
+    "projection": Configuration(
         "projection, alpha 0.98, lamb 2 by cosine, Adam L2 0.005",
         "Adam",
-        {"lr": 1e-3, "weight_decay": 0.005},
+        ADAM | {"lr": 1e-3, "weight_decay": 0.005},
         {"filter": "projection", "alpha": 0.98, "lamb": 2.0, "lamb_init": 0.0, "schedule": "cosine_similarity"},
-        2000,
     ),
-    "adamw": ("AdamW lr 1e-3, weight decay 1, no filter", "AdamW", {"lr": 1e-3, "weight_decay": 1.0}, None, 2000),
-    "adamw_ema": (
-        "the same + EMA alpha 0.98, lamb 2",
-        "AdamW",
-        {"lr": 1e-3, "weight_decay": 1.0},
-        {"filter": "ema", "alpha": 0.98, "lamb": 2.0},
-        2000,
+    "adamw": Configuration(
+        "AdamW lr 1e-3, weight decay 1, no filter", "AdamW", ADAM | {"lr": 1e-3, "weight_decay": 1.0}
     ),
-    "adamw_tuned": (
-        "AdamW lr 3e-3, weight decay 1, no filter",
-        "AdamW",
-        {"lr": 3e-3, "weight_decay": 1.0},
-        None,
-        2000,
+    "adamw_ema": Configuration(
+        "the same + EMA alpha 0.98, lamb 2", "AdamW", ADAM | {"lr": 1e-3, "weight_decay": 1.0}, EMA
     ),
-    "adamw_tuned_projection": (
+    "adamw_tuned": Configuration("AdamW lr 3e-3, weight decay 1, no filter", "AdamW", ADAM | ADAMW_TUNED),
+    "adamw_tuned_projection": Configuration(
         "the same + projection by cosine, lamb 0.25 (our default)",
         "AdamW",
-        {"lr": 3e-3, "weight_decay": 1.0},
+        ADAM | ADAMW_TUNED,
         {"filter": "projection", "schedule": "cosine_similarity"},
-        2000,
+    ),
+    "adamw_tuned_averaged": Configuration(
+        "AdamW lr 3e-3, weight decay 1, weights averaged (0.9)", "AdamW", ADAM | ADAMW_TUNED, averaging=0.9
+    ),
+    "adamw_tuned_small": Configuration(
+        "the same, small initial weights", "AdamW", ADAM | ADAMW_TUNED, initial=SMALL, averaging=0.9
+    ),
+    "muon": Configuration("Muon, small initial weights", "MuonAdamW", MUON, limit=400, initial=SMALL),
+    "muon_large": Configuration(
+        "the same, the paper's initial weights, averaged", "MuonAdamW", MUON, limit=400, averaging=0.9
+    ),
+    "recipe": Configuration(
+        "**Muon, small initial weights, averaged: grokking_fast.yaml**",
+        "MuonAdamW",
+        MUON,
+        limit=400,
+        initial=SMALL,
+        averaging=0.9,
+    ),
+    "recipe_projection": Configuration(
+        "the same + projection by cosine, lamb 0.25",
+        "MuonAdamW",
+        MUON,
+        {"filter": "projection", "schedule": "cosine_similarity"},
+        limit=400,
+        initial=SMALL,
+        averaging=0.9,
+    ),
+    "recipe_ema": Configuration(
+        "the same + EMA alpha 0.8, lamb 0.5",
+        "MuonAdamW",
+        MUON,
+        {"filter": "ema", "alpha": 0.8, "lamb": 0.5},
+        limit=400,
+        initial=SMALL,
+        averaging=0.9,
     ),
 }
 
 
-def run(seed: int, optimizer: str, options: dict, filter_options: dict | None, max_iterations: int) -> dict:
+def run(seed: int, configuration: Configuration, max_iterations: int) -> dict:
     """One run in the published random stream, until 95 % held for 10 epochs in a row."""
     torch.manual_seed(seed)
     data = AlgorithmicData("multiply")
     model = Decoder(data.num_tokens, data.seq_len)
+    scale_initial_weights(model, **configuration.initial or {})
     rows = data.examples()
     train, val = (rows[index] for index in torch.randperm(len(rows)).split(len(rows) // 2))
-    optim = getattr(torch.optim, optimizer)(model.parameters(), **ADAM, **options)
+    name = configuration.optimizer
+    optim = getattr(torch.optim if hasattr(torch.optim, name) else forge_lightning.optim, name)(
+        model.parameters(), **configuration.options
+    )
     warmup = torch.optim.lr_scheduler.LambdaLR(optim, lambda step: 1 if step > 10 else step / 10)
-    gradient_filter = GradientFilter(**filter_options) if filter_options else None
+    gradient_filter = GradientFilter(**configuration.filter) if configuration.filter else None
+    mean = AveragedModel(model, avg_fn=get_ema_avg_fn(configuration.averaging)) if configuration.averaging else None
 
     start, iteration, streak = time.process_time(), 0, 0
     found: dict = {"first": None, "first_seconds": None, "stable": None, "stable_seconds": None, "train99": None}
@@ -102,10 +163,12 @@ def run(seed: int, optimizer: str, options: dict, filter_options: dict | None, m
                 gradient_filter({name: p.grad for name, p in model.named_parameters()})
             optim.step()
             warmup.step()
+            if mean is not None:
+                mean.update_parameters(model)
             iteration += 1
             right += int((logits.argmax(-1) == batch[:, -1]).sum())
         with torch.no_grad():
-            accuracy = (model(val[:, :-1]).argmax(-1) == val[:, -1]).float().mean().item()
+            accuracy = ((mean or model)(val[:, :-1]).argmax(-1) == val[:, -1]).float().mean().item()
         if found["train99"] is None and right >= 0.99 * len(train):
             found["train99"] = iteration
         streak = streak + 1 if accuracy >= 0.95 else 0
@@ -113,7 +176,8 @@ def run(seed: int, optimizer: str, options: dict, filter_options: dict | None, m
             found |= {"first": iteration, "first_seconds": time.process_time() - start}
         if streak == 10:
             found |= {"stable": iteration, "stable_seconds": time.process_time() - start}
-    return found | {"seed": seed, "iterations": iteration, "final_accuracy": accuracy}
+    seconds = time.process_time() - start
+    return found | {"seed": seed, "iterations": iteration, "seconds": seconds, "final_accuracy": accuracy}
 
 
 def median(values: list, digits: int = 0) -> str:
@@ -125,7 +189,7 @@ def median(values: list, digits: int = 0) -> str:
 def report(results: dict[str, list[dict]], command: str) -> str:
     rows = []
     for name, runs in results.items():
-        what, *_, limit = CONFIGURATIONS[name]
+        what, limit = CONFIGURATIONS[name].what, CONFIGURATIONS[name].limit
         limit = max(r["iterations"] for r in runs) if all(r["first"] is None for r in runs) else limit
         firsts = [r["first"] for r in runs]
         middle = statistics.median_low([math.inf if v is None else v for v in firsts])
@@ -166,11 +230,10 @@ def main() -> None:
     lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     done = {(line["configuration"], line["seed"]) for line in lines}
     for name in args.only:
-        _, optimizer, options, filter_options, limit = CONFIGURATIONS[name]
         for seed in args.seeds:
             if (name, seed) in done:
                 continue
-            result = run(seed, optimizer, options, filter_options, args.max_iterations or limit)
+            result = run(seed, CONFIGURATIONS[name], args.max_iterations or CONFIGURATIONS[name].limit)
             lines.append({"configuration": name} | result)
             print(json.dumps(lines[-1]), flush=True)
             with open(kept, "a") as file:

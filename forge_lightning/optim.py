@@ -191,7 +191,7 @@ class MuonAdamW(Optimizer):
         adamw_betas: tuple[float, float] = (0.9, 0.98),
         adamw_weight_decay: float = 0.0,
     ) -> None:
-        self._options = {
+        self._options: dict[bool, dict[str, Any]] = {
             True: {
                 "lr": lr,
                 "weight_decay": weight_decay,

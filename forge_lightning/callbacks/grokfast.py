@@ -161,10 +161,17 @@ class Grokfast(ForgeCallback):
             return
         index = trainer.optimizers.index(optimizer)
         gradient_filter = self._filters.get(index) or self._filters.setdefault(index, self._new_filter())
-        measure = is_logging_step(trainer)
+        measure, skipped = is_logging_step(trainer), gradient_filter.skipped_steps
         stats = gradient_filter(
             self._gradients(pl_module, optimizer, index), stage=self._current_stage(trainer), measure=measure
         )
+        scaler = getattr(trainer.precision_plugin, "scaler", None)  # drops such steps itself
+        if gradient_filter.skipped_steps > skipped == 0 and scaler is None:
+            self.warn_once(
+                f"gradients are not finite at step {trainer.global_step}. The filter leaves them alone. Unless your"
+                " module clears them, the optimizer takes them, and no weight recovers from NaN: go on from an earlier"
+                " checkpoint, without the batch that did it."
+            )
         if stats is not None:
             metrics = {key: getattr(stats, key) for key in ("lamb", "cosine", "grad_norm_before", "grad_norm_after")}
             self.log_metrics(trainer, metrics | {"skipped_steps": self.skipped_steps})

@@ -73,7 +73,10 @@ class RunSummary(ForgeCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         interrupted = isinstance(exception, KeyboardInterrupt | SystemExit)
-        self._finish(trainer, "interrupted" if interrupted else f"failed: {type(exception).__name__}: {exception}")
+        try:
+            self._finish(trainer, "interrupted" if interrupted else f"failed: {type(exception).__name__}: {exception}")
+        except OSError as error:  # the disk is full, perhaps; what ended the run is what is to be seen
+            self.warn_once(f"no summary was written: {error}")
 
     def seconds(self) -> dict[str, float]:
         """Wall and CPU seconds of the fit so far, earlier parts of a resumed one included."""
@@ -131,8 +134,11 @@ class RunSummary(ForgeCallback):
     def _print(self, summary: dict[str, Any]) -> None:
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
-        table = Table(title=f"Run {summary['status']}", show_header=False, title_justify="left")
+        table = Table(
+            title=Text(f"Run {summary['status']}", style="table.title"), show_header=False, title_justify="left"
+        )
         if self.threshold is not None:
             sign = "≥" if self.mode == "max" else "≤"
             steps = summary["steps_to_threshold"]
@@ -144,7 +150,7 @@ class RunSummary(ForgeCallback):
         table.add_row("steps", f"{summary['steps']:,}")
         table.add_row("time", f"{summary['seconds']['wall']:.1f} s ({summary['seconds']['cpu']:.1f} s CPU)")
         if summary["run"]:
-            table.add_row("run", summary["run"])
+            table.add_row("run", Text(summary["run"]))
         Console().print(table)
 
 

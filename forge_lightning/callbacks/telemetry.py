@@ -122,7 +122,7 @@ class Telemetry(ForgeCallback):
             path = directory / (FILE_NAME if self.name is None else f"trace_{self.name}.jsonl")
             earlier = self._earlier if self._earlier is not None and self._earlier.is_file() else path
             header = {"module": type(pl_module).__name__, "world_size": trainer.world_size}
-            known = (self._offered, self._num_rows)
+            known = (self._offered, self._num_rows, self._lost)
             self._writer = TraceWriter(path, trainer.global_step, earlier, header, self.max_rows, *known)
             self._seconds_before = max(self._seconds_before, self._writer.seconds)
             self._earlier = path
@@ -206,6 +206,9 @@ class Telemetry(ForgeCallback):
         self._offered, self._num_rows = state_dict["offered"], state_dict["num_rows"]
         self._seen_events = {key: dict(event) for key, event in state_dict["seen_events"].items()}
         self._seconds_before = state_dict["seconds"]
+
+    def _lost(self, error: OSError) -> None:
+        self.warn_once(f"the trace ends here: {error}. Training goes on without it.")
 
     def _begin_fit(self) -> None:
         self._started = time.perf_counter()

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -28,6 +28,7 @@ class TraceWriter:
         written: Plain rows written before, where a trace is continued.
         num_rows: Rows of ``earlier`` that were there when the state that training goes on from was saved. Events after
             them are left out: they will be found again. Default: all.
+        on_failure: Told once when the system takes no more, as a full disk does; the trace ends there.
     """
 
     def __init__(
@@ -39,8 +40,10 @@ class TraceWriter:
         max_rows: int,
         written: int = 0,
         num_rows: int | None = None,
+        on_failure: Callable[[OSError], None] | None = None,
     ) -> None:
         self.path = path
+        self._on_failure = on_failure
         self.max_rows = max_rows
         rows = []
         if earlier is not None and keep_until > 0:
@@ -59,10 +62,12 @@ class TraceWriter:
         self.num_rows = len(rows)
         self._waiting: list[Mapping[str, Any]] = []
         self._flushed = time.monotonic()
-        self._file: IO[bytes] = open(path, "ab", buffering=0)  # noqa: SIM115  open as long as training goes
+        self._file: IO[bytes] | None = open(path, "ab", buffering=0)  # noqa: SIM115  open as long as training goes
 
     def write(self, row: Mapping[str, Any]) -> None:
         """Append a row."""
+        if self._file is None:
+            return
         self._waiting.append(row)
         self.num_rows += 1
         if time.monotonic() - self._flushed > 1:
@@ -70,8 +75,18 @@ class TraceWriter:
 
     def flush(self) -> None:
         """Hand what was appended to the system."""
-        self._file.write("".join(map(_line, self._waiting)).encode())
+        left = memoryview("".join(map(_line, self._waiting)).encode())
         self._waiting, self._flushed = [], time.monotonic()
+        if self._file is None:
+            return
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            self._file.close()
+            self._file = None
+            if self._on_failure is not None:
+                self._on_failure(error)
 
     def write_plain(self, row: Mapping[str, Any]) -> None:
         """Append a row that may be thinned out."""
@@ -87,7 +102,8 @@ class TraceWriter:
     def close(self) -> None:
         """Flush, and close the file."""
         self.flush()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
 
 
 def read_rows(path: Path) -> Iterator[dict[str, Any]]:

@@ -148,7 +148,8 @@ def test_skipped_steps_are_counted_and_logged():
                 param.grad.nan_to_num_(0, 0, 0)
 
     callback = Grokfast()
-    _, trainer = fit([callback], Poisoned, log_every_n_steps=1)
+    with pytest.warns(UserWarning, match="not finite at step 2"):
+        _, trainer = fit([callback], Poisoned, log_every_n_steps=1)
     assert callback.skipped_steps == 2
     assert trainer.callback_metrics["forge/grokfast/skipped_steps"] == 2
 

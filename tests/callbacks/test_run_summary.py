@@ -67,3 +67,24 @@ def test_a_file_that_is_no_metrics_file_is_refused(tmp_path):
     (tmp_path / "metrics.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="has no column 'step'"):
         read_metrics(tmp_path / "metrics.csv")
+
+
+def test_what_ended_a_run_is_what_is_seen(tmp_path, monkeypatch):
+    """Words in brackets are no markup, and a summary that cannot be written does not hide them."""
+
+    class Brackets(LossOnly):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("[/tmp/pair.cc:553] connection closed")
+
+    with pytest.raises(RuntimeError, match="connection closed"):
+        summarised(tmp_path, Brackets)
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    with (
+        pytest.warns(UserWarning, match="no summary was written: .*No space left"),
+        pytest.raises(RuntimeError, match="connection closed"),
+    ):
+        summarised(tmp_path, Brackets)

@@ -115,3 +115,20 @@ def test_numbers_that_are_not_finite_stay_readable_json(tmp_path, writer):
 
 def test_no_file_is_no_rows(tmp_path):
     assert list(read_rows(tmp_path / "none.jsonl")) == []
+
+
+def test_a_full_disk_ends_the_trace_and_is_told_once(tmp_path):
+    told = []
+    trace = TraceWriter(tmp_path / "trace.jsonl", 0, None, {}, 100, on_failure=told.append)
+    trace.write(row(1))
+    trace.flush()
+    trace._file.close()
+    with open("/dev/full", "ab", buffering=0) as full:
+        trace._file = full
+        for step in range(2, 5):
+            trace.write(row(step))
+            trace.flush()
+        trace.close()
+    assert [type(error) for error in told] == [OSError]
+    assert "space" in str(told[0])
+    assert steps(tmp_path / "trace.jsonl") == [1]
