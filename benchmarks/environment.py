@@ -1,10 +1,13 @@
 """What a figure was measured with."""
 
 import datetime
+import math
 import platform
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from statistics import mean, stdev
 
 import torch
 
@@ -26,6 +29,20 @@ def cpu_name() -> str:
     lines = info.read_text().splitlines() if info.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0]} × {len(names)}" if names else platform.processor() or platform.machine()
+
+
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
+"""97.5 % quantiles of Student's t for the mean of that many values."""
+
+
+def half_width(values: Sequence[float]) -> float:
+    """Of the 95 % interval of the mean."""
+    return STUDENT.get(len(values), 2.0) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+
+
+def interval(values: Sequence[float], digits: int = 3) -> str:
+    """Mean and half of its 95 % interval."""
+    return f"{mean(values):.{digits}f} ± {half_width(values):.{digits}f}"
 
 
 def header(command: str) -> str:
