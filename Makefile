@@ -3,10 +3,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-full check format clean
+.PHONY: demo test test-full check format clean claims claims-quick soak soak-full
 
-demo: $(VENV)/.demo  ## train with Grokfast until it generalises; about a minute
-	$(BIN)/forge-fit fit --config grokfast_modular.yaml
+demo: $(VENV)/.demo  ## train until it generalises, all of a sudden; a quarter of a minute
+	$(BIN)/forge-fit fit --config grokking_fast.yaml
 
 test: $(VENV)/.test  ## the whole test suite, without what is marked slow
 	$(BIN)/python -m pytest -q -n 2 -m "not slow"
@@ -26,6 +26,20 @@ format: $(VENV)/.test
 
 benchmark-%: $(VENV)/.test  ## benchmark-grokking, benchmark-filter_cost
 	$(BIN)/python -m benchmarks.$*
+
+claims: $(VENV)/.test  ## every run behind CLAIMS.md that is not stored, then the page; hours (FORGE_MBPP names MBPP's file)
+	$(BIN)/python -m benchmarks.claims run
+
+claims-quick: $(VENV)/.test  ## the page from stored runs, and three of the runs once more, to compare; minutes
+	$(BIN)/python -m benchmarks.claims quick
+
+soak: $(VENV)/.test  ## 3,000 steps with everything on, and everything that can end a run; minutes
+	$(BIN)/python -m benchmarks.soak --steps 3000
+	$(BIN)/python -m pytest -q tests/faults
+
+soak-full: $(VENV)/.test  ## 100,000 steps, half an hour
+	$(BIN)/python -m benchmarks.soak
+	$(BIN)/python -m pytest -q tests/faults
 
 $(VENV)/.demo: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

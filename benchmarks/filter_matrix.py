@@ -118,7 +118,9 @@ def report() -> None:
                 firsts = [r["first"] for r in found[name]]
                 settings = f"lr {grid[cell]['lr']:g}, weight decay {grid[cell]['weight_decay']:g}"
                 each = ", ".join("–" if v is None else str(v) for v in firsts)
-                ratio = "" if name == "none" else difference(found[name], found["none"])
+                ratio = (
+                    "" if name == "none" or len(found["none"]) < len(SEEDS) else difference(found[name], found["none"])
+                )
                 lines.append([task, optimizer, settings, name, median(firsts), each, ratio])
     columns = ["task", "optimizer", "tuned", "filter", "iterations, median", "each", "× those without, by seed"]
     about = __doc__.split("\n\n", 2)[2]

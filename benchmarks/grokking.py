@@ -188,6 +188,15 @@ def run(
     return found | {"seed": seed, "iterations": iteration, "seconds": seconds, "final_accuracy": accuracy}
 
 
+def cost(turns: int = 7, iterations: int = 50) -> dict[str, float]:
+    """CPU milliseconds of an iteration, validation included: the paper's baseline and the recipe in turn, medians."""
+    seconds: dict[str, list[float]] = {"adam": [], "recipe": []}
+    for turn in range(turns):
+        for name, kept in seconds.items():
+            kept.append(run(turn, CONFIGURATIONS[name], iterations)["seconds"])
+    return {name: 1e3 * statistics.median(kept) / iterations for name, kept in seconds.items()}
+
+
 def median(values: list, digits: int = 0) -> str:
     """Median with runs that never got there counted as the worst."""
     middle = statistics.median_low([math.inf if v is None else v for v in values])
@@ -232,8 +241,15 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(CONFIGURATIONS), default=list(CONFIGURATIONS))
     parser.add_argument("--max-iterations", type=int, help="for every configuration, in place of its own limit")
     parser.add_argument("--output", type=Path, default=FOLDER / "grokking.md")
+    parser.add_argument(
+        "--cost", action="store_true", help="time an iteration of the baseline and of the recipe, in turn"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if args.cost:
+        (FOLDER / "grokking_cost.json").write_text(json.dumps(cost()) + "\n")
+        print((FOLDER / "grokking_cost.json").read_text())
+        return
     kept = args.output.with_suffix(".jsonl")
     lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     done = {(line["configuration"], line["seed"]) for line in lines}

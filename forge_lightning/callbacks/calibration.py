@@ -23,11 +23,10 @@ from forge_lightning.components.logit_tap import (
 class Calibration(ForgeCallback):
     """Measure calibration on validation and test data, and fit the temperature that would make it best.
 
-    Hook: a forward hook on the network; validation and testing. Costs two softmaxes of all labelled tokens, and 17 of
-    up to ``max_rows`` of a batch. Several loaders are taken together. The temperature is fitted on validation data; the
-    next validation, and testing, measure the model with it too. It is kept in checkpoints, and handed to a module with
-    an attribute ``fitted_temperature``, as `ForgeModule` has, which exports it. The bins of the reliability diagram are
-    kept in ``calibration.json`` in the run directory.
+    Hook: a forward hook on the network; validation and testing. Several loaders are taken together. The temperature is
+    fitted on validation data; the next validation, and testing, measure the model with it too. It is kept in
+    checkpoints, and handed to a module with an attribute ``fitted_temperature``, as `ForgeModule` has, which exports
+    it. The bins of the reliability diagram are kept in ``calibration.json`` in the run directory.
 
     Reads: logits and labels.
     Changes: nothing.
@@ -36,6 +35,10 @@ class Calibration(ForgeCallback):
     ``forge/calibration/nll_fitted`` and ``forge/calibration/ece_fitted`` (at the temperature that the validation before
     gave; NaN without one), and after validation ``forge/calibration/temperature`` (fitted, between 0.1 and 10; above 1
     for a model that is too sure).
+
+    Cost: two softmaxes of all labelled tokens, and 17 of up to ``max_rows`` of a batch, in validation.
+
+    When to use: wherever probabilities are to be believed.
 
     Args:
         num_bins: Bins of confidence.

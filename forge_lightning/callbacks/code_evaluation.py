@@ -24,8 +24,7 @@ class CodeEvaluation(ForgeCallback):
     """Generate programs for the validation or test problems, run their tests, and log pass@k.
 
     Hook: the end of every ``every_n_validations``-th validation, and of testing; or every ``every_n_steps`` optimizer
-    steps, on training problems in turn. Costs a generation of up to ``num_samples × max_new_tokens`` tokens a problem,
-    10 ms of CPU a program, and ``timeout`` seconds at most. Problems are split over the processes. Generated programs
+    steps, on training problems in turn. Problems are split over the processes. Generated programs
     are kept in ``programs.jsonl`` in the run directory. They run in `forge_lightning.sandbox.Sandbox`.
 
     Reads: the problems of the datamodule (or module); the module's completions.
@@ -35,6 +34,11 @@ class CodeEvaluation(ForgeCallback):
     ``forge/code_evaluation/num_problems``, how many were evaluated. With ``temperatures``, testing logs all of these
     for each, as ``forge/code_evaluation/at_0.2/pass_at_1``, and writes ``temperature_study.json`` into the run
     directory, with standard errors over the problems.
+
+    Cost: a generation of up to ``num_samples × max_new_tokens`` tokens a problem, and 7 ms of CPU a program, or
+    ``timeout`` seconds at most.
+
+    When to use: a model that writes programs.
 
     Args:
         k: The k of pass@k, each at least 1 and at most ``num_samples``.

@@ -47,7 +47,7 @@ class DreamReplay(ForgeCallback):
     Grokfast's filter neither acts on them nor takes them up. What was replayed is not stored as new.
 
     Hooks: ``training_step`` is wrapped while fitting, with "mix" also the strategy's ``batch_to_device``; a sleep comes
-    after all callbacks' ``on_train_batch_end``. Costs the replayed rows' own compute, and about 0.05 ms of CPU a row.
+    after all callbacks' ``on_train_batch_end``.
 
     Reads: batches that are a mapping or tuple of tensors ``(B, ...)``; in what ``training_step`` returns
     ``example_loss`` and ``example_success``, ``(B,)``, or else logits and labels; ``stage_monitor`` with
@@ -64,6 +64,10 @@ class DreamReplay(ForgeCallback):
     With ``augmenter`` also ``forge/dream/augmented`` (variants so far that held when they were run) and
     ``forge/dream/yield`` (share of those made that did), with ``temperatures`` ``forge/dream/sampled`` (programs of the
     model's own so far that passed, and are not what it was taught) and ``forge/dream/sampled_yield`` (their share).
+
+    Cost: the replayed rows' own compute, and 0.05 ms of CPU a row.
+
+    When to use: tasks, or kinds of data, follow one another, and the early ones must not be lost.
 
     When it does not help: where all tasks come all along, or the data come again every epoch, replay is more of the
     same. Where tasks follow one another it is the difference between forgetting and not, and "uniform" is the strategy:

@@ -25,8 +25,7 @@ class EdgeController(ForgeCallback):
     lines. What was drawn is compared with how it went, an estimate of skill is kept, and the sampler asks it what to
     draw next.
 
-    Hooks: the start and end of every training batch. Costs about 0.5 ms of CPU a batch, and one small exchange between
-    processes.
+    Hooks: the start and end of every training batch.
 
     Reads: ``signal`` in what ``training_step`` returns; the datamodule's ``difficulty``, where it has one, as features.
     Changes: which examples are drawn.
@@ -38,6 +37,11 @@ class EdgeController(ForgeCallback):
     half succeed; for "bandit" and "item" the logit of an average arm), ``forge/edge/target_low`` and
     ``forge/edge/target_high``; with "item" also ``forge/edge/mastered`` (share of examples expected to succeed more
     often than the band allows).
+
+    Cost: 0.5 ms of CPU a step, and one small exchange between processes.
+
+    When to use: examples differ much in difficulty, the hard ones teach nothing yet and the easy ones nothing more, and
+    no ramp from easy to hard has been tuned.
 
     When it does not help: where an easy-to-hard ramp of the right length is known (`benchmarks/edge.md`), and on a
     small data set that is soon mastered whole: ``forge/edge/mastered`` says so. Success of one batch of 32 wavers by

@@ -24,14 +24,18 @@ class Grokfast(ForgeCallback):
     """Amplify the slow component of every gradient before the optimizer uses it.
 
     Hook: ``on_before_optimizer_step``: once per optimizer step, on accumulated, synchronised, unscaled gradients,
-    before Lightning clips them. Memory: one fp32 copy of the gradients, or with "ma"
-    ``window_size`` copies. In manual optimization your own ``self.clip_gradients`` comes first.
+    before Lightning clips them. In manual optimization your own ``self.clip_gradients`` comes first.
 
     Reads: gradients of the parameters that the optimizer steps; ``stage_monitor`` with ``schedule="by_stage"``.
     Changes: those gradients, in place. A step with a non-finite gradient is left alone and enters no state.
     Logs: every ``log_every_n_steps``: ``forge/grokfast/lamb``, ``forge/grokfast/cosine`` (gradient and slow gradient
     before the step, in [-1, 1]; NaN on the first), ``forge/grokfast/grad_norm_before``,
     ``forge/grokfast/grad_norm_after``, ``forge/grokfast/skipped_steps`` (non-finite so far).
+
+    Cost: one fp32 copy of the gradients ("ma": ``window_size`` copies), and 2.7 % of a 56 ms step of the paper's model.
+
+    When to use: a model that has memorised and does not generalise, under an optimizer without weight decay to speak
+    of, as in the paper; elsewhere, measure it against a higher learning rate.
 
     When it does not help: the published speed-up is against Adam without weight decay. Tune AdamW's learning rate and
     weight decay first; on the paper's task that alone is faster (`benchmarks/grokking.md`). A filter that remembers 50

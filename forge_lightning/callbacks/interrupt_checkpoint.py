@@ -25,6 +25,10 @@ class InterruptCheckpoint(ForgeCallback):
     Changes: nothing.
     Logs: nothing.
 
+    Cost: none; with several processes one small exchange a step.
+
+    When to use: where a run may be stopped, by you or by a scheduler.
+
     Args:
         dirpath: Folder of ``interrupted.ckpt``. Default: ``checkpoints`` in the run directory.
         name: Tells two instances apart.

@@ -19,6 +19,10 @@ class RNGState(ForgeCallback):
     Changes: nothing in a run that is not a resume. On a resume, the generators, to what they were.
     Logs: nothing.
 
+    Cost: a few KiB in each checkpoint.
+
+    When to use: always, where a run may be resumed.
+
     With a different number of processes than the checkpoint was written by, the generators are left as they are.
 
     Args:

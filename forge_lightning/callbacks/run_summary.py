@@ -24,6 +24,10 @@ class RunSummary(ForgeCallback):
     Changes: nothing.
     Logs: nothing.
 
+    Cost: none while training.
+
+    When to use: always.
+
     Args:
         monitor: Validation metric whose first step at ``threshold`` or better is reported.
         threshold: That value. ``None`` reports no such step.

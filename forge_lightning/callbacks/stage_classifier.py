@@ -29,6 +29,10 @@ class StageClassifier(ForgeCallback):
     Logs: after every validation ``forge/stage/number`` and ``forge/stage/gap`` (training success minus validation
     success; where either is not known, of ``exp(-loss)``).
 
+    Cost: with `Telemetry`, 2 % of a 27 ms step.
+
+    When to use: to read runs, and to let `Grokfast` and `DreamReplay` act by the stage.
+
     When it does not help: a stage needs at least four validations, and is declared several after it began. The
     thresholds were set on small algorithmic tasks (`benchmarks/phases.md`). Without validation it tells only warm-up,
     plateau and divergence, and says so. Cosine and gradient norm are kept as evidence, and decide nothing.

