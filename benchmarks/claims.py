@@ -137,9 +137,9 @@ Timed in turn, an iteration costs {cost["recipe"]:.0f} ms, {share:.2f} × the ba
 {grokking.PAPER / recipe / share:.0f} × less CPU time than 39,890 iterations of it.
 Tuned on seeds 100 to 102. On other tasks, iterations of each filter on a tuned
 AdamW and on Muon: [filter_matrix.md](filter_matrix.md). There the EMA is slower in every cell that was finished. With
-`schedule="cosine_similarity"`, whose λ is 0 where gradient and slow gradient do not agree, the median ratio to no filter
-is 0.95 to 1.10 by task, with more scatter: one run in thirty did not arrive, and on sparse parity AdamW takes 132
-iterations against 76. S5 was not finished.
+`schedule="cosine_similarity"`, whose λ is 0 where gradient and slow gradient do not agree, the median ratio to no
+filter is 0.95 to 1.10 by task, with more scatter: one run in thirty did not arrive, and on sparse parity AdamW takes
+132 iterations against 76. S5 was not finished.
 """
 
 
