@@ -6,9 +6,9 @@ The paper's decoder learns `a + b` and `a / b mod 97`, the composition of permut
 to train on, batches of 512), and the parity of 3 of 24 bits (1,000 examples, batches of 256). "tune" chooses learning
 rate and weight decay of each optimizer without a filter, on seed 100 alone. "run" takes the best with no filter, with
 the paper's EMA (alpha 0.98, lamb 2), and with the same whose λ follows the agreement of gradient and slow gradient
-(`schedule="cosine_similarity"`: 0 where there is none), on seeds 0 to 4. Muon has the small initial weights and the
-averaging of grokking_fast.yaml. Iterations to 95 % of the validation examples, read at the end of every epoch. Rows are
-kept in filter_matrix.jsonl, and a run goes on where it was stopped.
+(`schedule="cosine_similarity"`: 0 where there is none), on seeds 0 to 4; neither filter is tuned. Muon has the small
+initial weights and the averaging of grokking_fast.yaml. Iterations to 95 % of the validation examples, read at the end
+of every epoch. Rows are kept in filter_matrix.jsonl, and a run goes on where it was stopped.
 """
 
 import argparse

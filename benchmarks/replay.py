@@ -11,21 +11,20 @@ and 101, and the methods keep it. Rows are kept in replay.jsonl, and a run goes 
 """
 
 import json
-import math
 import os
 import random
 import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from statistics import mean, median, stdev
+from statistics import mean, median
 
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.environment import FOLDER, QUIET, header, table
+from benchmarks.environment import FOLDER, QUIET, header, interval, table
 from forge_lightning.callbacks import DreamReplay
 from forge_lightning.components import DreamAugmenter, ReplayBuffer
 from forge_lightning.components.code_augmentation import AUGMENTATIONS, CodeExample
@@ -58,7 +57,7 @@ DIGITS = {
 class Latest(ReplayBuffer):
     """First in, first out."""
 
-    def _makes_room(self, family, chance, place):
+    def _makes_room(self, family, chance, place, length):
         if self._num_held == self._limit:
             self._leave_reservoir(min(self._held[family], key=lambda slot: self._c["step"][slot]))
         return True
@@ -320,22 +319,15 @@ def best_rate(stream):
     return max(RATES, key=lambda lr: mean(mean(row["success"]) for row in plain if row["lr"] == lr))
 
 
-def spread(values):
-    """Mean, and half the width of a 95 % interval."""
-    t = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 8: 2.36}.get(len(values), 2.0)
-    return mean(values), t * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-
-
 def shown(values, scale=100):
-    middle, half = spread([scale * value for value in values])
-    return f"{middle:.1f} ± {half:.1f}"
+    return interval([scale * value for value in values], 1)
 
 
 def report():
     parts = [
         f"# Replay\n\n{header('python -m benchmarks.replay digits|tune|study|buffer|augment|cost|report')}\n"
-        "Digits and study were trained before `ReplayBuffer` shared out its bytes, and `DreamReplay` took note of draws"
-        " that come out smaller; neither happens in them."
+        "The study was trained before the last changes to `ReplayBuffer` and `DreamReplay`. Digits were then trained"
+        " anew, and moved within their intervals.\n"
     ]
     found = rows("digits")
     lines = []

@@ -19,13 +19,13 @@ import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from statistics import mean, median, stdev
+from statistics import mean, median
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.nn import functional as F
 
-from benchmarks.environment import FOLDER, QUIET, header, table
+from benchmarks.environment import FOLDER, QUIET, half_width, header, table
 from forge_lightning.callbacks import SelfModel, TemperatureCurriculum
 from forge_lightning.components import SelfModelHead
 from forge_lightning.components.calibration import CalibrationMetric, FittedTemperature
@@ -337,13 +337,8 @@ def cost():
         file.write(json.dumps(row) + "\n")
 
 
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # 97.5 % quantiles for that many seeds
-
-
 def interval(values):
-    if len(values) < 2:
-        return mean(values), math.nan
-    return mean(values), STUDENT.get(len(values), 1.96) * stdev(values) / math.sqrt(len(values))
+    return mean(values), half_width(values)
 
 
 def shown(values, digits=3):

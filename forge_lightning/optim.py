@@ -152,6 +152,7 @@ class MuonAdamW(Optimizer):
         params: Parameters or parameter groups. A group's ``use_muon`` says which of the two has its parameters;
             without it, those of two dimensions are Muon's. Embeddings and output heads are matrices too: for small
             models that are to generalise soon that is right, in pretraining they are commonly left to AdamW.
+            What else a group sets, as ``lr``, holds for all of it.
         lr: Learning rate of Muon.
         weight_decay: Decoupled weight decay of Muon.
         momentum: Momentum of Muon, in [0, 1).

@@ -126,8 +126,10 @@ class Telemetry(ForgeCallback):
             path = directory / (FILE_NAME if self.name is None else f"trace_{self.name}.jsonl")
             earlier = self._earlier if self._earlier is not None and self._earlier.is_file() else path
             header = {"module": type(pl_module).__name__, "world_size": trainer.world_size}
-            known = (self._offered, self._num_rows, self._lost)
-            self._writer = TraceWriter(path, trainer.global_step, earlier, header, self.max_rows, *known)
+            known = (self._offered, self._num_rows)
+            self._writer = TraceWriter(
+                path, trainer.global_step, earlier, header, self.max_rows, *known, on_failure=self._lost
+            )
             self._seconds_before = max(self._seconds_before, self._writer.seconds)
             self._earlier = path
 

@@ -68,7 +68,8 @@ def test_a_data_worker_that_dies(tmp_path):
     result = run(tmp_path, "worker dies")
     assert result.returncode not in (0, -9)
     assert "DataLoader worker" in result.stderr
-    assert "killed by signal" in result.stderr
+    # Which of torch's two messages comes depends on whether the signal or the empty queue is noticed first.
+    assert "killed by signal" in result.stderr or "exited unexpectedly" in result.stderr
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] > 0
 
 
