@@ -5,7 +5,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 
 .PHONY: demo test test-full check format clean claims claims-quick soak soak-full
 
-demo: $(VENV)/.demo  ## train until it generalises, all of a sudden; a quarter of a minute
+demo: $(VENV)/.demo  ## train until it generalises; a quarter of a minute
 	$(BIN)/forge-fit fit --config grokking_fast.yaml
 
 test: $(VENV)/.test  ## the whole test suite, without what is marked slow
