@@ -23,13 +23,16 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import edge, filter_matrix, grokking, replay
-from benchmarks.environment import FOLDER, half_width, header, interval, table
+from benchmarks import edge, environment, filter_matrix, grokking, replay
+from benchmarks.environment import FOLDER, half_width, interval, of_rows, table
 
 OUT = FOLDER / "CLAIMS.md"
+ROWS = ("grokking", "grokking_fast", "filter_matrix", "edge", "self_knowledge", "parameters", "replay")
 PARTS = (
     ("grokking",),
     ("grokking", "--cost"),
+    ("grokking", "--shipped"),
+    ("first_picture",),
     ("filter_matrix", "tune"),
     ("filter_matrix", "run"),
     ("filter_matrix", "report"),
@@ -50,7 +53,7 @@ PARTS = (
 
 
 def stored(name: str) -> list[dict]:
-    return [json.loads(line) for line in (FOLDER / f"{name}.jsonl").read_text().splitlines()]
+    return environment.stored(FOLDER / f"{name}.jsonl")
 
 
 def verdict(differences: list[float], more_is_better: bool) -> str:
@@ -324,9 +327,9 @@ MBPP's text, 15,000 bytes, seeds 0 to 4: [self_knowledge.md](self_knowledge.md).
 def report() -> None:
     parts = [claim_grokfast(), claim_edge(), claim_self_model(), claim_dream(), claim_temperature()]
     about = __doc__.split("\n\n", 3)[3]
+    rows = [row for name in ROWS for row in stored(name)]
     OUT.write_text(
-        f"# What was promised, and what was found\n\n{header('python -m benchmarks.claims report')}\n"
-        "Each section's rows were measured on the date and machine that its own page names.\n\n"
+        f"# What was promised, and what was found\n\n{of_rows('python -m benchmarks.claims report', rows)}\n"
         + about
         + "\n"
         + "\n".join(parts)

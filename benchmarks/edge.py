@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 
-from benchmarks.environment import FOLDER, header, table
+from benchmarks.environment import FOLDER, header, keep, of_rows, stored, table
 from forge_lightning.callbacks import EdgeController
 from forge_lightning.components.edge_controller import ItemTracker, SkillTracker
 from forge_lightning.data import GeneratedTasks
@@ -281,17 +281,16 @@ def train(method: str, lr: float, ramp: int, seed: int) -> dict[str, Any]:
 
 
 def rows() -> list[dict[str, Any]]:
-    return [json.loads(line) for line in TRAINED.read_text().splitlines()] if TRAINED.exists() else []
+    return stored(TRAINED)
 
 
 def run_all(wanted: list[tuple[str, float, int, int]]) -> None:
     done = {(r["method"], r["lr"], r["ramp"], r["seed"]) for r in rows()}
-    with ProcessPoolExecutor(2) as pool, open(TRAINED, "a") as file:
+    with ProcessPoolExecutor(2) as pool:
         for row in (
             pool.map(train, *zip(*[w for w in wanted if w not in done], strict=True)) if set(wanted) - done else ()
         ):
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+            keep(TRAINED, row)
             print({key: value for key, value in row.items() if key != "validations"}, last(row), flush=True)
 
 
@@ -390,7 +389,7 @@ tell little. "In band" is that of 55 to 75 % for all, of the mean over four batc
 
 def report() -> None:
     found = json.loads(SIMULATED.read_text())
-    parts = ["# Training at the edge\n", header("python -m benchmarks.edge simulate, train, report"), INTRO]
+    parts = ["# Training at the edge\n", of_rows("python -m benchmarks.edge simulate, train, report", rows()), INTRO]
     lines = []
     for name in CONTROLLERS:
         cells = [found["hold"][f"{name}|{size}"] for size in SIZES]

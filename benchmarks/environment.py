@@ -1,13 +1,16 @@
 """What a figure was measured with."""
 
 import datetime
+import json
 import math
 import platform
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import mean, stdev
+from typing import Any
 
 import torch
 
@@ -45,7 +48,31 @@ def interval(values: Sequence[float], digits: int = 3) -> str:
     return f"{mean(values):.{digits}f} ± {half_width(values):.{digits}f}"
 
 
+def made() -> str:
+    """When and on what a row is measured."""
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning"))
+    return f"{datetime.date.today()}, {cpu_name()}, {packages}"
+
+
+def stored(path: Path) -> list[dict[str, Any]]:
+    """Rows that are kept, oldest first."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def keep(path: Path, row: dict[str, Any]) -> None:
+    """Adds a row, with when and on what it was measured."""
+    with open(path, "a") as file:
+        file.write(json.dumps(row | {"made": made()}) + "\n")
+
+
+def of_rows(command: str, rows: Iterable[dict[str, Any]]) -> str:
+    """The head of a page that is written from rows: where they come from, wherever it is written."""
+    counts = sorted(Counter(row["made"] for row in rows).items())
+    return f"Command: `{command}`  \nMeasured: " + " · ".join(f"{what} ({count} rows)" for what, count in counts) + "\n"
+
+
 def header(command: str) -> str:
+    """The head of a page whose figures were just measured."""
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "lightning", "forge-lightning"))
     return (
         f"Command: `{command}`  \n"

@@ -18,7 +18,7 @@ import statistics
 
 import torch
 
-from benchmarks.environment import FOLDER, header, table
+from benchmarks.environment import FOLDER, keep, of_rows, stored, table
 from benchmarks.grokking import ADAM, EMA, MUON, SMALL, Configuration, median, run
 from forge_lightning.data import AlgorithmicData
 
@@ -48,7 +48,7 @@ FILTERS = {
 
 
 def rows() -> list[dict]:
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return stored(ROWS)
 
 
 def measure(task: str, optimizer: str, cell: int, filter: str, seed: int) -> None:
@@ -69,8 +69,7 @@ def measure(task: str, optimizer: str, cell: int, filter: str, seed: int) -> Non
     found = run(seed, configuration, limits[muon], data(seed), batch_size, epochs=1)
     row = key | {name: found[name] for name in ("first", "first_seconds", "seconds", "iterations", "final_accuracy")}
     print(json.dumps(row), flush=True)
-    with open(ROWS, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    keep(ROWS, row)
 
 
 def best(task: str, optimizer: str) -> int:
@@ -124,9 +123,8 @@ def report() -> None:
                 lines.append([task, optimizer, settings, name, median(firsts), each, ratio])
     columns = ["task", "optimizer", "tuned", "filter", "iterations, median", "each", "× those without, by seed"]
     about = __doc__.split("\n\n", 2)[2]
-    OUT.write_text(
-        f"# What a filter adds\n\n{header('python -m benchmarks.filter_matrix')}\n{about}\n{table(columns, lines)}"
-    )
+    head = of_rows("python -m benchmarks.filter_matrix", rows())
+    OUT.write_text(f"# What a filter adds\n\n{head}\n{about}\n{table(columns, lines)}")
     print(OUT.read_text())
 
 

@@ -25,7 +25,7 @@ def draw() -> Figure:
     rows = [json.loads(line) for line in (FOLDER / "grokking.jsonl").read_text().splitlines()]
     figure = Figure(figsize=(9, 2.7), layout="constrained")
     axis = figure.subplots()
-    for place, (name, (label, color)) in enumerate(reversed(SHOWN.items())):
+    for place, (name, (_, color)) in enumerate(reversed(SHOWN.items())):
         runs = [row for row in rows if row["configuration"] == name]
         stopped = [row["iterations"] for row in runs if row["first"] is None]
         first = [math.inf if row["first"] is None else row["first"] for row in runs]

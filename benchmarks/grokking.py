@@ -10,9 +10,14 @@ Every run is a line in grokking.jsonl. A run that stands there is not repeated: 
 """
 
 import argparse
+import itertools
 import json
 import math
+import os
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +27,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import forge_lightning.optim
-from benchmarks.environment import FOLDER, header, table
+from benchmarks.environment import FOLDER, keep, of_rows, stored, table
 from forge_lightning.components.grokfast import GradientFilter
 from forge_lightning.data.algorithmic import AlgorithmicData
 from forge_lightning.models.algorithmic import Decoder, scale_initial_weights
@@ -197,6 +202,22 @@ def cost(turns: int = 7, iterations: int = 50) -> dict[str, float]:
     return {name: 1e3 * statistics.median(kept) / iterations for name, kept in seconds.items()}
 
 
+def shipped(seed: int, threads: int) -> dict:
+    """What the summary of `forge-fit fit --config grokking_fast.yaml` says, with that seed for weights and data."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["fit", "--config", "grokking_fast.yaml", f"--seed_everything={seed}", f"--data.seed={seed}"]
+        subprocess.run(
+            [sys.executable, "-m", "forge_lightning.cli", *command],
+            check=True,
+            cwd=folder,
+            env=os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(FOLDER.parent)},
+            stdout=subprocess.DEVNULL,
+        )
+        summary = json.loads(next(Path(folder).rglob("summary.json")).read_text())
+    wanted = ("steps_to_threshold", "steps", "seconds", "status")
+    return {"threads": threads, "seed": seed} | {key: summary[key] for key in wanted}
+
+
 def median(values: list, digits: int = 0) -> str:
     """Median with runs that never got there counted as the worst."""
     middle = statistics.median_low([math.inf if v is None else v for v in values])
@@ -228,9 +249,10 @@ def report(results: dict[str, list[dict]], command: str) -> str:
         "CPU s", "95 % for 10 epochs", "CPU s", "training 99 %", "last validation accuracy",
     ]  # fmt: skip
     seeds = sorted({r["seed"] for runs in results.values() for r in runs})
+    head = of_rows(command, itertools.chain.from_iterable(results.values()))
     return (
         "# Grokking the Grokfast paper's task\n\n"
-        f"{header(command)}Seeds: {', '.join(map(str, seeds))}\n\n{__doc__.split(chr(10) * 2)[2]}\n\n"
+        f"{head}Seeds: {', '.join(map(str, seeds))}\n\n{__doc__.split(chr(10) * 2)[2]}\n\n"
         f"{table(columns, rows)}\n"
     )
 
@@ -244,14 +266,23 @@ def main() -> None:
     parser.add_argument(
         "--cost", action="store_true", help="time an iteration of the baseline and of the recipe, in turn"
     )
+    parser.add_argument("--shipped", action="store_true", help="run the recipe's YAML, on one thread and on two")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.cost:
         (FOLDER / "grokking_cost.json").write_text(json.dumps(cost()) + "\n")
         print((FOLDER / "grokking_cost.json").read_text())
         return
+    if args.shipped:
+        path = FOLDER / "grokking_fast.jsonl"
+        done = {(row["threads"], row["seed"]) for row in stored(path)}
+        for threads in (1, 2):
+            for seed in args.seeds:
+                if (threads, seed) not in done:
+                    keep(path, shipped(seed, threads))
+        return
     kept = args.output.with_suffix(".jsonl")
-    lines = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
+    lines = stored(kept)
     done = {(line["configuration"], line["seed"]) for line in lines}
     for name in args.only:
         for seed in args.seeds:
@@ -260,14 +291,14 @@ def main() -> None:
             result = run(seed, CONFIGURATIONS[name], args.max_iterations or CONFIGURATIONS[name].limit)
             lines.append({"configuration": name} | result)
             print(json.dumps(lines[-1]), flush=True)
-            with open(kept, "a") as file:
-                file.write(json.dumps(lines[-1]) + "\n")
+            keep(kept, lines[-1])
+    lines = stored(kept)
     results = {name: [line for line in lines if line["configuration"] == name] for name in CONFIGURATIONS}
     text = report({name: runs for name, runs in results.items() if runs}, "python -m benchmarks.grokking")
     print(text)
-    keep = "\n## What follows\n"
+    judged = "\n## What follows\n"
     old = args.output.read_text() if args.output.exists() else ""
-    args.output.write_text(text + (keep + old.split(keep, 1)[1] if keep in old else ""))
+    args.output.write_text(text + (judged + old.split(judged, 1)[1] if judged in old else ""))
 
 
 if __name__ == "__main__":

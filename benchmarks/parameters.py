@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from lightning.pytorch import Trainer, seed_everything
 
-from benchmarks.environment import FOLDER, QUIET, header, interval, table
+from benchmarks.environment import FOLDER, QUIET, interval, keep, of_rows, stored, table
 from forge_lightning.callbacks import SelfModel
 from forge_lightning.data import TextData
 from forge_lightning.data.records import read_jsonl
@@ -36,7 +36,7 @@ STEPS, BLOCK = 600, 64
 
 
 def rows() -> list[dict]:
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return stored(ROWS)
 
 
 def measure(width: int, lr: float, head: tuple[str, float] | None, seed: int) -> None:
@@ -69,8 +69,7 @@ def measure(width: int, lr: float, head: tuple[str, float] | None, seed: int) ->
     own = sum(p.numel() for p in module.model.parameters())
     row = key | {"parameters": own, "nll": found["val/loss"], "cpu_seconds": round(seconds, 1)}
     print(json.dumps(row), flush=True)
-    with open(ROWS, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    keep(ROWS, row)
 
 
 def tuned(choices: list[tuple[float, tuple[str, float] | None]]) -> tuple[float, tuple[str, float] | None]:
@@ -152,8 +151,9 @@ def report() -> None:
         "difference",
         "× CPU time",
     ]
+    head = of_rows("python -m benchmarks.parameters tune, run, report", rows())
     text = (
-        f"# Parameters that the self-model saves\n\n{header('python -m benchmarks.parameters tune, run, report')}\n"
+        f"# Parameters that the self-model saves\n\n{head}\n"
         f"{__doc__.split(chr(10) * 2, 2)[2]}\n## Held-out seeds, learning rate {lr:g}\n\n{table(columns, lines)}\n"
         f"Gain over all widths: {interval(gains())} nats a byte, mean and 95 % interval over seeds.\n\n"
         f"## Tuning, width 64\n\n{table(['model', 'lr', 'seed', 'nats a byte'], grid)}"

@@ -10,7 +10,6 @@ additions of 12 levels all along, and success on the hardest four. The baseline'
 and 101, and the methods keep it. Rows are kept in replay.jsonl, and a run goes on where it was stopped.
 """
 
-import json
 import os
 import random
 import sys
@@ -24,7 +23,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from benchmarks.environment import FOLDER, QUIET, header, interval, table
+from benchmarks.environment import FOLDER, QUIET, interval, keep, of_rows, stored, table
 from forge_lightning.callbacks import DreamReplay
 from forge_lightning.components import DreamAugmenter, ReplayBuffer
 from forge_lightning.components.code_augmentation import AUGMENTATIONS, CodeExample
@@ -297,17 +296,15 @@ def cost(seed):
 
 
 def rows(part):
-    found = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
-    return [row for row in found if row["part"] == part]
+    return [row for row in stored(ROWS) if row["part"] == part]
 
 
 def run_all(part, function, wanted, keys):
     done = {tuple(row[key] for key in keys) for row in rows(part)}
     missing = [arguments for arguments in wanted if arguments not in done]
-    with ProcessPoolExecutor(2) as pool, open(ROWS, "a") as file:
+    with ProcessPoolExecutor(2) as pool:
         for row in pool.map(function, *zip(*missing, strict=True)) if missing else ():
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+            keep(ROWS, row)
             print({key: value for key, value in row.items() if key not in ("success", "families", "ms")}, flush=True)
 
 
@@ -324,8 +321,9 @@ def shown(values, scale=100):
 
 
 def report():
+    head = of_rows("python -m benchmarks.replay digits|tune|study|buffer|augment|cost|report", stored(ROWS))
     parts = [
-        f"# Replay\n\n{header('python -m benchmarks.replay digits|tune|study|buffer|augment|cost|report')}\n"
+        f"# Replay\n\n{head}\n"
         "The study was trained before the last changes to `ReplayBuffer` and `DreamReplay`. Digits were then trained"
         " anew, and moved within their intervals.\n"
     ]
@@ -405,9 +403,7 @@ if __name__ == "__main__":
     elif command == "augment":
         for kind in AUGMENTATIONS:
             if not any(row["kind"] == kind for row in rows("augment")):
-                with open(ROWS, "a") as file:
-                    file.write(json.dumps(augment(kind, 0)) + "\n")
+                keep(ROWS, augment(kind, 0))
     elif command in ("buffer", "cost"):
-        with open(ROWS, "a") as file:
-            file.write(json.dumps({"buffer": buffer, "cost": cost}[command](0)) + "\n")
+        keep(ROWS, {"buffer": buffer, "cost": cost}[command](0))
     report()

@@ -11,7 +11,6 @@ benchmarks/grokking.md, 1,000 steps. Cost: CPU time of a step of GPT-2's shape, 
 in self_knowledge.jsonl, and a run goes on where it was stopped.
 """
 
-import json
 import math
 import os
 import sys
@@ -25,7 +24,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.nn import functional as F
 
-from benchmarks.environment import FOLDER, QUIET, half_width, header, table
+from benchmarks.environment import FOLDER, QUIET, half_width, keep, of_rows, stored, table
 from forge_lightning.callbacks import SelfModel, TemperatureCurriculum
 from forge_lightning.components import SelfModelHead
 from forge_lightning.components.calibration import CalibrationMetric, FittedTemperature
@@ -282,18 +281,17 @@ def run(job):
 
 
 def kept():
-    return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return stored(ROWS)
 
 
 def train(which, workers):
     done = {(row["task"], row["variant"], row["seed"]) for row in kept()}
     task = "arithmetic" if which == "arithmetic" else "text"
     todo = [job for job in jobs(which) if (task, job[1], job[4]) not in done]
-    with ProcessPoolExecutor(workers) as pool, open(ROWS, "a") as file:
+    with ProcessPoolExecutor(workers) as pool:
         for rows in pool.map(run, todo):
             for row in rows:
-                file.write(json.dumps(row) + "\n")
-            file.flush()
+                keep(ROWS, row)
             print(rows[0]["variant"], rows[0]["seed"], rows[0]["final"]["nll"], rows[0]["cpu_seconds"], flush=True)
 
 
@@ -332,9 +330,7 @@ def cost():
             kept.append(time.process_time() - start)
             print(kind, round(kept[-1], 2), flush=True)
     middle = {kind: median(kept[1:]) for kind, kept in seconds.items()}
-    row = {"task": "cost", "variant": "cost", "seed": 0, "seconds": middle}
-    with open(ROWS, "a") as file:
-        file.write(json.dumps(row) + "\n")
+    keep(ROWS, {"task": "cost", "variant": "cost", "seed": 0, "seconds": middle})
 
 
 def interval(values):
@@ -433,7 +429,7 @@ def report():
     of_cost = [row["seconds"] for row in rows if row["task"] == "cost"][-1:]
     parts = [
         "# Predicting oneself, agreeing with oneself\n",
-        header("python -m benchmarks.self_knowledge report"),
+        of_rows("python -m benchmarks.self_knowledge report", rows),
         "\nMean and 95 % interval over seeds 0 to 4; differences are paired by seed. NLL in nats a"
         " byte, on test data; T is fitted on validation data.\n",
         "\n## Text, nothing against over-fitting (lr 2e-3, weight decay 0.1, no dropout)\n\n",
