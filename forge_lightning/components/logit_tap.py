@@ -127,13 +127,19 @@ def labels_of(batch: Any, key: str | int | None) -> Tensor | None:
     return found if integers else None
 
 
+def by_position(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits ``(B · T, V)`` of a network that flattens them, as ``(B, T, V)`` where labels are ``(B, T)``."""
+    flat = logits.ndim == 2 and labels.ndim == 2 and len(logits) == labels.numel()
+    return logits.unflatten(0, labels.shape) if flat else logits
+
+
 def predicted_rows(
     logits: Tensor, labels: Tensor | None, mask: Tensor | None, shift: bool
 ) -> tuple[Tensor, Tensor | None]:
     """The logits that count, as rows, and what they should have said.
 
     Args:
-        logits: ``(B, V)`` or ``(B, T, V)``.
+        logits: ``(B, V)``, ``(B, T, V)``, or the latter flattened to ``(B · T, V)``.
         labels: ``(B,)`` or ``(B, T)``, -100 where there is none.
         mask: ``(B, T)``, true at real tokens; of use where there are no labels for each token.
         shift: Whether the label of a position is what the position before it predicts.
@@ -145,6 +151,7 @@ def predicted_rows(
         ValueError: If there are labels, and they do not fit.
     """
     if labels is not None:
+        logits = by_position(logits, labels)
         if labels.shape != logits.shape[:-1]:
             raise ValueError(
                 f"the labels are {tuple(labels.shape)}, the logits {tuple(logits.shape)}, whose last dimension must be"
@@ -186,7 +193,10 @@ def scores_of_rows(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor,
 @torch.no_grad()
 def fits_better_shifted(logits: Tensor, labels: Tensor | None) -> bool:
     """Whether labels taken as aligned fit clearly better when they are shifted, by half a nat and a quarter."""
-    if labels is None or logits.ndim != 3 or labels.shape != logits.shape[:2] or logits.shape[1] < 2:
+    if labels is None:
+        return False
+    logits = by_position(logits, labels)
+    if logits.ndim != 3 or labels.shape != logits.shape[:2] or logits.shape[1] < 2:
         return False
     losses = []
     for shift in (False, True):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from forge_lightning.components.logit_tap import (
     LogitTap,
+    by_position,
     is_shifted,
     labels_of,
     predicted_rows,
@@ -56,8 +57,11 @@ class RowScores:
         if self._tap is None or self._logits is not None:
             return False
         call = self._tap.take()
-        self._logits = None if call is None else call[2]
-        return call is not None
+        if call is None:
+            return False
+        labels = labels_of(self._batch, self.labels)
+        self._logits = call[2] if labels is None else by_position(call[2], labels)
+        return True
 
     def end(self) -> None:
         """Forget the step."""

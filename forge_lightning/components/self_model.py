@@ -199,7 +199,7 @@ class SelfModelHead(nn.Module):
         except ValueError as error:
             raise ValueError(f"`{self.owner}(layers={layers!r})`: {error}") from None
         if self.layers is None:  # what it puts out follows from the features by definition
-            chosen = {name: module for name, module in chosen.items() if module is not reader}
+            chosen = {name: m for name, m in chosen.items() if all(part is not reader for part in m.modules())}
         least = 2 if self.form == "forward" else 1
         if len(chosen) < least:
             raise ValueError(
@@ -334,7 +334,8 @@ class SelfModelHead(nn.Module):
             if not any(source.requires_grad for source in sources):
                 warnings.warn(
                     f"{self.owner}: no gradient reaches the network, because nothing that is trained comes before"
-                    f" {self._sources}. The head learns alone, until that changes.",
+                    f" {self._sources}. The head learns alone, until that changes. If the network is elsewhere, name it"
+                    " with `layers`, and the module that reads its final features with `output_layer`.",
                     stacklevel=2,
                 )
         predictions = self(sources)

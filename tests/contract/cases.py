@@ -31,8 +31,9 @@ GROKFAST_LOGS = frozenset(
 )
 
 
-def grokfast(id: str, **kwargs) -> Case:
+def grokfast(id: str, exempt=(), **kwargs) -> Case:
     return Case(
+        exempt=dict(exempt),
         build=lambda: callbacks.Grokfast(**kwargs),
         id=id,
         inert=lambda: callbacks.Grokfast(**kwargs | {"lamb": 0.0}),
@@ -188,7 +189,14 @@ CASES = [
     ),
     grokfast("grokfast-ema", alpha=0.9, lamb=2.0),
     grokfast("grokfast-ma", filter="ma", window_size=3, lamb=2.0),
-    grokfast("grokfast-projection", filter="projection", alpha=0.9, lamb=0.25, schedule="cosine_similarity"),
+    grokfast(
+        "grokfast-projection",
+        exempt={"foreign_modules: LowRank": "gradient and slow gradient never agree in its 8 steps, and λ stays 0"},
+        filter="projection",
+        alpha=0.9,
+        lamb=0.25,
+        schedule="cosine_similarity",
+    ),
     Case(
         build=callbacks.RNGState,
         id="rng-state",

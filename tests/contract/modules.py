@@ -4,7 +4,9 @@ from dataclasses import dataclass
 
 import torch
 from lightning.pytorch import LightningModule
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from forge_lightning.data.difficulty import DifficultySampler
@@ -30,6 +32,8 @@ class Problem:
 
 class LossOnly(LightningModule):
     """`training_step` returns a bare loss tensor."""
+
+    warns = "(?!)"  # of what the module itself does
 
     def complete(self, prompts, **options):
         return [f"epoch = {self.current_epoch}"] * len(prompts)
@@ -120,6 +124,72 @@ class PartlyFrozen(LossOnly):
         self.net[0].requires_grad_(False)
 
 
+class Checkpointed(LossOnly):
+    """Activations are computed once more in the backward pass: every forward hook sees each batch twice."""
+
+    def loss(self, batch):
+        x, y = batch
+        logits = checkpoint(self.net, x.to(self.dtype).requires_grad_(), use_reentrant=False)
+        return nn.functional.cross_entropy(logits, y)
+
+
+class Tied(LossOnly):
+    """Two layers are one parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[0], self.net[3] = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.net[3].weight = self.net[0].weight
+
+
+class Compiled(LossOnly):
+    """The network is compiled; "aot_eager" needs no compiler on the machine."""
+
+    warns = "The .grad attribute of a Tensor that is not a leaf"  # the compiler's own look at tensors, muted by it
+
+    def __init__(self):
+        super().__init__()
+        self.net.compile(backend="aot_eager")
+
+
+class Adversarial(LossOnly):
+    """A generator and a discriminator, which is `net`, by turns."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        net = self.net
+        del self.net
+        self.generator, self.net = nn.Linear(4, 8), net  # in this order: the last layer is the discriminator's
+
+    def configure_optimizers(self):
+        return torch.optim.Adam(self.generator.parameters(), 0.01), torch.optim.Adam(self.net.parameters(), 0.01)
+
+    def training_step(self, batch, batch_idx):
+        real, of_generator, of_net = batch[0].to(self.dtype), *self.optimizers()
+        noise = torch.linspace(-1, 1, len(real) * 4, dtype=self.dtype).view(-1, 4)
+        for optimizer in (of_generator, of_net):
+            self.toggle_optimizer(optimizer)
+            made, true = self.generator(noise), torch.ones(len(real), dtype=torch.long)
+            if optimizer is of_generator:
+                loss = nn.functional.cross_entropy(self.net(made), true)
+            else:
+                loss = nn.functional.cross_entropy(self.net(real), true)
+                loss = loss + nn.functional.cross_entropy(self.net(made.detach()), 1 - true)
+            self.manual_backward(loss)
+            optimizer.step()
+            optimizer.zero_grad()
+            self.untoggle_optimizer(optimizer)
+
+
+class LowRank(LossOnly):
+    """LoRA by `peft`: what was there is frozen, and two layers learn a change of rank 2."""
+
+    def __init__(self):
+        super().__init__()
+        inject_adapter_in_model(LoraConfig(r=2, target_modules=["0", "3"], init_lora_weights="gaussian"), self.net)
+
+
 class Plain(LossOnly):
     """Deterministic given the batches: no dropout, SGD. For equalities between runs."""
 
@@ -167,7 +237,10 @@ class RaisesAtStep(LossOnly):
         return self.loss(batch)
 
 
-FOREIGN = [LossOnly, ExtraOutputs, SkipsSteps, TwoOptimizers, UnfreezesLate, PartlyFrozen]
+FOREIGN = [
+    *(LossOnly, ExtraOutputs, SkipsSteps, TwoOptimizers, UnfreezesLate, PartlyFrozen),
+    *(Checkpointed, Tied, Compiled, Adversarial, LowRank),
+]
 
 
 def with_choices(base):

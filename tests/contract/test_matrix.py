@@ -1,0 +1,51 @@
+"""Every combination of `matrix.py`: one process with the rest of the tests, several with `make test-full`."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.contract import matrix
+from tests.contract.cases import CASES
+from tests.contract.test_contract import NAIVE
+
+ROOT = Path(__file__).parents[2]
+
+
+def launch(*arguments):
+    command = [sys.executable, "-m", "tests.contract.matrix", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+
+
+@pytest.mark.parametrize("kind", ["single", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ddp", "fsdp2"))])
+def test_resumes_in_every_combination(kind, tmp_path):
+    for case in CASES if kind != "single" else []:
+        if kind not in case.exempt:
+            victim = launch(kind, tmp_path, "--kill", case.id)
+            assert victim.returncode != 0, f"{case.id} was not killed"
+            assert not (tmp_path / f"{kind}.json").exists()
+    process = launch(kind, tmp_path)
+    report = tmp_path / f"{kind}.json"
+    assert report.exists(), process.stderr[-3000:]
+    results = json.loads(report.read_text())
+    combinations = len(matrix.PRECISIONS) * len(matrix.ACCUMULATE)
+    assert len(results) == sum(1 if kind in case.exempt else combinations for case in CASES)
+    wrong = {name: result for name, result in results.items() if not result.startswith(("passed", "exempt: "))}
+    assert not wrong, "\n".join(f"{name}: {result}" for name, result in wrong.items())
+
+
+def test_the_naive_way_does_not_resume(tmp_path):
+    with pytest.raises(AssertionError, match="end"):
+        matrix.check("single", NAIVE, "32", 3, tmp_path)
+
+
+def test_a_torn_checkpoint_does_not_count(tmp_path):
+    matrix.train("single", NAIVE, "32", 1, tmp_path)
+    last, before = (tmp_path / f"step={step}.ckpt" for step in (16, 15))
+    assert matrix.last_checkpoint(tmp_path) == last
+    last.write_bytes(last.read_bytes()[:1000])
+    assert matrix.last_checkpoint(tmp_path) == before
