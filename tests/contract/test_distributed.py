@@ -35,3 +35,7 @@ def test_every_case_on_two_processes(results, row):
     for case in CASES:
         result = results[f"{case.id}-{row.__name__}"]
         assert result == "passed" or result.startswith("exempt: "), f"{case.id}: {result}"
+
+
+def test_muon_on_two_processes(results):
+    assert results["muon"] == "passed", results["muon"]
