@@ -46,9 +46,9 @@ def two(kind, callbacks, module, **kwargs):
     return fit(callbacks, module, devices=2, strategy=strategy, **kwargs)
 
 
-def scaler():
+def scaler(init_scale=2.0**20):
     # Large enough to overflow at first, so that steps are dropped.
-    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**20))
+    return MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=init_scale))
 
 
 def halves(base):
