@@ -3,7 +3,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
 
-.PHONY: demo test test-full check format clean claims claims-quick soak soak-full
+.PHONY: demo test test-full test-oldest check docs format clean claims claims-quick soak soak-full
 
 demo: $(VENV)/.demo  ## train until it generalises; a quarter of a minute
 	$(BIN)/forge-fit fit --config grokking_fast.yaml
@@ -19,6 +19,9 @@ check: $(VENV)/.test  ## format, lint, types, import rules
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(VENV)/.test  ## the pages of docs, with the API, into docs/_build; a warning is an error
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
 
 format: $(VENV)/.test
 	$(BIN)/ruff format .
@@ -52,4 +55,4 @@ $(VENV)/.test: pyproject.toml constraints.txt
 	touch $(VENV)/.demo $@
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) docs/_build build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,7 +1,6 @@
 """forge-fit: a LightningCLI with our callbacks, data and models by short name, and a few commands around it."""
 
 import argparse
-import inspect
 import json
 import os
 import pickle
@@ -18,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from forge_lightning import callbacks, data, models  # also so that short names are known
+from forge_lightning import callbacks, cards, data, models  # also so that short names are known
 from forge_lightning.data.records import DataFileError
 from forge_lightning.models.forge_module import hugging_face_config
 
@@ -188,18 +187,18 @@ def _is_stateful(callback: pl.Callback) -> bool:
 def list_configs(argv: Sequence[str]) -> int:
     """Every shipped config with its one-line description; or the callbacks, and what one of them says of itself."""
     parser = argparse.ArgumentParser("forge-fit list", description=list_configs.__doc__)
-    every = sorted(name for name in callbacks.__all__ if issubclass(getattr(callbacks, name), pl.Callback))
+    every = sorted(cards.ORDER)
     parser.add_argument(
         "--callbacks", nargs="?", const="all", metavar="NAME", choices=["all", *every], help=f"of {', '.join(every)}"
     )
     wanted = parser.parse_args(argv).callbacks
     if wanted in every:
-        print(inspect.cleandoc(getattr(callbacks, wanted).__doc__).split("\nArgs:\n")[0].rstrip())
+        print(cards.card(wanted).text)
         print(f"\nIts arguments: forge-fit fit --trainer.callbacks.help={wanted}")
         return 0
     rows = shipped_configs()
     if wanted == "all":
-        rows = [(name, getattr(callbacks, name).__doc__.split("\n", 1)[0]) for name in every]
+        rows = [(name, cards.card(name).summary) for name in cards.ORDER]
     width = max(len(name) for name, _ in rows)
     for name, about in rows:
         print(f"{name:{width}}  {about}")

@@ -1,4 +1,4 @@
-"""Every fenced block of the README runs, and so does the notebook."""
+"""Every fenced block of the README and of `docs` runs, and so do the notebooks."""
 
 import json
 import os
@@ -10,9 +10,20 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lightning.pytorch import Callback
+
+from forge_lightning import callbacks, cards
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL)
+
+
+def blocks(path):
+    return re.findall(r"^```(\w+)\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
+
+
+BLOCKS = blocks(ROOT / "README.md")
+PAGES = {path.stem: blocks(path) for path in sorted(ROOT.glob("docs/*.md"))}
+IN_PAGES = [(name, language, block) for name, found in PAGES.items() for language, block in found]
 SHORT = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
 SHORT += ["--trainer.log_every_n_steps=1"]
 
@@ -94,6 +105,43 @@ def test_yaml(index, tmp_path):
     path.write_text(of("yaml")[index])
     assert yaml.safe_load(path.read_text())
     run([sys.executable, "-W", "ignore", "-m", "forge_lightning.cli", "check", str(path)], cwd=tmp_path)
+
+
+@pytest.mark.parametrize(("page", "language", "block"), IN_PAGES, ids=[f"{p}-{kind}" for p, kind, _ in IN_PAGES])
+def test_pages(page, language, block, tmp_path):
+    if language == "python":
+        run([sys.executable, "-W", "ignore", "-c", block], cwd=tmp_path)
+        return
+    more = tmp_path / "more.yaml"
+    if language == "yaml":  # an add-on
+        more.write_text(block)
+        words = ["check", "grokking_observed.yaml", "--config", str(more)]
+    else:
+        assert language == "bash"
+        words = ["check", *shlex.split(block)[3:]]
+        assert block.startswith("forge-fit fit --config ")
+    run([sys.executable, "-W", "ignore", "-m", "forge_lightning.cli", *words], cwd=tmp_path)
+
+
+def test_the_callbacks_table_is_that_of_the_docstrings():
+    """To mend it: ``python -m forge_lightning.cards README.md``."""
+    (written,) = re.findall(
+        r"<!-- callbacks -->\n(.*?)<!-- /callbacks -->", (ROOT / "README.md").read_text(), re.DOTALL
+    )
+    assert written == cards.table()
+
+
+def test_every_callback_has_a_card():
+    public = {name for name in callbacks.__all__ if issubclass(getattr(callbacks, name), Callback)}
+    assert public == set(cards.ORDER)
+    page = (ROOT / "docs" / "callbacks.md").read_text()
+    assert re.findall(r"autoclass:: (\w+)", page) == list(cards.ORDER)
+    for name in cards.ORDER:
+        found = cards.card(name)
+        assert {"Reads", "Changes", "Cost", "When to use"} <= found.fields.keys(), name
+        assert all(found.fields.values()), name
+    with pytest.raises(KeyError, match="no callback 'Grokslow'"):
+        cards.card("Grokslow")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,86 @@
+"""What every callback says of itself: one source for the command line, the README and the pages of `docs`."""
+
+import inspect
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from forge_lightning import callbacks
+
+ORDER = (
+    "EdgeController",
+    "SelfModel",
+    "DreamReplay",
+    "TemperatureCurriculum",
+    "GeometryProbe",
+    "StageClassifier",
+    "Grokfast",
+    "Calibration",
+    "RNGState",
+    "CodeEvaluation",
+    "InterruptCheckpoint",
+    "Telemetry",
+    "RunSummary",
+)
+"""The callbacks in the order in which a YAML lists them."""
+
+FIELDS = ("Hook", "Reads", "Changes", "Logs", "Cost", "When to use", "When it does not help")
+_MARKS = "<!-- callbacks -->\n", "<!-- /callbacks -->"
+
+
+@dataclass(frozen=True)
+class Card:
+    """A callback's docstring, taken apart.
+
+    Args:
+        name: The class.
+        summary: Its first sentence.
+        text: All of it, without arguments, errors and references.
+        fields: What stands behind the labels of `FIELDS`.
+    """
+
+    name: str
+    summary: str
+    text: str
+    fields: dict[str, str]
+
+
+def card(name: str) -> Card:
+    """The card of a callback of this package.
+
+    Raises:
+        KeyError: If there is none of that name.
+    """
+    if name not in ORDER:
+        raise KeyError(f"There is no callback {name!r}. There are {list(ORDER)}.")
+    text = inspect.cleandoc(getattr(callbacks, name).__doc__)
+    text = re.split(r"\n(?:Args|Raises|References):\n", text)[0].rstrip()
+    labels = "|".join(FIELDS)
+    parts = re.split(rf"^({labels}): ", text, flags=re.MULTILINE)
+    fields = {
+        label: " ".join(part.split("\n\n")[0].split()) for label, part in zip(parts[1::2], parts[2::2], strict=True)
+    }
+    return Card(name, " ".join(text.split("\n\n")[0].split()), text, fields)
+
+
+def table() -> str:
+    """All callbacks as a table in Markdown."""
+    lines = ["| callback | does | changes | costs |", "| --- | --- | --- | --- |"]
+    for name in ORDER:
+        found = card(name)
+        cells = (found.summary, found.fields["Changes"], found.fields["Cost"])
+        lines.append(f"| `{name}` | " + " | ".join(cell.rstrip(".").replace("``", "`") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write(page: Path) -> None:
+    """Put the table between the marks of a page."""
+    start, end = _MARKS
+    text = page.read_text()
+    before, rest = text.split(start)
+    page.write_text(before + start + table() + end + rest.split(end)[1])
+
+
+if __name__ == "__main__":
+    write(Path(sys.argv[1]))
