@@ -1,7 +1,9 @@
 PYTHON ?= python3
 VENV ?= .venv
+CONSTRAINTS ?= constraints.txt
+EXTRAS ?= test,dev
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
 .PHONY: demo test test-full test-oldest check docs format clean claims claims-quick soak soak-full
 
@@ -13,6 +15,9 @@ test: $(VENV)/.test  ## the whole test suite, without what is marked slow
 
 test-full: $(VENV)/.test  ## slow tests too
 	$(BIN)/python -m pytest -q -n 2
+
+test-oldest:  ## the same with the oldest releases that pyproject.toml admits, in a venv of its own
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=test test
 
 check: $(VENV)/.test  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .
@@ -44,15 +49,15 @@ soak-full: $(VENV)/.test  ## 100,000 steps, half an hour
 	$(BIN)/python -m benchmarks.soak
 	$(BIN)/python -m pytest -q tests/faults
 
-$(VENV)/.demo: pyproject.toml constraints.txt
+$(VENV)/.demo: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
 	$(INSTALL) .
 	touch $@
 
-$(VENV)/.test: pyproject.toml constraints.txt
+$(VENV)/.test: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) '.[test,dev]'
+	$(INSTALL) '.[$(EXTRAS)]'
 	touch $(VENV)/.demo $@
 
 clean:
-	rm -rf $(VENV) docs/_build build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .venv-oldest docs/_build build dist .mypy_cache .ruff_cache .pytest_cache
