@@ -1,7 +1,7 @@
 """DreamReplay: training again on what was trained on before."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from functools import partial
 from typing import Any, ClassVar, Literal
@@ -19,6 +19,7 @@ from forge_lightning.components.dream_augmenter import DreamAugmenter
 from forge_lightning.components.extra_steps import apart, extra_evaluation, extra_step, scaled_lr
 from forge_lightning.components.logit_tap import find_network
 from forge_lightning.components.loss_terms import add_loss_term, remove_loss_term
+from forge_lightning.components.program_dreams import ProgramDreams
 from forge_lightning.components.replay_buffer import STRATEGIES, Replay, ReplayBuffer, Strategy
 from forge_lightning.components.replay_scores import KEPT, RowScores
 from forge_lightning.protocols import SupportsAugmentation, SupportsGenerate, SupportsInterrupt
@@ -27,7 +28,7 @@ from forge_lightning.sandbox import Sandbox, SandboxError, Task, Verdict
 _USUAL_LABELS = ("labels", "target", "targets", "label", "y")
 _COUNTERS = (
     *("steps", "last_sleep", "remaining", "cycles", "extra_steps", "carry", "dream_carry", "size", "most_rows"),
-    *("offered", "probe_closed", "computed", "before", "lowest", "stage", "augmentations", "sampled"),
+    *("offered", "probe_closed", "computed", "before", "lowest", "stage"),
 )
 """What is saved beside the rows, each an attribute with an underscore."""
 _NUM_WATCHED = 64  # stored rows that are measured before and after a sleep
@@ -203,8 +204,8 @@ class DreamReplay(ForgeCallback):
         self.mode, self.every_n_steps, self.num_steps, self.fraction = mode, every_n_steps, num_steps, fraction
         self.strategy, self.batch_size, self.lr_scale = strategy, batch_size, lr_scale
         self.distillation, self.top_k, self.with_callbacks = distillation, top_k, with_callbacks
-        self.augmenter, self.augmented_fraction = augmenter, augmented_fraction
-        self.temperatures, self.max_new_tokens = list(temperatures), max_new_tokens
+        self.augmenter, self.temperatures, self.augmented_fraction = augmenter, list(temperatures), augmented_fraction
+        self._programs = ProgramDreams(augmenter, temperatures, max_new_tokens)
         self.problems_per_cycle, self.timeout, self.allow_weaker = problems_per_cycle, timeout, allow_weaker
         self.probe_size, self.every_n_steps_by_stage, self.stage_monitor = probe_size, by_stage, stage_monitor
         self.family, self.sample_id, self.labels = family, sample_id, labels
@@ -226,9 +227,7 @@ class DreamReplay(ForgeCallback):
         self.dreams = self._new_buffer(_NUM_DREAMS, 0.0, seed=seed)
         """Variants of programs, on this process."""
         self._watched = self._new_buffer(_NUM_WATCHED, 0.0, seed=seed)
-        if self.augmenter is not None:
-            self.augmenter.load_state_dict({"tried": {}, "kept": {}})
-        self._augmentations, self._sampled = 0, [0, 0]  # programs that the model wrote, and those of them that passed
+        self._programs.clear()
         self._steps, self._last_sleep, self._remaining, self._cycles, self._extra_steps = 0, 0, 0, 0, 0
         self._carry, self._dream_carry, self._size = 0.0, 0.0, 0
         self._most_rows = 1  # of a batch, on any process, when the sleep began
@@ -263,7 +262,7 @@ class DreamReplay(ForgeCallback):
                 "steps between steps are not tried there",
                 "Use DDP, or `ModelParallelStrategy` (FSDP2).",
             )
-        if self._off or not self._dreams_up or stage != "fit":
+        if self._off or not self._programs.is_on or stage != "fit":
             return
         if self.temperatures and not isinstance(pl_module, SupportsGenerate):
             raise self.refuse(type(pl_module).__name__, "it has no method `complete(prompts, ...)`", "Use ForgeModule.")
@@ -273,7 +272,7 @@ class DreamReplay(ForgeCallback):
                 "the processes would generate out of step",
                 "Leave `temperatures` out.",
             )
-        if _programs(trainer, pl_module) is None:
+        if _source_of_programs(trainer, pl_module) is None:
             raise self.refuse(
                 "`augmenter` or `temperatures` and this data",
                 "neither datamodule nor module has `problem_of` and `row_of`, which say what program a row is of",
@@ -671,56 +670,28 @@ class DreamReplay(ForgeCallback):
         return Sandbox(self.timeout, allow_weaker=self.allow_weaker)
 
     def _augment(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Make variants of what is near the threshold, and store those that hold."""
-        programs = _programs(trainer, pl_module) if self._dreams_up else None
-        if programs is None or len(self.buffer) == 0:
+        """Make programs of those near the threshold, and store the ones that hold."""
+        source = _source_of_programs(trainer, pl_module) if self._programs.is_on else None
+        if source is None or len(self.buffer) == 0:
             return
         parents = self.buffer.sample(self.problems_per_cycle, "near_threshold", counted=False)
-        found = ((i, programs.problem_of(_row(parents.rows, i))) for i in range(len(parents)))
+        found = ((i, source.problem_of(_row(parents.rows, i))) for i in range(len(parents)))
         problems = {i: problem for i, problem in found if problem is not None}
-        self._augmentations += 1
-        seed = (self.seed * _SEED_STEP + self._augmentations) * _SEED_STEP + trainer.global_rank
+        self._programs.rounds += 1
+        seed = (self.seed * _SEED_STEP + self._programs.rounds) * _SEED_STEP + trainer.global_rank
+        complete = pl_module.complete if isinstance(pl_module, SupportsGenerate) else None
         with self._sandbox() as sandbox:
-            made = [*self._variants(problems, sandbox, seed), *self._samples(problems, sandbox, pl_module, seed)]
+
+            def run(chosen: Sequence[CodeExample]) -> list[Verdict]:
+                return sandbox.run_many([Task(e.program, e.tests, e.entry_point, e.setup) for e in chosen])
+
+            made = [*self._programs.make(problems, run, sandbox.run_many, complete, seed)]
         network = self._scores and self._scores.network
         longest = getattr(getattr(network, "config", None), "max_position_embeddings", None)
         for i, prompt, completion in made:
-            row = programs.row_of(prompt, completion)
+            row = source.row_of(prompt, completion)
             if row is not None and all(longest is None or t.shape[1] <= longest for t in row.values()):
                 self._store_variant(_row(parents.rows, i, keep=True), row)
-
-    @property
-    def _dreams_up(self) -> bool:
-        return self.augmenter is not None or bool(self.temperatures)
-
-    def _variants(self, problems: Mapping[int, Any], sandbox: Sandbox, seed: int) -> Iterator[tuple[int, str, str]]:
-        """Place, prompt and completion of variants that hold."""
-        if self.augmenter is None:
-            return
-
-        def run(chosen: Sequence[CodeExample]) -> list[Verdict]:
-            return sandbox.run_many([Task(e.program, e.tests, e.entry_point, e.setup) for e in chosen])
-
-        examples = [CodeExample.of(problem) for problem in problems.values()]
-        for i, variants in zip(problems, self.augmenter.augment(examples, run, seed), strict=True):
-            yield from ((i, variant.example.prompt, variant.example.solution) for variant in variants)
-
-    def _samples(
-        self, problems: Mapping[int, Any], sandbox: Sandbox, pl_module: Any, seed: int
-    ) -> Iterator[tuple[int, str, str]]:
-        """Place, prompt and completion of what the model writes itself, where it passes and is not what was given."""
-        for temperature in self.temperatures if problems else ():
-            prompts = [problem.prompt for problem in problems.values()]
-            options = {"max_new_tokens": self.max_new_tokens, "temperature": temperature, "seed": seed % (1 << 31)}
-            tasks = [
-                p.task(text) for p, text in zip(problems.values(), pl_module.complete(prompts, **options), strict=True)
-            ]
-            for (i, problem), task, verdict in zip(problems.items(), tasks, sandbox.run_many(tasks), strict=True):
-                completion = task.solution[len(problem.before) :].rstrip()
-                self._sampled[0] += 1
-                if verdict.passed and completion != problem.solution.rstrip():
-                    self._sampled[1] += 1
-                    yield i, problem.prompt, completion
 
     def _store_variant(self, parent: dict[str, Tensor], row: dict[str, Tensor]) -> None:
         missing = [name for name in row if name not in parent]
@@ -734,16 +705,10 @@ class DreamReplay(ForgeCallback):
 
     def _yields(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, float]:
         """Over all processes."""
-        if not self._dreams_up:
-            return {}
-        of_augmenter = (self.augmenter.tried, self.augmenter.kept) if self.augmenter is not None else ()
-        counts = torch.tensor([*(float(sum(each.values())) for each in of_augmenter), *map(float, self._sampled)])
-        if trainer.world_size > 1:
+        counts = torch.tensor(self._programs.counts())
+        if trainer.world_size > 1 and self._programs.is_on:
             counts = trainer.strategy.reduce(counts.to(pl_module.device), reduce_op="sum")
-        *made, tried, kept = counts.tolist()
-        metrics = {"augmented": made[1], "yield": made[1] / made[0] if made[0] else math.nan} if made else {}
-        sampled = {"sampled": kept, "sampled_yield": kept / tried if tried else math.nan}
-        return metrics | (sampled if self.temperatures else {})
+        return self._programs.metrics(counts.tolist())
 
     # Measuring.
 
@@ -803,7 +768,7 @@ class DreamReplay(ForgeCallback):
         if not self.save_buffer:
             fresh = {"remaining": 0, "offered": 0, "probe_closed": self.probe_size == 0, "lowest": math.nan}
             return {"counters": counters | fresh}
-        made = {} if self.augmenter is None else {"augmenter": self.augmenter.state_dict()}
+        made = {"programs": self._programs.state_dict()}
         return {"counters": counters, **made} | {name: store.state_dict() for name, store in self._stores.items()}
 
     @property
@@ -832,8 +797,8 @@ class DreamReplay(ForgeCallback):
             )
         for name in _COUNTERS:  # no other: a checkpoint does not decide what is set
             setattr(self, f"_{name}", copy(state["counters"][name]))
-        if self.augmenter is not None and "augmenter" in state:
-            self.augmenter.load_state_dict(state["augmenter"])
+        if "programs" in state:
+            self._programs.load_state_dict(state["programs"])
         for name, store in self._stores.items():
             if name not in state:
                 continue
@@ -870,7 +835,7 @@ class _AfterAll(Callback):
         self._act(trainer, pl_module, batch)
 
 
-def _programs(trainer: Trainer, pl_module: LightningModule) -> SupportsAugmentation | None:
+def _source_of_programs(trainer: Trainer, pl_module: LightningModule) -> SupportsAugmentation | None:
     sources = (getattr(trainer, "datamodule", None), pl_module)
     return next((source for source in sources if isinstance(source, SupportsAugmentation)), None)
 
