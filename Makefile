@@ -8,16 +8,16 @@ INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --co
 .PHONY: demo test test-full test-oldest check docs format clean claims claims-quick soak soak-full
 
 demo: $(VENV)/.demo  ## train until it generalises; a quarter of a minute
-	$(BIN)/forge-fit fit --config grokking_fast.yaml
+	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/forge-fit fit --config grokking_fast.yaml
 
 test: $(VENV)/.test  ## the whole test suite, without what is marked slow
-	$(BIN)/python -m pytest -q -n 2 -m "not slow"
+	$(BIN)/python -m pytest -q -n 2 -m "not slow" $(WARNINGS)
 
 test-full: $(VENV)/.test  ## slow tests too
 	$(BIN)/python -m pytest -q -n 2
 
 test-oldest:  ## the same with the oldest releases that pyproject.toml admits, in a venv of its own
-	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=test test
+	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=test WARNINGS='-W default' test
 
 check: $(VENV)/.test  ## format, lint, types, import rules
 	$(BIN)/ruff format --check .

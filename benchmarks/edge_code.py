@@ -6,9 +6,9 @@ A GPT-2 of two layers and 64 units writes functions of one to four operations fr
 family "python" of `GeneratedTasks`), 1,500 steps of 32 examples, AdamW. Every 300 steps it writes one program greedily,
 for each of 120 problems, 30 of each level (of the first level, 27 functions in all, the same as in training); pass@1 is
 the share that passes its tests in the sandbox. The controller sees exact match alone, which knows one of many right
-answers. "tune", on seed 100: learning rates 1e-3, 2e-3, 4e-3 of each way to choose, and of "easy to hard" a ramp of 500
-steps beside 1,000 at its best rate, judged by the mean over all five measurements. "run": the best of each on seeds 0
-to 4. Rows are kept in edge_code.jsonl, and a run goes on where it was stopped.
+answers. "tune", on seed 100: learning rates 1e-3 to 8e-3 of each way to choose, and of "easy to hard" ramps of 500 and
+1,500 steps beside 1,000 at its best rate, judged by the mean over all five measurements. "run": the best of each on
+seeds 0 to 4. Rows are kept in edge_code.jsonl, and a run goes on where it was stopped.
 """
 
 import json
@@ -28,7 +28,7 @@ from forge_lightning.sandbox import Sandbox
 ROWS, OUT = FOLDER / "edge_code.jsonl", FOLDER / "edge_code.md"
 STEPS, EVERY, LEVELS, EACH = 1500, 300, 4, 30
 METHODS = ("uniform", "easy to hard", "edge")
-RATES, RAMPS, TUNING, SEEDS = (1e-3, 2e-3, 4e-3), (500, 1000), (100,), range(5)
+RATES, RAMPS, TUNING, SEEDS = (1e-3, 2e-3, 4e-3, 8e-3), (500, 1000, 1500), (100,), range(5)
 
 
 class Executes(Callback):

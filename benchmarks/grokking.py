@@ -93,6 +93,7 @@ CONFIGURATIONS = {
         "the same + EMA alpha 0.98, lamb 2", "AdamW", ADAM | {"lr": 1e-3, "weight_decay": 1.0}, EMA
     ),
     "adamw_tuned": Configuration("AdamW lr 3e-3, weight decay 1, no filter", "AdamW", ADAM | ADAMW_TUNED),
+    "adamw_tuned_ema": Configuration("the same + EMA alpha 0.98, lamb 2", "AdamW", ADAM | ADAMW_TUNED, EMA, limit=1500),
     "adamw_tuned_projection": Configuration(
         "the same + projection by cosine, lamb 0.25 (our default)",
         "AdamW",
@@ -270,8 +271,10 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.cost:
-        (FOLDER / "grokking_cost.json").write_text(json.dumps(cost()) + "\n")
-        print((FOLDER / "grokking_cost.json").read_text())
+        path = FOLDER / "grokking_cost.json"
+        if not path.exists():  # to time afresh, delete it
+            path.write_text(json.dumps(cost()) + "\n")
+        print(path.read_text())
         return
     if args.shipped:
         path = FOLDER / "grokking_fast.jsonl"

@@ -2,14 +2,15 @@
 
     python -m benchmarks.overhead [--only tiny small gpt2]
 
-GPT-2's shapes with random weights and tokens, fp32, AdamW, one thread, CPU time of the process: 124 M parameters at
-4 × 256 tokens; 2 M (4 layers of 192, 1,024 tokens of vocabulary) at 8 × 256; 0.1 M (2 layers of 64) at 32 × 32. What
-works between forward and backward passes is timed by its own hooks, in one fit with all of them, logging every 10 steps
-to a CSV file: median of a step's sum, but means for what comes only every so often (`GeometryProbe`: a probe of all
-blocks, copying included, over 50 steps). What works inside the step is the difference of fits with and without it, in
-turn: `SelfModel`, `TemperatureCurriculum`, and `DreamReplay(mode="mix")` against the same number of fresh rows. What
-only works at checkpoints, in validation or at the end (`RNGState`, `Calibration`, `CodeEvaluation`, `RunSummary`)
-adds nothing to a step. Rows are kept in overhead.jsonl; to measure afresh, delete it.
+GPT-2's shapes with random weights and tokens, fp32, AdamW, one thread, CPU time of the process: 124 M parameters at 4 ×
+256 tokens; 2 M (4 layers of 192, 1,024 tokens of vocabulary) at 8 × 256; 0.1 M (2 layers of 64) at 32 × 32. What works
+between forward and backward passes is timed by its own hooks, in one fit with all of them, logging every 10 steps to a
+CSV file: median of a step's sum, but means for what comes only every so often (`GeometryProbe`: a probe of all blocks,
+copying included, over 50 steps; `EdgeController` without the sampler's draws, which edge.md has). Of
+`DreamReplay(mode="mix")`, in a fit of its own, all that it does beside the rows' own compute. `SelfModel` and
+`TemperatureCurriculum` add to the loss in every other step: the difference of medians, plus what their hooks take. What
+only works at checkpoints, in validation or at the end (`RNGState`, `Calibration`, `CodeEvaluation`, `RunSummary`, most
+of `StageClassifier`) adds nothing to a step. Rows are kept in overhead.jsonl; to measure afresh, delete it.
 """
 
 import argparse
@@ -61,20 +62,21 @@ SIZES = {
     "small": Size("2 M, 8 × 256", {"n_layer": 4, "n_embd": 192, "n_head": 4, "vocab_size": 1024}, 8, 256, 24, 5),
     "gpt2": Size("GPT-2 small, 4 × 256", {"vocab_size": 50257}, 4, 256, 6, 3),
 }
-INSIDE: dict[str, Callable[[], Callback]] = {
+OWN = ("_mixed", "begin", "added", "returned", "end", "_after_step")  # of replay, called from inside the step
+INSIDE: dict[str, type[forge.SelfModel | forge.TemperatureCurriculum]] = {
     "SelfModel": forge.SelfModel,
     "TemperatureCurriculum": forge.TemperatureCurriculum,
-    "DreamReplay": lambda: forge.DreamReplay(mode="mix", fraction=0.25, probe_size=0),
 }
 
 
 class Hooks:
     """CPU seconds of a callback's hooks, of every step."""
 
-    def __init__(self, callback: Callback) -> None:
+    def __init__(self, callback: Callback, more: tuple[str, ...] = ()) -> None:
         self.steps, self.now = [], 0.0
-        for name in HOOKS:
-            setattr(callback, name, self.timed(getattr(callback, name), last=name == HOOKS[-1]))
+        last = more[-1] if more else HOOKS[-1]
+        for name in (*HOOKS, *more):
+            setattr(callback, name, self.timed(getattr(callback, name), last=name == last))
 
     def timed(self, hook: Callable[..., Any], last: bool) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -135,22 +137,28 @@ def between(size: Size) -> dict[str, float]:
     ]
     hooks = {type(callback).__name__: Hooks(callback) for callback in built}
     fit(size, [probe, *built], size.batch, max(size.steps, 12))
+    replay = forge.DreamReplay(mode="mix", fraction=0.25, probe_size=0)
+    hooks["DreamReplay"] = Hooks(replay, OWN)
+    fit(size, [replay], size.batch, max(size.steps, 12))
     often = {name: 1e3 * median(kept.steps[1:]) for name, kept in hooks.items()}
     often["Telemetry"] = 1e3 * mean(hooks["Telemetry"].steps[1:])  # loggers are written to every 10 steps
     return often | {"GeometryProbe": 1e3 * median(probe.cpu_seconds[1:]) / PROBE_EVERY}
 
 
 def inside(size: Size) -> tuple[float, dict[str, float]]:
-    """Milliseconds of a plain step, and what more one with the callback takes: medians over turns."""
-    plain: list[float] = []
-    more: dict[str, list[float]] = {name: [] for name in INSIDE}
-    for _ in range(size.turns):
-        without = median(fit(size, [], size.batch, size.steps))
-        plain.append(1e3 * without)
-        for name, build in INSIDE.items():
-            rows = size.batch * 3 // 4 if name == "DreamReplay" else size.batch
-            more[name].append(1e3 * (median(fit(size, [build()], rows, size.steps)) - without))
-    return median(plain), {name: median(values) for name, values in more.items()}
+    """Milliseconds of a plain step, and what a step takes more that adds to the loss."""
+    plain, more = [], {}
+    for name, build in INSIDE.items():
+        callback = build()
+        hooks, added = Hooks(callback), callback.added
+        counts = iter(range(10**9))
+        callback.added = lambda loss, a=added, c=counts: a(loss) if next(c) % 2 == 0 else None
+        steps = fit(size, [callback], size.batch, 2 * size.steps * size.turns)[1:]  # from the third on
+        of_hooks = median(hooks.steps[2:])
+        off = 1e3 * (median(steps[1::2]) - of_hooks)
+        more[name] = 1e3 * median(a - b for a, b in zip(steps[::2], steps[1::2], strict=False)) + 1e3 * of_hooks
+        plain.append(off)
+    return mean(plain), more
 
 
 def report() -> None:

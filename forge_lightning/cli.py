@@ -1,16 +1,22 @@
 """forge-fit: a LightningCLI with our callbacks, data and models by short name, and a few commands around it."""
 
 import argparse
+import importlib
+import inspect
 import json
 import os
 import pickle
+import re
 import sys
 import warnings
 from collections.abc import Sequence
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
+from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -35,16 +41,17 @@ def find_config(name: str) -> Path:
     """The config file of that name, with or without suffix.
 
     Raises:
-        MisconfigurationException: If there is none, listing those that exist.
+        MisconfigurationException: If there is none, naming those that exist, and close ones.
     """
     for folder in config_folders():
         for candidate in (folder / name, folder / f"{name}.yaml"):
             if candidate.is_file():
                 return candidate
-    available = "\n".join(f"  {shown}  {about}" for shown, about in shipped_configs())
+    shipped = [shown for shown, _ in shipped_configs()]
+    close = get_close_matches(name.removesuffix(".yaml"), shipped, n=3, cutoff=0.4)
     raise MisconfigurationException(
-        f"`--config {name}`: no such file in the working directory, in its `configs`, or among those shipped, which"
-        f" are:\n{available}"
+        f"`--config {name}`: no such file in the working directory, in its `configs`, or among those shipped:"
+        f" {', '.join(shipped)}." + (f" Close: {close}." if close else "")
     )
 
 
@@ -98,7 +105,13 @@ class ForgeCLI(LightningCLI):
             auto_configure_optimizers=False,
             save_config_callback=_SaveConfig,
             save_config_kwargs={"overwrite": True},
-            parser_kwargs={"default_env": True, "env_prefix": "FORGE"},
+            parser_kwargs={
+                "default_env": True,
+                "env_prefix": "FORGE",
+                "prog": "forge-fit",
+                "exit_on_error": False,
+                **{name: {"exit_on_error": False} for name in self.subcommands()},
+            },
             args=args,
             **kwargs,
         )
@@ -147,9 +160,9 @@ class _CheckCLI(ForgeCLI):
 
 
 def check(argv: Sequence[str]) -> int:
-    """Types, ranges and wiring of a config, without building a model. Extra arguments are those of ``fit``."""
+    """Types and ranges of a config, and what shows of its wiring; no data is read, no network built."""
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: forge-fit check CONFIG [--config CONFIG ...] [overrides as for fit]\n\n" + (check.__doc__ or ""))
+        print("usage: forge-fit check CONFIG [--config CONFIG ...] [arguments as for fit]\n\n" + (check.__doc__ or ""))
         return 0 if argv else 2
     cli = _CheckCLI(["fit", *resolve_configs(["--config", *argv])])
     trainer = cli.config_init["fit"]["trainer"]
@@ -170,6 +183,12 @@ def check(argv: Sequence[str]) -> int:
             f"`trainer.callbacks` holds {', '.join(twice)} twice, and their states would collide in a checkpoint."
             " Give one of them a `name`, or drop it."
         )
+    steers = any(isinstance(c, callbacks.EdgeController) for c in found)
+    if steers and not _has_choices(cli.datamodule):
+        raise MisconfigurationException(
+            f"`EdgeController` has nothing to choose from in this {type(cli.datamodule).__name__}. Use GeneratedTasks,"
+            " or CodeTasks with `difficulty`."
+        )
     if getattr(cli.model, "self_model", None) is not None and any(isinstance(c, callbacks.SelfModel) for c in found):
         raise MisconfigurationException(
             "The model has a head of its own, `self_model`, and the callback `SelfModel` would be a second. Use one of"
@@ -178,6 +197,13 @@ def check(argv: Sequence[str]) -> int:
     names = ", ".join(type(callback).__name__ for callback in found) or "none"
     print(f"{argv[0]}: valid. {type(cli.model).__name__} on {type(cli.datamodule).__name__}; callbacks: {names}.")
     return 0
+
+
+def _has_choices(datamodule: Any) -> bool:
+    """Whether its training data can be chosen by difficulty; of somebody else's, that is not known here."""
+    if isinstance(datamodule, data.CodeTasks):
+        return datamodule.difficulty_by is not None
+    return not isinstance(datamodule, data.TextData | data.AlgorithmicData)
 
 
 def _is_stateful(callback: pl.Callback) -> bool:
@@ -207,13 +233,12 @@ def list_configs(argv: Sequence[str]) -> int:
 
 def _load_run(run: Path, ckpt_path: Path | None) -> tuple[Any, Any]:
     """The module and datamodule of a run directory, with the weights of a checkpoint."""
-    import torch
-
     config = run / "config.yaml"
     if not config.is_file():
+        below = [str(path.parent) for path in sorted(run.glob("**/config.yaml"))[:3]] if run.is_dir() else []
         raise MisconfigurationException(
-            f"`--run {run}` holds no config.yaml: it is not the directory of a run of `forge-fit fit`."
-            " The summary that ends a run prints its directory."
+            f"`--run {run}` holds no config.yaml: no run of `forge-fit fit` has begun to train there."
+            + (f" There are {below} below it." if below else " The summary that ends a run prints its directory.")
         )
     if ckpt_path is None:
         found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
@@ -260,7 +285,11 @@ def export(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     module, _ = _load_run(args.run, args.ckpt_path)
     module.export(args.output)
-    print(f"Wrote {args.output}: load it with transformers.AutoModelForCausalLM.from_pretrained({str(args.output)!r}).")
+    print(
+        f"Wrote {args.output}: load it with AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained of"
+        " transformers. A prompt to continue takes tokenizer(prompt, add_special_tokens=False): byte tokenizers put an"
+        " end token behind it otherwise."
+    )
     return 0
 
 
@@ -306,9 +335,40 @@ def analyze(argv: Sequence[str]) -> int:
 COMMANDS = {"list": list_configs, "check": check, "analyze": analyze, "generate": generate, "export": export}
 
 
+_WORDLESS = re.compile(  # what jsonargparse says beside the reason
+    r"Does not validate against any|Subtypes: |Errors:$|- Not a valid subclass|Subclass types expect"
+    r"|- a (class path|dict) |- Expected a <class '(NoneType|lightning)|Given value type"
+)
+
+
+def parser_error(message: str) -> str:
+    """What is wrong in a config, without what the parser says around it, and with close names.
+
+    Args:
+        message: Of jsonargparse's error.
+    """
+    lines = [line for line in message.splitlines() if line.strip() and not _WORDLESS.match(line.strip())]
+    text = "\n".join(lines).strip()
+    if re.match(r"unrecognized arguments: \S+\.ya?ml", text):
+        return f"{text}. Each further file goes behind a `--config` of its own."
+    if re.match(r"the following arguments are required: \w+\.(data|model)", text):
+        return f"{text}. An add-on goes behind a whole recipe: `--config recipe.yaml --config add_on.yaml`."
+    word, known = "", []
+    if found := re.search(r"(?:dot import path string:|Unable to import) '?([\w.]+)", text):
+        word = found[1].split(".")[-1]
+        known = [name for part in (callbacks, data, models) for name in part.__all__]
+        known += [name for part in (pl.callbacks, torch.optim) for name in vars(part) if name[0].isupper()]
+    elif found := re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text):
+        word, known = found[1].split(".")[0], ["trainer", "model", "data", "seed_everything", "ckpt_path"]
+    elif found := re.search(r"given class_path '([\w.]+)\.(\w+)'.*Option '(\w+)' is not accepted", text, re.DOTALL):
+        word, known = found[3], list(inspect.signature(getattr(importlib.import_module(found[1]), found[2])).parameters)
+    close = get_close_matches(word, known, n=3, cutoff=0.5)
+    return f"{text}\nClose: {close}." if close else text
+
+
 def _usage() -> str:
     lines = [f"  {name:9} Lightning's {name}; `forge-fit {name} --help`" for name in TRAINER_COMMANDS]
-    lines += [f"  {name:9} {(run.__doc__ or '').splitlines()[0]}" for name, run in COMMANDS.items()]
+    lines += [f"  {name:9} {(run.__doc__ or '').splitlines()[0].replace('``', '`')}" for name, run in COMMANDS.items()]
     return "usage: forge-fit COMMAND ...\n\n" + "\n".join(lines)
 
 
@@ -331,6 +391,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         # In `sys.argv`, because that is what a strategy's launcher runs again in its other processes.
         sys.argv[1:] = resolve_configs(argv)
         ForgeCLI()
+    except ArgumentError as error:
+        return _explain(parser_error(str(error)))
     except SIGTERMException:
         return 143  # 128 + SIGTERM, as a shell says it
     except (MisconfigurationException, DataFileError, OSError) as error:

@@ -2,22 +2,28 @@
 
 import importlib
 import json
+import math
 import re
+import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks import (
     claims,
     edge,
+    edge_code,
     environment,
     filter_cost,
     filter_matrix,
     first_picture,
     grokking,
+    overhead,
     parameters,
     phases,
     replay,
+    scale,
     self_knowledge,
     soak,
 )
@@ -30,7 +36,10 @@ def body(text):
     return re.sub(r"^(Date|Versions): .*$", "", text, flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize("module", [claims, edge, filter_matrix, parameters, replay, self_knowledge], ids=str)
+OF_ROWS = [claims, edge, edge_code, filter_matrix, overhead, parameters, replay, scale, self_knowledge]
+
+
+@pytest.mark.parametrize("module", OF_ROWS, ids=lambda module: module.__name__)
 def test_page_is_that_of_its_rows(module, tmp_path, monkeypatch):
     page = module.OUT
     monkeypatch.setattr(module, "OUT", tmp_path / page.name)
@@ -57,14 +66,44 @@ def test_every_benchmark_has_a_page_or_says_why_not():
 
 
 def test_claims_run_every_part_behind_them():
-    named = {part[0] for part in claims.PARTS}
-    assert {"grokking", "filter_matrix", "edge", "self_knowledge", "parameters", "replay", "first_picture"} <= named
+    parts = set(claims.PARTS)
+    assert {("grokking",), ("grokking", "--cost"), ("grokking", "--shipped"), ("first_picture",)} <= parts
+    steps = {
+        **dict.fromkeys(("filter_matrix", "edge_code", "parameters"), ("tune", "run", "report")),
+        "edge": ("train", "report"),
+        "self_knowledge": ("tune", "text", "tuned", "report"),
+        "replay": ("digits", "tune", "study", "report"),
+    }
+    for name, each in steps.items():
+        assert {(name, step) for step in each} <= parts
+        assert [part[1] for part in claims.PARTS if part[0] == name][-1] == "report"
+    assert set(claims.ROWS) == {"grokking", "grokking_fast", *steps}
+
+
+def median_of(name):
+    return statistics.median_low(claims.iterations(name))
 
 
 def test_first_picture():
     (axis,) = first_picture.draw().axes
     dots = [line for line in axis.lines if line.get_marker() == "o"]
     assert sorted(len(line.get_xdata()) for line in dots) == [0, 5, 5, 5]
+    written = [text.get_text() for text in axis.texts]
+    assert written[:3] == [f"{median_of(name):,}" for name in ("recipe", "adamw_tuned", "ema")]
+
+
+def test_readme_says_what_the_rows_say():
+    readme = " ".join((FOLDER.parent / "README.md").read_text().split())
+    recipe, tuned, ema = (median_of(name) for name in ("recipe", "adamw_tuned", "ema"))
+    assert (
+        f"in {recipe} iterations, against {grokking.PAPER:,} for the baseline in that paper and {tuned} for" in readme
+    )
+    assert f"{recipe} for the shipped recipe, {tuned} for tuned AdamW, {ema:,} for Grokfast" in readme
+    for name in claims.NAMES:
+        values = claims.iterations(name)
+        if statistics.median_low(values) < math.inf:
+            each = ", ".join("–" if math.isinf(value) else f"{value:.0f}" for value in values)
+            assert f"({each})" in readme or name in ("adamw_tuned_averaged",), name
 
 
 # Every part, as small as it goes: that its calls fit the code.
@@ -95,6 +134,34 @@ def test_edge_trains(method, monkeypatch):
     monkeypatch.setattr(edge, "TRAIN_STEPS", 12)
     monkeypatch.setattr(edge, "EVERY", 6)
     assert len(edge.train(method, 1e-3, 10, 0)["validations"]) == 2
+
+
+@small
+@pytest.mark.parametrize("method", edge_code.METHODS)
+def test_edge_on_programs_trains(method, monkeypatch):
+    monkeypatch.setattr(edge_code, "STEPS", 4)
+    monkeypatch.setattr(edge_code, "EVERY", 2)
+    monkeypatch.setattr(edge_code, "EACH", 2)
+    passed = edge_code.train(method, 1e-3, 10, 0)["passed"]
+    assert [len(levels) for levels in passed] == [edge_code.LEVELS] * 2
+
+
+@small
+def test_overhead_runs():
+    shape = {"n_layer": 2, "n_embd": 8, "n_head": 2, "vocab_size": 16}
+    size = overhead.Size("", shape, batch=4, tokens=8, steps=4, turns=1)
+    between = overhead.between(size)
+    step, inside = overhead.inside(size)
+    assert {*between, *inside} >= {"EdgeController", "Grokfast", "Telemetry", "DreamReplay", "SelfModel"}
+    assert all(value > 0 for value in between.values())
+    assert step > 0
+
+
+@small
+def test_scale_counts_bytes():
+    before = scale.live_bytes()
+    kept = torch.zeros(1000, dtype=torch.float64)
+    assert scale.live_bytes() - before == kept.nbytes
 
 
 @small

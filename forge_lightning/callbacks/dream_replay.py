@@ -394,7 +394,9 @@ class DreamReplay(ForgeCallback):
     def returned(self, outputs: Any) -> Any:
         """Called by the wrapped training step."""
         assert self._scores is not None
-        if outputs is None and not self._scores.has_logits:
+        assert self._trainer is not None
+        skipped = outputs is None and self._trainer.lightning_module.automatic_optimization
+        if skipped and not self._scores.has_logits:
             return outputs
         rows = self._rows_of(self._batch)
         count = len(next(iter(rows.values())))

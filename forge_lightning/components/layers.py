@@ -150,5 +150,7 @@ def _own_width(module: nn.Module) -> int | None:
         value = getattr(module, attribute, None)
         if isinstance(value, int):
             return value
+    if isinstance(module, nn.RNNBase):
+        return (module.proj_size or module.hidden_size) * (2 if module.bidirectional else 1)
     weight = getattr(module, "weight", None)
     return len(weight) if isinstance(weight, nn.Parameter) and weight.ndim == 1 else None  # a norm's scales

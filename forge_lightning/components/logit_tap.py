@@ -127,10 +127,10 @@ def labels_of(batch: Any, key: str | int | None) -> Tensor | None:
     return found if integers else None
 
 
-def by_position(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits ``(B · T, V)`` of a network that flattens them, as ``(B, T, V)`` where labels are ``(B, T)``."""
-    flat = logits.ndim == 2 and labels.ndim == 2 and len(logits) == labels.numel()
-    return logits.unflatten(0, labels.shape) if flat else logits
+def by_position(logits: Tensor, places: Tensor) -> Tensor:
+    """Logits that a network flattens to ``(B · T, V)``, batch first, as ``(B, T, V)``; ``places`` is ``(B, T)``."""
+    flat = logits.ndim == 2 and places.ndim == 2 and len(logits) == places.numel()
+    return logits.unflatten(0, places.shape) if flat else logits
 
 
 def predicted_rows(
@@ -142,7 +142,8 @@ def predicted_rows(
         logits: ``(B, V)``, ``(B, T, V)``, or the latter flattened to ``(B · T, V)``.
         labels: ``(B,)`` or ``(B, T)``, -100 where there is none.
         mask: ``(B, T)``, true at real tokens; of use where there are no labels for each token.
-        shift: Whether the label of a position is what the position before it predicts.
+        shift: Whether the label of a position is what the position before it predicts; the logits may have one position
+            less, of inputs without the last.
 
     Returns:
         Logits ``(N, V)`` and labels ``(N,)``, or ``None`` without labels.
@@ -152,15 +153,22 @@ def predicted_rows(
     """
     if labels is not None:
         logits = by_position(logits, labels)
+        if shift and logits.ndim == 3 and labels.shape == (len(logits), logits.shape[1] + 1):
+            labels, shift = labels[:, 1:], False  # the module has cut its inputs
         if labels.shape != logits.shape[:-1]:
             raise ValueError(
-                f"the labels are {tuple(labels.shape)}, the logits {tuple(logits.shape)}, whose last dimension must be"
-                " the classes. Name the labels with `labels`, the part that puts out logits with `network`."
+                f"the labels are {tuple(labels.shape)}, the logits {tuple(logits.shape)}, which without the classes,"
+                " their last dimension, must be alike, or with `shift=True` one position shorter. Name the labels with"
+                " `labels`, the part that puts out logits with `network`."
             )
+        if shift and labels.shape[-1] == 1 and labels.ndim == 2:
+            raise ValueError("labels of one position each cannot be shifted. Set `shift=False`.")
         if shift and logits.ndim == 3:
             logits, labels = logits[:, :-1], labels[:, 1:]
         known = labels != IGNORED
         return logits[known], labels[known]
+    if mask is not None:
+        logits = by_position(logits, mask)
     if mask is not None and logits.ndim == 3 and mask.shape == logits.shape[:2]:
         return logits[mask.bool()], None
     return logits.flatten(0, -2), None

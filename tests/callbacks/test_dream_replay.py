@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -298,6 +298,37 @@ def test_manual_optimization_sleeps_too_and_says_that_nothing_is_measured():
     assert trainer.global_step == 16
     assert replay._cycles == 2
     assert math.isnan(seen["forge/dream/loss_before"])
+
+
+@pytest.mark.parametrize("mode", ["mix", "cycle"])
+@pytest.mark.filterwarnings("ignore:DreamReplay. nothing tells how single examples do")
+def test_a_manual_step_that_returns_nothing_is_stored(mode):
+    """Also where no part is known to put out logits."""
+
+    class Manual(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.first, self.second = torch.nn.Linear(8, 4), torch.nn.Linear(4, 2)
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            logits = self.second(self.first(batch[0]))
+            self.manual_backward(torch.nn.functional.cross_entropy(logits, batch[1]))
+            optimizer.step()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+        def train_dataloader(self):
+            return DataLoader(examples(), batch_size=8)
+
+    replay = DreamReplay(mode=mode, every_n_steps=4, num_steps=1, probe_size=8)
+    fit([replay], Manual, limit_val_batches=0)
+    assert len(replay.buffer) == 56
+    if mode == "mix":
+        assert replay._computed[1] > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*generated functions take", "ignore:.*are longer than max_length")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -81,7 +82,7 @@ def test_every_shipped_config_is_valid(name, capsys, small_mbpp, monkeypatch):
     names = [name] if "/" not in name else ["grokfast_modular", "--config", name]
     if name.startswith("callbacks/"):  # may add what the recipe has already
         names = ["base.yaml", "--config", name]
-        Path("base.yaml").write_text("model: AlgorithmicModule\ndata: AlgorithmicData\ntrainer: {callbacks: []}\n")
+        Path("base.yaml").write_text("model: AlgorithmicModule\ndata: GeneratedTasks\ntrainer: {callbacks: []}\n")
     assert main(["check", *names]) == 0
     assert "valid." in capsys.readouterr().out
 
@@ -131,10 +132,7 @@ def test_configs_are_found_in_the_working_directory_first(tmp_path, capsys):
     Path("configs/grokfast_modular.yaml").write_text(shipped.replace("modulus: 97", "modulus: 9999991"))
     Path("mine.yaml").write_text(shipped.replace("AlgorithmicData", "NoSuchData"))
     assert main(["check", "grokfast_modular"]) == 0
-    with pytest.raises(SystemExit) as stop:
-        main(["check", "mine"])
-    assert stop.value.code == 2
-    assert "NoSuchData" in capsys.readouterr().err
+    assert "NoSuchData" in explained(capsys, "check", "mine")
 
 
 def test_add_on_configs_append(tmp_path, capsys):
@@ -198,6 +196,47 @@ def test_bad_input_is_explained(capsys, tmp_path, small_mbpp, monkeypatch):
     assert "Close: ['n_head'" in explained(capsys, "check", "grokfast_mbpp", "--model.config.n_haed=3")
     modular = ["fit", "--config=grokfast_modular", "--trainer.enable_progress_bar=false"]
     assert "given as checkpoint is none" in explained(capsys, *modular, "--ckpt_path=bad.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"callbacks": [{"class_path": "RunSumary"}]}, "RunSumary.*Close: \\['RunSummary'"),
+        (
+            {"callbacks": [{"class_path": "Grokfast", "init_args": {"alhpa": 0.9}}]},
+            "'alhpa' is not accepted.*Close: \\['alpha'",
+        ),
+        (
+            {"callbacks": [{"class_path": "Grokfast", "init_args": {"filter": "mean"}}]},
+            "'ema', 'ma', 'projection'.*mean",
+        ),
+        ({"callbacks": [{"class_path": "EdgeController"}]}, "nothing to choose from in this AlgorithmicData"),
+        ({"max_steps": "many"}, "max_steps.*many"),
+    ],
+)
+def test_a_mistake_in_a_config_is_told_in_a_few_lines(capsys, wrong, says):
+    text = yaml.safe_dump({"model": "AlgorithmicModule", "data": "AlgorithmicData", "trainer": wrong})
+    Path("wrong.yaml").write_text(text)
+    told = explained(capsys, "check", "wrong.yaml")
+    assert re.search(says, told, re.DOTALL), told
+    assert len(told.splitlines()) <= 10
+    assert "usage" not in told
+
+
+def test_a_mistake_in_the_arguments_is_told(capsys):
+    assert "Close: ['trainer']" in explained(capsys, "check", "grokking_fast", "--trainr.max_steps=3")
+    Path("more.yaml").write_text("trainer: {max_steps: 3}\n")
+    assert "behind a `--config` of its own" in explained(capsys, "check", "grokking_fast", "more.yaml")
+    assert "behind a whole recipe" in explained(capsys, "check", "callbacks/grokfast")
+    assert "Close: ['grokking_fast.yaml'" in explained(capsys, "check", "groking_fast")
+    assert "Close: ['Grokfast']" in explained(capsys, "fit", "--trainer.callbacks.help=Grokfats")
+
+
+def test_a_run_is_looked_for_below(capsys):
+    folder = Path("runs/mine/version_0")
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text("")
+    assert str(folder) in explained(capsys, "generate", "--run", "runs", "--prompt", "x")
 
 
 def test_an_unwritable_run_directory_is_explained(capsys, tmp_path):

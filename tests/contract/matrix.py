@@ -40,7 +40,7 @@ class Killed(Callback):
 
 
 def train(kind, case, precision, accumulate, folder=None, ckpt_path=None, more=()):
-    """Weights after all epochs. Saves every step and epoch in ``folder``."""
+    """Weights after all epochs, and the callback's state. Saves every step and epoch in ``folder``."""
     callbacks = [case.build(), *([] if case.id == "rng-state" else [RNGState()]), *more]
     if folder is not None:
         callbacks.append(ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1))
@@ -50,6 +50,7 @@ def train(kind, case, precision, accumulate, folder=None, ckpt_path=None, more=(
         "accumulate_grad_batches": accumulate,
         "gradient_clip_val": 0.5,
         "limit_val_batches": 0,
+        "log_every_n_steps": 2,
         "enable_checkpointing": folder is not None,
         "ckpt_path": ckpt_path,
         # Smaller: Lightning cannot resume under FSDP2 where every step so far was dropped.
@@ -58,7 +59,13 @@ def train(kind, case, precision, accumulate, folder=None, ckpt_path=None, more=(
     }
     run = (lambda *args, **kw: fit(*args, **kw)) if kind == "single" else lambda *args, **kw: two(kind, *args, **kw)
     model, _ = run(callbacks, {"single": Stateful, **STATEFUL}[kind], **kwargs)
-    return weights(model)
+    return weights(model), callbacks[0].state_dict()
+
+
+def loop_of(path):
+    """What a checkpoint says of the loop over batches."""
+    loops = torch.load(path, weights_only=True)["loops"]["fit_loop"]
+    return {name.removeprefix("epoch_loop."): value for name, value in loops.items()}
 
 
 def last_checkpoint(folder):
@@ -72,12 +79,31 @@ def last_checkpoint(folder):
     raise AssertionError(f"no checkpoint in {folder}")
 
 
+def flat(tree, path=""):
+    """Numbers and tensors by their place."""
+    if isinstance(tree, dict | list | tuple):
+        pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
+        return {k: v for key, value in pairs for k, v in flat(value, f"{path}/{key}").items()}
+    return {path: tree}
+
+
+def same(weights, state, other_weights, other_state, when):
+    """The weights, and all that the callback knows; but for how long it took."""
+    assert torch.equal(weights, other_weights), when
+    one, other = flat(state), flat(other_state)
+    assert one.keys() == other.keys(), f"{when}: {one.keys() ^ other.keys()}"
+    for key, value in one.items():
+        equal = torch.equal(value, other[key]) if isinstance(value, torch.Tensor) else value == other[key]
+        assert equal or value != value or "seconds" in key, f"{when}: {key} is {value} and {other[key]}"
+
+
 def check(kind, case, precision, accumulate, folder):
-    straight = train(kind, case, precision, accumulate, folder)
-    inside = folder / f"step={2 if accumulate == 3 else 5}.ckpt"
+    straight, state = train(kind, case, precision, accumulate, folder)
+    step = 5 if accumulate == 1 else 2 if kind == "single" else 3
+    inside = folder / f"step={step}.ckpt"
+    assert not loop_of(inside)["batch_progress"]["is_last_batch"]
     for path in (folder / "end-epoch=0.ckpt", inside):
-        resumed = train(kind, case, precision, accumulate, ckpt_path=path)
-        assert torch.equal(straight, resumed), path.stem
+        same(straight, state, *train(kind, case, precision, accumulate, ckpt_path=path), path.stem)
     if kind == "single":
         if (child := os.fork()) == 0:
             train(kind, case, precision, accumulate, folder / "killed", more=[Killed()])
@@ -88,7 +114,7 @@ def check(kind, case, precision, accumulate, folder):
         found = last_checkpoint(folder.parent / f"killed-{case.id}")
     else:
         return
-    assert torch.equal(straight, train(kind, case, precision, accumulate, ckpt_path=found)), "kill -9"
+    same(straight, state, *train(kind, case, precision, accumulate, ckpt_path=found), "kill -9")
 
 
 def main():

@@ -9,6 +9,7 @@ from lightning.pytorch.demos.transformer import LightningTransformer
 from torch.utils.data import DataLoader, TensorDataset
 
 from forge_lightning import callbacks
+from forge_lightning.components.logit_tap import predicted_rows
 from tests.contract.rows import fit, weights
 
 OBSERVERS = ("Calibration", "GeometryProbe", "InterruptCheckpoint", "RNGState", "RunSummary", "StageClassifier")
@@ -93,3 +94,20 @@ def test_flattened_logits_are_scored_by_position():
     losses = replay.buffer.column("loss")
     assert losses.isfinite().all()
     assert len(losses) > 4
+
+
+def test_flattened_logits_go_with_the_same_labels():
+    logits = torch.randn(4, 3, 5, generator=torch.Generator().manual_seed(0))
+    labels = torch.randint(0, 5, (4, 3), generator=torch.Generator().manual_seed(1))
+    mask = torch.tensor([[1, 1, 0]] * 4)
+    for shift in (False, True):
+        for given in (labels, None):
+            whole = predicted_rows(logits, given, mask, shift)
+            flat = predicted_rows(logits.flatten(0, 1), given, mask, shift)
+            assert torch.equal(whole[0], flat[0])
+            assert given is None or torch.equal(whole[1], flat[1])
+    with pytest.raises(ValueError, match="labels"):
+        predicted_rows(logits[:, 0], labels[:, :1], None, True)  # one label for each row has nothing after it
+    rows, targets = predicted_rows(logits[:, 0], labels[:, :1], None, False)
+    assert torch.equal(rows, logits[:, 0])
+    assert torch.equal(targets, labels[:, 0])

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from forge_lightning import callbacks
 from tests.contract import matrix
-from tests.contract.cases import CASES
+from tests.contract.cases import CASES, Case
 from tests.contract.test_contract import NAIVE
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +42,19 @@ def test_resumes_in_every_combination(kind, tmp_path):
 def test_the_naive_way_does_not_resume(tmp_path):
     with pytest.raises(AssertionError, match="end"):
         matrix.check("single", NAIVE, "32", 3, tmp_path)
+
+
+class Forgetful(callbacks.SelfModel):
+    """It begins its running means anew after a resume, which no weight shows."""
+
+    def load_state_dict(self, state_dict):
+        pass
+
+
+def test_what_no_weight_shows_is_seen(tmp_path):
+    build = lambda: Forgetful(form="forward", layers=["net.0", "net.2"], warmup_steps=3, watch_every_n_steps=3)  # noqa: E731
+    with pytest.raises(AssertionError, match="top_ranks"):
+        matrix.check("single", Case(build, id="forgetful"), "32", 1, tmp_path)
 
 
 def test_a_torn_checkpoint_does_not_count(tmp_path):
