@@ -448,7 +448,8 @@ def report():
         parts.append(
             f"\n## Cost\n\nA step of GPT-2's shape, 2 × 256 tokens, fp32, AdamW, one thread: {plain:.2f} s of CPU; with"
             f" the head {100 * (seconds['head'] / plain - 1):+.1f} %, with the call and update of the teacher"
-            f" {100 * (seconds['teacher'] / plain - 1):+.1f} % (medians of six, in turn).\n"
+            f" {100 * (seconds['teacher'] / plain - 1):+.1f} % (medians of six, in turn); what comparing"
+            " all logits adds to that stands in overhead.md.\n"
         )
     OUT.write_text("".join(parts))
     print(OUT)

@@ -29,7 +29,7 @@ class StageClassifier(ForgeCallback):
     Logs: after every validation ``forge/stage/number`` and ``forge/stage/gap`` (training success minus validation
     success; where either is not known, of ``exp(-loss)``).
 
-    Cost: with `Telemetry`, 2 % of a 27 ms step.
+    Cost: 0.1 ms of CPU a step.
 
     When to use: to read runs, and to let `Grokfast` and `DreamReplay` act by the stage.
 

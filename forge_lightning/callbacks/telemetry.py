@@ -55,7 +55,7 @@ class Telemetry(ForgeCallback):
     the accelerator, else of the process). Times are the host's, since the last logged step, without validation. What a
     module does not tell is not logged.
 
-    Cost: 2 % of a 27 ms step, logged at every step.
+    Cost: 0.2 to 0.3 ms of CPU a step of a small model; logging at every step, 2 % of one of 27 ms.
 
     When to use: always; last in the list.
 
