@@ -1,6 +1,7 @@
 """What a run left on disk, read as far as it goes."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -186,7 +187,21 @@ def _rows_of(run: RunTrace) -> list[dict[str, Any]]:
     return [rows[key] for key in sorted(rows)]
 
 
+def _resumed_from(run: RunTrace) -> str | None:
+    """The checkpoint that the run's config names."""
+    config = run.path / "config.yaml"
+    try:
+        found = re.search(r"^ckpt_path: (?!null)(.+)$", config.read_text(), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return found and found[1]
+
+
 def _remark(run: RunTrace) -> None:
+    if checkpoint := _resumed_from(run):
+        run.remarks.append(
+            f"It goes on from {checkpoint}: beside the run that wrote that, it is no run of another seed."
+        )
     status = run.summary.get("status")
     if status is None:
         run.remarks.append(f"No summary.json: the run was killed after step {run.last_step:,}, or has no `RunSummary`.")

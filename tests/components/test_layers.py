@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from forge_lightning.components.layers import blocks, select_layers
+from forge_lightning.components.layers import blocks, output_width, select_layers
 
 
 class Transformer(nn.Module):
@@ -70,3 +70,13 @@ def test_what_is_not_there_is_explained(layers, says):
 def test_no_layers_at_all():
     with pytest.raises(ValueError, match="no layers that could be found by depth"):
         select_layers(nn.ReLU(), [0.5])
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+@pytest.mark.parametrize(
+    ("module", "width"), [(nn.LSTM(4, 6), 6), (nn.GRU(4, 6, bidirectional=True), 12), (nn.LSTM(4, 6, proj_size=3), 3)]
+)
+def test_width_of_recurrent_layers(module, width):
+    model = nn.Sequential(nn.Linear(3, 4), module)
+    assert output_width(model, module) == width
+    assert module(torch.zeros(2, 5, 4))[0].shape[-1] == width

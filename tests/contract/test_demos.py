@@ -106,6 +106,8 @@ def test_flattened_logits_go_with_the_same_labels():
             flat = predicted_rows(logits.flatten(0, 1), given, mask, shift)
             assert torch.equal(whole[0], flat[0])
             assert given is None or torch.equal(whole[1], flat[1])
+    cut = predicted_rows(logits[:, :-1], labels, None, True)  # of a module that cuts its inputs itself
+    assert all(torch.equal(a, b) for a, b in zip(cut, predicted_rows(logits, labels, None, True), strict=True))
     with pytest.raises(ValueError, match="labels"):
         predicted_rows(logits[:, 0], labels[:, :1], None, True)  # one label for each row has nothing after it
     rows, targets = predicted_rows(logits[:, 0], labels[:, :1], None, False)

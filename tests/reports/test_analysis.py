@@ -196,6 +196,15 @@ def test_a_trace_of_another_version_is_read_as_far_as_it_goes(tmp_path):
     analyze([tmp_path], tmp_path / "analysis")
 
 
+def test_a_run_that_goes_on_from_another_says_so(tmp_path):
+    rows = [{"kind": "step", "step": 5, "metrics": {"forge/telemetry/loss": 1.0}}]
+    (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "config.yaml").write_text("seed_everything: 0\nckpt_path: null\n")
+    assert not any("goes on" in remark for remark in read_run(tmp_path).remarks)
+    (tmp_path / "config.yaml").write_text("seed_everything: 0\nckpt_path: runs/a/version_0/checkpoints/last.ckpt\n")
+    assert any("goes on from runs/a/version_0/checkpoints/last.ckpt" in r for r in read_run(tmp_path).remarks)
+
+
 def test_events_of_another_form_are_passed_over(tmp_path):
     stage = {"kind": "event", "event": "stage", "step": 2, "before": "warm_up", "after": "onset", "evidence": [1]}
     rows = [{"kind": "step", "step": 2, "metrics": {"forge/telemetry/loss": 1.0}}, stage]
