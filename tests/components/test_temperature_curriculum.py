@@ -336,7 +336,7 @@ def test_rows_that_count():
     assert (len(flat), of_flat.tolist()) == (1, [1])
     channels_first = logits.transpose(1, 2)
     for bad in (channels_first, logits[:, 0]):
-        with pytest.raises(ValueError, match=r"the labels are \(2, 3\), the logits .* must be the classes"):
+        with pytest.raises(ValueError, match=r"the labels are \(2, 3\), the logits .* must be alike"):
             predicted_rows(bad, labels, None, shift=False)
 
 
