@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, is_logging_step
+from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, is_logging_step, of_all_processes
 from forge_lightning.components.batch_rows import joined, rows_of, template_of, with_rows
 from forge_lightning.components.code_augmentation import CodeExample
 from forge_lightning.components.dream_augmenter import DreamAugmenter
@@ -480,7 +480,7 @@ class DreamReplay(ForgeCallback):
         """Collective where there are several processes: call it on every one."""
         if self._off:
             return {}
-        return dict(self._restored) or {"ranks": _gathered(self._own_state())}
+        return dict(self._restored) or {"ranks": of_all_processes(self._own_state())}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = dict(state_dict)
@@ -862,14 +862,3 @@ def _least(trainer: Trainer, value: int) -> int:
 def _most(trainer: Trainer, value: int) -> int:
     """The largest of all processes'."""
     return -_least(trainer, -value)
-
-
-def _gathered(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of all processes, on the first, which writes checkpoints; elsewhere only one's own."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return [state]
-    first = distributed.get_rank() == 0
-    states: list[Any] | None = [None] * distributed.get_world_size() if first else None
-    distributed.gather_object(state, states)
-    return states if states is not None else [state]

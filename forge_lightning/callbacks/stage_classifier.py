@@ -6,7 +6,14 @@ from typing import Any, ClassVar
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from forge_lightning.callbacks.base import ForgeCallback, StepMeans, events_of, is_logging_step, last_logged
+from forge_lightning.callbacks.base import (
+    ForgeCallback,
+    StepMeans,
+    events_of,
+    is_logging_step,
+    last_logged,
+    of_all_processes,
+)
 from forge_lightning.components.stage_classifier import Observation, TrainingStage, is_fall
 from forge_lightning.components.stage_classifier import StageClassifier as Machine
 
@@ -129,7 +136,8 @@ class StageClassifier(ForgeCallback):
 
     def state_dict(self) -> dict[str, Any]:
         machine, events = self._machine.state_dict(), [dict(event) for event in self._events]
-        return {"machine": machine, "events": events, "means": self._means.state_dict(), "last_step": self._last_step}
+        means = of_all_processes(self._means.state_dict())
+        return {"machine": machine, "events": events, "means": means, "last_step": self._last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._machine.load_state_dict(state_dict["machine"])
