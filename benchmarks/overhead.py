@@ -8,9 +8,10 @@ between forward and backward passes is timed by its own hooks, in one fit with a
 CSV file: median of a step's sum, but means for what comes only every so often (`GeometryProbe`: a probe of all blocks,
 copying included, over 50 steps; `EdgeController` without the sampler's draws, which edge.md has). Of
 `DreamReplay(mode="mix")`, in a fit of its own, all that it does beside the rows' own compute. `SelfModel` and
-`TemperatureCurriculum` add to the loss in every other step: the difference of medians, plus what their hooks take. What
-only works at checkpoints, in validation or at the end (`RNGState`, `Calibration`, `CodeEvaluation`, `RunSummary`, most
-of `StageClassifier`) adds nothing to a step. Rows are kept in overhead.jsonl; to measure afresh, delete it.
+`TemperatureCurriculum` add to the loss in every other step: the median difference of neighbouring steps, plus what
+their hooks take. What only works at checkpoints, in validation or at the end (`RNGState`, `Calibration`,
+`CodeEvaluation`, `RunSummary`, most of `StageClassifier`) adds nothing to a step. Rows are kept in overhead.jsonl; to
+measure afresh, delete it.
 """
 
 import argparse
