@@ -67,7 +67,7 @@ def test_the_full_suite_goes_on_bit_by_bit_from_the_middle_of_a_sleep(tmp_path, 
         main(["fit", "--config=suite.yaml"])
     state = torch.load("asleep.ckpt", weights_only=True)["callbacks"]["DreamReplay"]["ranks"][0]
     assert state["counters"]["remaining"] == 2
-    assert state["augmenter"]["tried"]
+    assert state["programs"]["augmenter"]["tried"]
     suite()
     assert main(["fit", "--config=suite.yaml", "--ckpt_path=asleep.ckpt"]) == 0
     resumed = last_weights()
