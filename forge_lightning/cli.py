@@ -283,6 +283,8 @@ def export(argv: Sequence[str]) -> int:
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--ckpt_path", type=Path, help="checkpoint; default: the run's newest")
     args = parser.parse_args(argv)
+    if (args.output / "config.json").exists():
+        raise MisconfigurationException(f"`--output {args.output}` holds a model already. Name another, or remove it.")
     module, _ = _load_run(args.run, args.ckpt_path)
     module.export(args.output)
     print(

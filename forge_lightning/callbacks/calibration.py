@@ -213,7 +213,8 @@ class Calibration(ForgeCallback):
             if not 1.001 * fit.low < self.fitted_temperature < 0.999 * fit.high:
                 self.warn_once(
                     f"the fitted temperature is {self.fitted_temperature:.3g}, and the search goes from {fit.low:g} to"
-                    f" {fit.high:g}. Do `labels`, `network` and `shift` say what belongs together?"
+                    f" {fit.high:g}. A model that knows nothing yet ends there; of one that does, do `labels`,"
+                    " `network` and `shift` say what belongs together?"
                 )
         self._keep(trainer, split, before, metrics, plain, fitted)
         return metrics

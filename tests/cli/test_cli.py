@@ -300,6 +300,7 @@ def test_generate_and_export_read_a_run(small_mbpp, capsys, tmp_path):
     assert main(["generate", "--run", run, "--prompt", "def f", "--max_new_tokens", "4"]) == 0
     assert main(["generate", "--run", run, "--prompt", "def f", "--max_new_tokens", "4", "--temperature", "1"]) == 0
     assert main(["export", "--run", run, "--output", "exported"]) == 0
+    assert "holds a model already" in explained(capsys, "export", "--run", run, "--output", "exported")
     assert "at least 1" in explained(capsys, "generate", "--run", run, "--prompt", "x", "--max_new_tokens", "0")
     assert "is a file" in explained(capsys, "export", "--run", run, "--output", f"{run}/config.yaml")
     from transformers import AutoModelForCausalLM, AutoTokenizer
