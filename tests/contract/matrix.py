@@ -12,6 +12,7 @@ import signal
 import sys
 import traceback
 import warnings
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -57,15 +58,9 @@ def train(kind, case, precision, accumulate, folder=None, ckpt_path=None, more=(
         "plugins": [scaler(2.0**18)] if precision == "fp16" else None,
         **PRECISIONS[precision],
     }
-    run = (lambda *args, **kw: fit(*args, **kw)) if kind == "single" else lambda *args, **kw: two(kind, *args, **kw)
+    run = fit if kind == "single" else partial(two, kind)
     model, _ = run(callbacks, {"single": Stateful, **STATEFUL}[kind], **kwargs)
     return weights(model), callbacks[0].state_dict()
-
-
-def loop_of(path):
-    """What a checkpoint says of the loop over batches."""
-    loops = torch.load(path, weights_only=True)["loops"]["fit_loop"]
-    return {name.removeprefix("epoch_loop."): value for name, value in loops.items()}
 
 
 def last_checkpoint(folder):
@@ -101,7 +96,8 @@ def check(kind, case, precision, accumulate, folder):
     straight, state = train(kind, case, precision, accumulate, folder)
     step = 5 if accumulate == 1 else 2 if kind == "single" else 3
     inside = folder / f"step={step}.ckpt"
-    assert not loop_of(inside)["batch_progress"]["is_last_batch"]
+    loop = torch.load(inside, weights_only=True)["loops"]["fit_loop"]
+    assert not loop["epoch_loop.batch_progress"]["is_last_batch"]
     for path in (folder / "end-epoch=0.ckpt", inside):
         same(straight, state, *train(kind, case, precision, accumulate, ckpt_path=path), path.stem)
     if kind == "single":
