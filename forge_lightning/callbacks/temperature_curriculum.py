@@ -24,6 +24,7 @@ from forge_lightning.components.logit_tap import (
     is_shifted,
     labels_of,
     logits_of,
+    predicted_places,
     predicted_rows,
 )
 from forge_lightning.components.loss_terms import add_loss_term, remove_loss_term
@@ -209,13 +210,12 @@ class TemperatureCurriculum(ForgeCallback):
             self._acted = True
             args, kwargs, logits = call
             taught = logits_of(self._teacher(*args, **kwargs))
-            rows, _ = self._rows(logits, self._batch)
-            goal, _ = self._rows(taught, self._batch)
+            places, _ = predicted_places(logits, *self._wanted(self._batch))
         except ValueError as error:
             raise MisconfigurationException(f"`TemperatureCurriculum`: {error}") from None
-        if len(rows) == 0:
+        if len(places) == 0:
             return None
-        divergence = temperature_kl(rows, goal, self.temperature).mean()
+        divergence = temperature_kl(logits, taught, self.temperature, places).mean()
         self._divergences.append(divergence.detach())
         return self._weight_at(self._step()) * (divergence - loss)
 
@@ -271,7 +271,7 @@ class TemperatureCurriculum(ForgeCallback):
             call = self._tap.take()
             if call is None:
                 return
-            rows, labels = self._rows(call[2], batch)
+            rows, labels = predicted_rows(call[2], *self._wanted(batch))
             doubtful = batch_idx == 0 and not self._shifted and self.shift is None
             if doubtful and fits_better_shifted(call[2], labels_of(batch, self.labels)):
                 self.warn_once(SHIFT_DOUBT)
@@ -345,9 +345,8 @@ class TemperatureCurriculum(ForgeCallback):
         ramp = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return self.weight * ramp
 
-    def _rows(self, logits: Tensor, batch: Any) -> tuple[Tensor, Tensor | None]:
-        labels, mask = labels_of(batch, self.labels), field_of(batch, self.mask)
-        return predicted_rows(logits, labels, mask, self._shifted)
+    def _wanted(self, batch: Any) -> tuple[Tensor | None, Tensor | None, bool]:
+        return labels_of(batch, self.labels), field_of(batch, self.mask), self._shifted
 
     def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         mean = torch.stack(self._divergences).mean() if self._divergences else torch.tensor(torch.nan)

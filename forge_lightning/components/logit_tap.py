@@ -133,10 +133,10 @@ def by_position(logits: Tensor, places: Tensor) -> Tensor:
     return logits.unflatten(0, places.shape) if flat else logits
 
 
-def predicted_rows(
+def predicted_places(
     logits: Tensor, labels: Tensor | None, mask: Tensor | None, shift: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The logits that count, as rows, and what they should have said.
+    """Where the logits that count stand, and what they should have said.
 
     Args:
         logits: ``(B, V)``, ``(B, T, V)``, or the latter flattened to ``(B · T, V)``.
@@ -146,16 +146,17 @@ def predicted_rows(
             less, of inputs without the last.
 
     Returns:
-        Logits ``(N, V)`` and labels ``(N,)``, or ``None`` without labels.
+        Places in the logits flattened to rows, ``(N,)``, and labels ``(N,)``, or ``None`` without labels.
 
     Raises:
         ValueError: If there are labels, and they do not fit.
     """
+    rows = logits.shape[:-1].numel()
     if labels is not None:
-        logits = by_position(logits, labels)
-        if shift and logits.ndim == 3 and labels.shape == (len(logits), logits.shape[1] + 1):
+        shape = by_position(logits, labels).shape[:-1]
+        if shift and len(shape) == 2 and labels.shape == (shape[0], shape[1] + 1):
             labels, shift = labels[:, 1:], False  # the module has cut its inputs
-        if labels.shape != logits.shape[:-1]:
+        if labels.shape != shape:
             raise ValueError(
                 f"the labels are {tuple(labels.shape)}, the logits {tuple(logits.shape)}, which without the classes,"
                 " their last dimension, must be alike, or with `shift=True` one position shorter. Name the labels with"
@@ -163,15 +164,22 @@ def predicted_rows(
             )
         if shift and labels.shape[-1] == 1 and labels.ndim == 2:
             raise ValueError("labels of one position each cannot be shifted. Set `shift=False`.")
-        if shift and logits.ndim == 3:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        known = labels != IGNORED
-        return logits[known], labels[known]
-    if mask is not None:
-        logits = by_position(logits, mask)
-    if mask is not None and logits.ndim == 3 and mask.shape == logits.shape[:2]:
-        return logits[mask.bool()], None
-    return logits.flatten(0, -2), None
+        if shift and labels.ndim == 2:
+            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+        labels = labels.flatten()
+        places = (labels != IGNORED).nonzero().squeeze(1)
+        return places, labels[places]
+    if mask is not None and by_position(logits, mask).shape[:-1] == mask.shape and mask.ndim == 2:
+        return mask.flatten().nonzero().squeeze(1), None
+    return torch.arange(rows, device=logits.device), None
+
+
+def predicted_rows(
+    logits: Tensor, labels: Tensor | None, mask: Tensor | None, shift: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The logits that count, as rows ``(N, V)``, and labels ``(N,)``; arguments and errors of `predicted_places`."""
+    places, labels = predicted_places(logits, labels, mask, shift)
+    return logits.flatten(0, -2)[places], labels
 
 
 @torch.no_grad()

@@ -1,9 +1,10 @@
 """How far probabilities can be trusted, and the divergence between two models at a temperature."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 _LOWEST = -1e30
@@ -39,25 +40,29 @@ def log_probabilities(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return F.log_softmax(z / temperature, dim=-1)
 
 
-def temperature_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+def temperature_kl(student: Tensor, teacher: Tensor, temperature: float, places: Tensor | None = None) -> Tensor:
     r"""Divergence of a student from its teacher at a temperature, scaled so that high ones do not weaken gradients.
 
     .. math:: \tau^2\, \mathrm{KL}\big(p^{T}_\tau \,\|\, p^{S}_\tau\big), \qquad p_\tau = \mathrm{softmax}(z / \tau)
 
     At one temperature it is 0 only where it is at all: a temperature chooses which differences of logits count. Large
     ones compare all logits, and ``τ²`` keeps their gradient from falling as ``1/τ²``; small ones compare the margin of
-    the likeliest, with a gradient that falls as τ. Holds four copies of the logits in single precision.
+    the likeliest, with a gradient that falls as τ.
+
+    The gradient, ``τ (softmax(z_S / τ) - softmax(z_T / τ))``, is made on the way, a few rows at a time: it is the one
+    copy of the logits that is held, and a constant to whoever differentiates again.
 
     Args:
-        student: Logits ``(N, V)``.
-        teacher: Logits ``(N, V)``; no gradient goes there.
+        student: Logits ``(..., V)``.
+        teacher: Logits of the same shape; no gradient goes there.
         temperature: τ, above 0.
+        places: Which rows of the logits, flattened to ``(M, V)``, count: ``(N,)``, each once. Default: all.
 
     Returns:
         ``(N,)``, at least 0 up to rounding; finite as `log_probabilities` is.
 
     Raises:
-        ValueError: If ``temperature`` is not above 0.
+        ValueError: If ``temperature`` is not above 0, or the shapes differ.
 
     References:
         Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015.
@@ -69,10 +74,49 @@ def temperature_kl(student: Tensor, teacher: Tensor, temperature: float) -> Tens
     """
     if not temperature > 0:
         raise ValueError(f"`temperature={temperature}` must be above 0.")
-    with torch.autocast(student.device.type, enabled=False):
-        log_student, log_teacher = log_probabilities(student, temperature), log_probabilities(teacher, temperature)
-        divergence = F.kl_div(log_student, log_teacher.detach(), reduction="none", log_target=True).sum(-1)
-    return temperature**2 * divergence
+    if student.shape != teacher.shape:
+        raise ValueError(
+            f"`student` is {tuple(student.shape)} and `teacher` {tuple(teacher.shape)}; both must be alike."
+        )
+    student, teacher = student.flatten(0, -2), teacher.detach().flatten(0, -2)
+    if places is None:
+        places = torch.arange(len(student), device=student.device)
+    divergence: Tensor = _TemperatureKL.apply(student, teacher, temperature, places)
+    return divergence
+
+
+class _TemperatureKL(torch.autograd.Function):
+    """Of rows ``(M, V)``, as many at a time as a processor's cache holds."""
+
+    ON_CPU, ELSEWHERE = 2**17, 2**26
+    """Logits at a time."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, places: Tensor) -> Tensor:
+        # Single precision: a loss scale only comes to it in the backward pass.
+        wide = torch.promote_types(student.dtype, torch.float32)
+        gradient = torch.zeros_like(student, dtype=wide) if ctx.needs_input_grad[0] else None
+        at_once = _TemperatureKL.ON_CPU if student.device.type == "cpu" else _TemperatureKL.ELSEWHERE
+        found = []
+        with torch.autocast(student.device.type, enabled=False):
+            for part in places.split(max(1, at_once // student.shape[-1])):
+                log_student = log_probabilities(student[part], temperature)
+                log_teacher = log_probabilities(teacher[part], temperature)
+                probs = log_teacher.exp()
+                found.append((probs * (log_teacher - log_student)).sum(-1))
+                if gradient is not None:
+                    gradient[part] = log_student.exp_().sub_(probs).mul_(temperature)
+        if gradient is not None:
+            ctx.save_for_backward(gradient, places)
+            ctx.dtype = student.dtype
+        return temperature**2 * torch.cat(found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
+        gradient, places = ctx.saved_tensors
+        factors = grad_output.new_zeros(len(gradient)).index_copy(0, places, grad_output)
+        return (gradient * factors[:, None]).to(ctx.dtype), None, None, None
 
 
 def reliability_bins(confidence: Tensor, correct: Tensor, num_bins: int = 15) -> ReliabilityBins:

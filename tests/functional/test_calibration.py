@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassCalibrationError
 
+from forge_lightning.functional import calibration
 from forge_lightning.functional.calibration import (
     brier_score,
     expected_calibration_error,
@@ -44,6 +45,41 @@ def test_divergence_against_its_definition(temperature):
     expected = temperature**2 * (p * (p / q).log()).sum(-1)
     assert torch.allclose(temperature_kl(student, teacher, temperature), expected)
     assert torch.equal(temperature_kl(teacher, teacher, temperature), torch.zeros(len(teacher)).double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+@pytest.mark.parametrize("at_once", [1, 20, 10_000])
+def test_gradient_is_that_of_the_definition_and_zero_elsewhere(at_once, dtype, monkeypatch):
+    monkeypatch.setattr(calibration._TemperatureKL, "ON_CPU", at_once)
+    student, teacher = (draw(seed=seed)[0].to(dtype).unflatten(0, (20, 10)) for seed in (0, 1))
+    places = torch.tensor([199, 3, 4, 77])
+    weights = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.promote_types(dtype, torch.float32))
+    by_hand = student.clone().requires_grad_()
+    p, q = ((z.flatten(0, 1)[places].to(weights.dtype) / 2.0).log_softmax(-1) for z in (teacher, by_hand))
+    (4.0 * (p.exp() * (p - q)).sum(-1) * weights).sum().backward()
+    student.requires_grad_()
+    divergence = temperature_kl(student, teacher, 2.0, places)
+    for _ in range(2):  # a graph that is kept
+        student.grad = None
+        (divergence * weights).sum().backward(retain_graph=True)
+        assert torch.allclose(student.grad, by_hand.grad)
+    touched = student.grad.flatten(0, 1).abs().sum(-1).nonzero().squeeze(1)
+    assert touched.tolist() == sorted(places.tolist())
+    (again,) = torch.autograd.grad(divergence.square().sum(), student, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        again.sum().backward()
+
+
+def test_gradients_of_half_precision_keep_what_a_loss_scale_saves():
+    student, teacher = (draw(n=4, classes=2000, seed=seed, scale=5.0)[0].half() for seed in (0, 1))
+    student.requires_grad_()
+    (2.0**16 * temperature_kl(student, teacher, 1.0).mean()).backward()
+    assert (student.grad.abs() > 0).float().mean() > 0.99
+
+
+def test_logits_of_two_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"`student` is \(2, 3\) and `teacher` \(3, 3\); both must be alike"):
+        temperature_kl(torch.zeros(2, 3), torch.zeros(3, 3), 1.0)
 
 
 def test_gradient_does_not_shrink_with_temperature():
