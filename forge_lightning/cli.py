@@ -306,7 +306,8 @@ def analyze(argv: Sequence[str]) -> int:
         type=Path,
         nargs="*",
         metavar="RUN",
-        help="run directory, or its trace.jsonl; several are compared, those with one parent directory as one group",
+        help="run directory, or its trace.jsonl; several are compared, those with one parent directory as one group,"
+        " a run that was resumed as one with its beginning",
     )
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a checkpoint alone, in place of runs")
     parser.add_argument(
@@ -397,6 +398,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _explain(parser_error(str(error)))
     except SIGTERMException:
         return 143  # 128 + SIGTERM, as a shell says it
+    except KeyboardInterrupt:
+        return 130  # 128 + SIGINT
+    except SystemExit as error:  # the Trainer ends so, with 1, what was interrupted
+        if isinstance(error.__context__, KeyboardInterrupt):
+            return 130
+        raise
     except (MisconfigurationException, DataFileError, OSError) as error:
         return _explain(str(error))
     except pickle.UnpicklingError:

@@ -77,7 +77,7 @@ class ForgeCallback(Callback):
         """Warn on the first process, with the callback's name in front; the same words only once."""
         if message not in self._said:
             self._said.add(message)
-            rank_zero_warn(f"{type(self).__name__}: {message}")
+            rank_zero_warn(f"{type(self).__name__}: {message}", stacklevel=5)  # the line that found it
 
     def refuse(self, what: str, why: str, instead: str) -> MisconfigurationException:
         """The error for a trainer, module or wiring that this callback cannot serve; to be raised at start."""

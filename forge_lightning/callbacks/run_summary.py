@@ -140,9 +140,8 @@ class RunSummary(ForgeCallback):
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(
-            title=Text(f"Run {summary['status']}", style="table.title"), show_header=False, title_justify="left"
-        )
+        status = ": ".join(summary["status"].split(": ")[:2])  # not what went wrong: that is told by who raised it
+        table = Table(title=Text(f"Run {status}", style="table.title"), show_header=False, title_justify="left")
         if self.threshold is not None:
             sign = "≥" if self.mode == "max" else "≤"
             steps = summary["steps_to_threshold"]

@@ -16,7 +16,7 @@ from forge_lightning.components.stage_classifier import VAL_LOSS
 from forge_lightning.components.step_timer import CATEGORIES
 from forge_lightning.components.trace import number
 from forge_lightning.reports import dream, figures, self_knowledge
-from forge_lightning.reports.trace import RunTrace, read_run, stage_spans
+from forge_lightning.reports.trace import RunTrace, join_resumed, read_run, stage_spans
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --line: #d9d9d9; --soft: #f4f5f7; }
@@ -40,7 +40,10 @@ _FIGURES: dict[str, tuple[Callable[[RunTrace], Any], str]] = {
     "dimensions": (figures.dimensions, "Every estimator. Values compare only at the same number of points."),
     "edge": (figures.edge, "What `EdgeController` held, and what it drew to hold it."),
     "dream": (dream.dream, "What `DreamReplay` stored and replayed, and what sleeping and forgetting did."),
-    "optimizer": (figures.optimizer, "What the gradient filter and the optimizer did."),
+    "optimizer": (
+        figures.optimizer,
+        "Learning rate and gradients, and what `Grokfast` did to them where it was there.",
+    ),
     "self_model": (
         self_knowledge.self_model,
         "What the head of `SelfModel` predicts: 1 is all of it, 0 no more than a constant. Dashed: a copy of"
@@ -73,20 +76,23 @@ def analyze(paths: Sequence[Path], output: Path) -> Path:
     runs = [read_run(path) for path in paths]
     output.mkdir(parents=True, exist_ok=True)
     page: list[str] = []
+    whole = join_resumed(runs)
     if len(runs) > 1:
         page.append("<h2>Comparison</h2>")
-        pictures = _draw(output, "comparison", lambda _: figures.comparison(runs), runs[0])
+        pictures = _draw(output, "comparison", lambda _: figures.comparison(whole), runs[0])
         caption = "Median of each group, with the band from its least to its largest run."
+        if len(whole) < len(runs):
+            caption += " A run that was resumed is one with its beginning."
         page += [
             _figure(pictures, caption) if pictures else "<p>The runs share no series.</p>",
-            _comparison_table(runs),
+            _comparison_table(whole),
         ]
     for index, run in enumerate(runs):
         prefix = "" if len(runs) == 1 else f"{index:02d}_"
         page.append(_section(run, output, prefix))
     numbers: dict[str, Any] = {"runs": [numbers_of(run) for run in runs]}
     if len(runs) > 1:
-        numbers["comparison"] = {"groups": _groups(runs), "series": _bands(runs)}
+        numbers["comparison"] = {"groups": _groups(whole), "series": _bands(whole)}
     (output / "analysis.json").write_text(json.dumps(_json(numbers), indent=2, allow_nan=False) + "\n")
     title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
     return _write(output, title, page)
@@ -143,7 +149,7 @@ def numbers_of(run: RunTrace) -> dict[str, Any]:
         "run": str(run.path),
         "group": run.group,
         "last_step": run.last_step,
-        "status": run.summary.get("status"),
+        "status": run.status,
         "remarks": run.remarks,
         "stages": [{"stage": name, "from": since, "to": until} for name, since, until in stage_spans(run)],
         "stages_found_afterwards": run.stages_replayed,

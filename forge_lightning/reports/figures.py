@@ -11,7 +11,7 @@ import numpy as np
 
 from forge_lightning.components.stage_classifier import VAL_LOSS, VAL_SUCCESS
 from forge_lightning.components.step_timer import CATEGORIES
-from forge_lightning.reports.learning_curves import Series
+from forge_lightning.reports.learning_curves import Series, logarithmic
 from forge_lightning.reports.trace import RunTrace, group_names, stage_spans
 
 # Okabe and Ito's palette; its black is the text's colour.
@@ -31,7 +31,8 @@ STAGE_COLORS = {
 }
 _PAPER = "#ffffff"
 SUCCESS = (*VAL_SUCCESS, "val/exact_match")
-_SHORT = {"memorisation": "memor.", "generalisation": "general.", "consolidation": "consol.", "divergence": "div."}
+_SHORT = {"memorisation": "mem.", "generalisation": "gen.", "consolidation": "cons.", "divergence": "div."}
+"""For a stage too short for its name."""
 STEP = "optimizer step"
 MAIN_ESTIMATORS = {
     "levina_bickel": "dimension (Levina–Bickel)",
@@ -120,7 +121,7 @@ def overview(run: RunTrace) -> Any | None:
             if kind == "success":
                 axis.set_ylim(-0.03, 1.03)
             elif _spans_decades(loss.values()):
-                axis.set_yscale("log")
+                logarithmic(axis, "y")
             axis.legend(loc="best")
     axes[-1].set_xlabel(STEP)
     axes[-1].set_xlim(0, max(1, run.last_step))
@@ -377,7 +378,7 @@ def weights(rows: Sequence[Mapping[str, Any]]) -> Any | None:
     return figure
 
 
-def _panels(panels: Sequence[tuple[str, str, Mapping[str, Series | None]]], logarithmic: set[str]) -> Any | None:
+def _panels(panels: Sequence[tuple[str, str, Mapping[str, Series | None]]], over_decades: set[str]) -> Any | None:
     from matplotlib.figure import Figure
 
     there = [(title, label, {k: v for k, v in lines.items() if v is not None}) for title, label, lines in panels]
@@ -398,8 +399,8 @@ def _panels(panels: Sequence[tuple[str, str, Mapping[str, Series | None]]], loga
         elif label == "learning rate":
             largest = max((v for v in next(iter(lines.values()))[1] if math.isfinite(v)), default=0.0)
             axis.set_ylim(0, 1.1 * largest or None)
-        if title in logarithmic and _spans_decades(lines.values()):
-            axis.set_yscale("log")
+        if title in over_decades and _spans_decades(lines.values()):
+            logarithmic(axis, "y")
     for axis in axes[len(there) :]:
         axis.set_visible(False)
     return figure
@@ -409,18 +410,11 @@ def _draw_stages(axis: Any, run: RunTrace) -> None:
     spans = stage_spans(run)
     for name, since, until in spans:
         axis.axvspan(since, until, color=STAGE_COLORS.get(name, "#999999"), linewidth=0)
-        if until - since > 0.07 * max(1, run.last_step):
-            text = name.replace("_", "-")
-            room = (until - since) / max(1, run.last_step) > 0.011 * len(text)
-            axis.text(
-                (since + until) / 2,
-                0.5,
-                text if room else text[:6] + ".",
-                ha="center",
-                va="center",
-                color="#111111",
-                fontsize=9,
-            )
+        room = (until - since) / max(1, run.last_step) / 0.011  # characters
+        names = (name.replace("_", "-"), _SHORT.get(name, ""))
+        text = next((text for text in names if 0 < len(text) <= room), None)
+        if text is not None:
+            axis.text((since + until) / 2, 0.5, text, ha="center", va="center", color="#111111", fontsize=9)
     axis.set_yticks([])
     axis.grid(False)
     axis.set_title(run.name + ("  (stages found afterwards)" if run.stages_replayed else ""))

@@ -4,6 +4,7 @@ import csv
 import math
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,9 +53,13 @@ def plot_learning_curves(
     quantities = list(dict.fromkeys(name.split("/", 1)[1] for name in metrics if name.startswith(("train/", "val/"))))
     if not quantities:
         return
-    figure = Figure(figsize=(5.2 * len(quantities), 3.8), layout="constrained")
-    axes = figure.subplots(1, len(quantities), squeeze=False)[0]
-    for axis, quantity in zip(axes, quantities, strict=True):
+    columns = len(quantities) if len(quantities) <= 3 else math.ceil(len(quantities) / math.ceil(len(quantities) / 3))
+    rows = math.ceil(len(quantities) / columns)
+    figure = Figure(figsize=(5.2 * columns, 3.5 * rows + 0.3), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
+    for axis in axes[len(quantities) :]:
+        axis.set_visible(False)
+    for axis, quantity in zip(axes, quantities, strict=False):
         for split, color in (("train", "#9a9a9a"), ("val", "#c23b22")):
             steps, values = metrics.get(f"{split}/{quantity}", ([], []))
             points = [(s + 1, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
@@ -66,14 +71,34 @@ def plot_learning_curves(
         lines = [line for line in axis.get_lines() if line.get_label() in ("train", "val")]
         values = [v for line in lines for v in np.asarray(line.get_ydata())]
         if values and max(values) > 1 and _spans_decades(values):  # accuracies and rates stay linear
-            axis.set_yscale("log")
+            logarithmic(axis, "y")
+        elif values and min(values) == max(values) and 0 <= values[0] <= 1:
+            axis.set_ylim(-0.03, 1.03)  # a share, though nothing moves yet
         if lines and _spans_decades([v for line in lines for v in np.asarray(line.get_xdata())]):
-            axis.set_xscale("log")
-        axis.set(xlabel="optimizer step", title=quantity)
+            logarithmic(axis, "x")
+        axis.set(xlabel="optimizer step", title=quantity.replace("_", " "))
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
+
+
+def logarithmic(axis: Any, which: str) -> None:
+    """Give an axis of a picture a logarithmic scale, with plain numbers and few of them.
+
+    Args:
+        axis: With its data, of which the range is taken.
+        which: "x" or "y".
+    """
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    getattr(axis, f"set_{which}scale")("log")
+    low, high = getattr(axis, f"get_{which}lim")()
+    decades = math.log10(high / low)
+    ticks = getattr(axis, f"{which}axis")
+    ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,), numticks=8))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if 1 <= value < 1e6 else f"{value:g}"))
+    ticks.set_minor_formatter(NullFormatter())
 
 
 def _spans_decades(values: list[float]) -> bool:

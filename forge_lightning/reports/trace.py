@@ -1,9 +1,10 @@
 """What a run left on disk, read as far as it goes."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,14 @@ class RunTrace:
     def group(self) -> str:
         """Runs in one directory differ by seed or try, and are shown as one. Its name; see `group_names`."""
         return self.path.parent.name or self.path.name
+
+    @property
+    def status(self) -> str | None:
+        """How the run ended; ``None`` where nothing says so."""
+        if not self.summary and "RunSummary" in _config_of(self):
+            return f"killed after step {self.last_step:,}, or still under way"
+        status = self.summary.get("status")
+        return None if status is None else str(status)
 
     @property
     def last_step(self) -> int:
@@ -187,22 +196,72 @@ def _rows_of(run: RunTrace) -> list[dict[str, Any]]:
     return [rows[key] for key in sorted(rows)]
 
 
-def _resumed_from(run: RunTrace) -> str | None:
-    """The checkpoint that the run's config names."""
-    config = run.path / "config.yaml"
+def _config_of(run: RunTrace) -> str:
+    """The text of the config that `forge-fit` leaves in a run; empty where there is none."""
     try:
-        found = re.search(r"^ckpt_path: (?!null)(.+)$", config.read_text(), re.MULTILINE)
+        return (run.path / "config.yaml").read_text()
     except (OSError, UnicodeDecodeError):
-        return None
-    return found and found[1]
+        return ""
+
+
+def resumed_from(run: RunTrace) -> str | None:
+    """The checkpoint that the run's config names."""
+    found = re.search(r"^ckpt_path: (?!null)(.+)$", _config_of(run), re.MULTILINE)
+    return found and found[1].strip("'\"")
+
+
+def join_resumed(runs: Sequence[RunTrace]) -> list[RunTrace]:
+    """Runs to compare: one that goes on from another's checkpoint is one with it, as far as both are among these.
+
+    Not where the other finished by itself behind that checkpoint: then it is a branch. A joined run has the path and
+    the summary of its last part, and the series and events of an earlier part up to where the next one begins.
+    """
+    folders = [run.path.resolve() for run in runs]
+    before: dict[int, int] = {}
+    for index, run in enumerate(runs):
+        checkpoint = resumed_from(run)
+        if checkpoint is not None:
+            places = [(base / checkpoint).resolve() for base in (Path(), *folders[index].parents)]
+            for other, folder in enumerate(folders):
+                ended = runs[other].status != "finished" or runs[other].last_step < _first_step(run)
+                if other != index and ended and any(place.is_relative_to(folder) for place in places):
+                    before[index] = other
+    joined = []
+    for index, run in enumerate(runs):
+        if index in before.values():
+            continue
+        seen = {index}
+        while index in before and before[index] not in seen:
+            index = before[index]
+            seen.add(index)
+            run = _one_behind_the_other(runs[index], run)
+        joined.append(run)
+    return joined or list(runs)
+
+
+def _first_step(run: RunTrace) -> float:
+    return min((steps[0] for steps, _ in run.series.values() if steps), default=math.inf)
+
+
+def _one_behind_the_other(first: RunTrace, second: RunTrace) -> RunTrace:
+    start, series = _first_step(second), {}
+    for name in (*first.series, *(name for name in second.series if name not in first.series)):
+        (steps, values), (more_steps, more_values) = (run.series.get(name, ([], [])) for run in (first, second))
+        kept = sum(step < start for step in steps)
+        series[name] = ([*steps[:kept], *more_steps], [*values[:kept], *more_values])
+    events = {
+        kind: [event for event in getattr(first, kind) if event["step"] < start] + getattr(second, kind)
+        for kind in ("stages", "changes")
+    }
+    return replace(second, series=series, **events)
 
 
 def _remark(run: RunTrace) -> None:
-    if checkpoint := _resumed_from(run):
+    if checkpoint := resumed_from(run):
         run.remarks.append(
-            f"It goes on from {checkpoint}: beside the run that wrote that, it is no run of another seed."
+            f"It goes on from {checkpoint}. Compared with the run that wrote that, the two count as one."
         )
-    status = run.summary.get("status")
+    status = run.status
     if status is None:
         run.remarks.append(f"No summary.json: the run was killed after step {run.last_step:,}, or has no `RunSummary`.")
     elif status != "finished":

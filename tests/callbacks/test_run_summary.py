@@ -35,11 +35,14 @@ def test_a_threshold_not_reached_is_said_so(tmp_path, capsys):
     assert "not reached" in capsys.readouterr().out
 
 
-def test_a_failed_run_leaves_a_summary(tmp_path):
+def test_a_failed_run_leaves_a_summary(tmp_path, capsys):
     with pytest.raises(RuntimeError, match="on purpose"):
         summarised(tmp_path, RaisesAtStep)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["status"] == "failed: RuntimeError: raised on purpose"
+    shown = capsys.readouterr().out
+    assert "Run failed: RuntimeError" in shown
+    assert "on purpose" not in shown  # the error says it
 
 
 def test_what_was_reached_before_a_resume_stays_reached(tmp_path):

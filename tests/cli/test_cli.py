@@ -325,7 +325,7 @@ def test_exit_codes_and_help():
     assert "export" in forge_fit("--help").stdout
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 1), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["ctrl-c", "sigterm"])
 def test_an_interrupted_fit_leaves_a_resumable_checkpoint(tmp_path, number, code):
     arguments = ["fit", "--config=grokfast_modular", "--trainer.enable_progress_bar=false"]
     arguments += ["--model.dim=16", "--model.num_heads=2", "--data.modulus=11", "--trainer.max_steps=100000"]

@@ -7,11 +7,13 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
 
 from forge_lightning.callbacks import GeometryProbe, Grokfast, RunSummary, StageClassifier, Telemetry
 from forge_lightning.reports import figures
 from forge_lightning.reports.analysis import analyze, analyze_checkpoint
-from forge_lightning.reports.trace import read_run, stage_spans
+from forge_lightning.reports.learning_curves import logarithmic
+from forge_lightning.reports.trace import join_resumed, read_run, stage_spans
 from tests.contract.modules import Plain
 from tests.contract.rows import fit
 
@@ -203,6 +205,62 @@ def test_a_run_that_goes_on_from_another_says_so(tmp_path):
     assert not any("goes on" in remark for remark in read_run(tmp_path).remarks)
     (tmp_path / "config.yaml").write_text("seed_everything: 0\nckpt_path: runs/a/version_0/checkpoints/last.ckpt\n")
     assert any("goes on from runs/a/version_0/checkpoints/last.ckpt" in r for r in read_run(tmp_path).remarks)
+
+
+def part_of_a_run(folder, first, last, checkpoint=None):
+    folder.mkdir(parents=True)
+    rows = [{"kind": "validation", "step": s, "metrics": {"val/accuracy": s / 10}} for s in range(first, last + 1)]
+    rows += [{"kind": "event", "event": "stage", "step": last, "before": "warm_up", "after": "onset", "evidence": {}}]
+    (folder / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "config.yaml").write_text(f"ckpt_path: {checkpoint or 'null'}\ntrainer: [class_path: RunSummary]\n")
+    return folder
+
+
+def test_a_killed_run_and_its_resume_are_compared_as_one(tmp_path, monkeypatch):
+    first = part_of_a_run(tmp_path / "runs" / "a" / "version_0", 1, 6)
+    second = part_of_a_run(tmp_path / "runs" / "a" / "version_1", 5, 8, "runs/a/version_0/checkpoints/last.ckpt")
+    third = part_of_a_run(tmp_path / "runs" / "a" / "version_2", 9, 9, f"'{second}/checkpoints/last.ckpt'")
+    other = part_of_a_run(tmp_path / "runs" / "b" / "version_0", 1, 9, "runs/elsewhere/version_0/last.ckpt")
+    monkeypatch.chdir(tmp_path)
+    analyze([other, third, first, second], tmp_path / "analysis")
+    numbers, text = written(tmp_path / "analysis")
+    groups = numbers["comparison"]["groups"]
+    assert {name: len(group["runs"]) for name, group in groups.items()} == {"a": 1, "b": 1}
+    assert groups["a"]["steps_to"]["0.5"] == [5]
+    assert groups["a"]["last_validation_success"] == 0.9
+    assert numbers["comparison"]["series"]["Validation success"]["a"]["steps"] == list(range(1, 10))
+    joined = next(run for run in join_resumed([read_run(p) for p in (first, second, third)]))
+    assert [change["step"] for change in joined.stages] == [8, 9]  # the first part's end was trained again
+    assert "A run that was resumed is one with its beginning" in text
+    assert [run["status"] for run in numbers["runs"]].count("killed after step 6, or still under way") == 1
+    (first / "summary.json").write_text('{"status": "finished"}')
+    assert len(join_resumed([read_run(first), read_run(second)])) == 2  # a branch of a run that has an end of its own
+
+
+def test_stages_have_names_as_far_as_there_is_room(tmp_path):
+    stages = [("warm_up", "memorisation", 4), ("memorisation", "generalisation", 8), ("generalisation", "onset", 9)]
+    rows = [{"kind": "step", "step": s, "metrics": {"forge/telemetry/loss": 1.0}} for s in (1, 100)]
+    rows += [
+        {"kind": "event", "event": "stage", "step": 10 * s, "before": a, "after": b, "evidence": {}}
+        for a, b, s in stages
+    ]
+    (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    names = [text.get_text() for text in figures.overview(read_run(tmp_path)).axes[0].texts]
+    assert names == ["warm-up", "memorisation", "gen.", "onset"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"), [(1, 40, ["1", "2", "5", "10", "20"]), (0.002, 50000, ["0.1", "10", "1,000"])]
+)
+def test_logarithmic_axes_have_few_and_plain_numbers(low, high, expected):
+    axis = Figure().subplots()
+    axis.plot([low, high], [1, 2])
+    logarithmic(axis, "x")
+    axis.figure.canvas.draw()
+    shown = [text.get_text() for text in axis.get_xticklabels(which="both")]
+    assert set(expected) <= set(shown)
+    assert sum(map(bool, shown)) <= 9
+    assert not any("^" in text for text in shown)
 
 
 def test_events_of_another_form_are_passed_over(tmp_path):
