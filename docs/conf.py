@@ -34,6 +34,12 @@ def labels_apart(app: Any, what: str, name: str, obj: object, options: object, l
     lines[:] = found
 
 
+def names_for_links(app: Any, page: str, source: list[str]) -> None:
+    """The name of a file of the repository in place of a link to it: it is no page here."""
+    source[0] = re.sub(r"(?<!!)\[([^\]]+)\]\(\.\./[^)]+\)", r"`\1`", source[0])
+
+
 def setup(app: Any) -> None:
+    app.connect("source-read", names_for_links)
     # Before napoleon, which would take a line that ends in a colon for a section.
     app.connect("autodoc-process-docstring", labels_apart, priority=400)

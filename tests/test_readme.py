@@ -23,7 +23,14 @@ def blocks(path):
 
 BLOCKS = blocks(ROOT / "README.md")
 PAGES = {path.stem: blocks(path) for path in sorted(ROOT.glob("docs/*.md"))}
-IN_PAGES = [(name, language, block) for name, found in PAGES.items() for language, block in found]
+WALKS = ("observers", "edge", "self_knowledge")
+"""Pages whose commands are to be typed one after another, like the README's."""
+IN_PAGES = [
+    (name, language, block)
+    for name, found in PAGES.items()
+    for language, block in found
+    if (name, language) not in {(walk, "bash") for walk in WALKS}
+]
 SHORT = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false"]
 SHORT += ["--trainer.log_every_n_steps=1"]
 
@@ -72,7 +79,8 @@ def test_commands(shell):
     data.write_text("\n".join(lines))
     environment = os.environ | {"FORGE_MBPP": str(data), "HF_HUB_OFFLINE": "1"}
     seen, commands = set(), []
-    for line in "\n".join(of("bash")).splitlines():
+    walks = [block for page in WALKS for language, block in PAGES[page] if language == "bash"]
+    for line in "\n".join(of("bash") + walks).splitlines():
         words = shlex.split(line, comments=True)
         if not words:
             continue
