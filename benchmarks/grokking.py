@@ -52,6 +52,7 @@ class Configuration(NamedTuple):
         limit: Iterations at most.
         initial: Factors on the initial weights, as `AlgorithmicModule` has them.
         averaging: Decay of the running mean of the weights that is validated in their place; 0: none.
+        warmup: Iterations over which the learning rate rises from 0; the paper's code has 10.
     """
 
     what: str
@@ -61,6 +62,7 @@ class Configuration(NamedTuple):
     limit: int = 2000
     initial: dict | None = None
     averaging: float = 0.0
+    warmup: int = 10
 
 
 CONFIGURATIONS = {
@@ -162,7 +164,7 @@ def run(
     optim = getattr(torch.optim if hasattr(torch.optim, name) else forge_lightning.optim, name)(
         model.parameters(), **configuration.options
     )
-    warmup = torch.optim.lr_scheduler.LambdaLR(optim, lambda step: 1 if step > 10 else step / 10)
+    warmup = torch.optim.lr_scheduler.LambdaLR(optim, lambda step: min(1.0, step / configuration.warmup))
     gradient_filter = GradientFilter(**configuration.filter) if configuration.filter else None
     mean = AveragedModel(model, avg_fn=get_ema_avg_fn(configuration.averaging)) if configuration.averaging else None
 
