@@ -17,7 +17,7 @@ SHOWN = {
     "adam": ("Adam: the paper's baseline", RED),
     "ema": ("Adam + Grokfast-EMA, the paper's flags", ORANGE),
     "adamw_tuned": ("AdamW, tuned, no filter", BLUE),
-    "recipe": ("grokking_fast.yaml: Muon,\naveraged and small weights", GREEN),
+    "recipe": ("grokking_fast.yaml: Muon,\naveraged weights, warm-up", GREEN),
 }
 
 

@@ -401,7 +401,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130  # 128 + SIGINT
     except SystemExit as error:  # the Trainer ends so, with 1, what was interrupted
-        if isinstance(error.__context__, KeyboardInterrupt):
+        if error.code == 1 and isinstance(error.__context__, KeyboardInterrupt):
             return 130
         raise
     except (MisconfigurationException, DataFileError, OSError) as error:

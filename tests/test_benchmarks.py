@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from benchmarks import (
     claims,
@@ -22,6 +23,7 @@ from benchmarks import (
     overhead,
     parameters,
     phases,
+    recipe,
     replay,
     scale,
     self_knowledge,
@@ -82,6 +84,32 @@ def test_claims_run_every_part_behind_them():
 
 def median_of(name):
     return statistics.median_low(claims.iterations(name))
+
+
+def test_the_search_goes_on_where_it_was(tmp_path, monkeypatch):
+    rows = recipe.rows_of("muon")[:12]
+    monkeypatch.setattr(recipe, "PATH", tmp_path / "recipe.jsonl")
+    (tmp_path / "recipe.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(recipe.Muon, "limit", 10)
+    recipe.search("muon", generations=1, draws=2, best=1)
+    found = recipe.rows_of("muon")
+    assert found[:12] == rows
+    assert 2 <= len(found) - 12 <= 6
+    assert all(row["iterations"] == 10 for row in found[12:])
+    assert recipe.rows_of("adamw") == []
+
+
+def test_what_is_shipped_is_what_was_measured():
+    config = yaml.safe_load((FOLDER.parent / "configs" / "grokking_fast.yaml").read_text())
+    model = config["model"]["init_args"]
+    (averaging,) = (c["init_args"] for c in config["trainer"]["callbacks"] if c["class_path"] == "EMAWeightAveraging")
+    assert model["optimizer"]["init_args"] == grokking.RECIPE["options"]
+    assert {key: model[key] for key in grokking.RECIPE["initial"]} == grokking.RECIPE["initial"]
+    assert model["lr_scheduler"]["init_args"]["total_iters"] == grokking.RECIPE["warmup"]
+    assert averaging == {"decay": grokking.RECIPE["averaging"]}
+    measured = [row for row in recipe.rows_of("muon") if recipe.Muon(**row["settings"]) == recipe.SHIPPED]
+    assert len(measured) >= 12
+    assert min(row["seed"] for row in recipe.rows_of("muon")) >= 100
 
 
 def test_first_picture():

@@ -66,7 +66,7 @@ class DreamReplay(ForgeCallback):
     ``forge/dream/yield`` (share of those made that did), with ``temperatures`` ``forge/dream/sampled`` (programs of the
     model's own so far that passed, and are not what it was taught) and ``forge/dream/sampled_yield`` (their share).
 
-    Cost: the replayed rows' own compute, and 2 to 3 ms of CPU a step of a small model, 0.2 % of a GPT-2-small one.
+    Cost: the replayed rows' own compute, and 3 ms of CPU a step of a small model, 0.1 % of a GPT-2-small one.
 
     When to use: tasks, or kinds of data, follow one another, and the early ones must not be lost.
 

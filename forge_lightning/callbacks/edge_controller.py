@@ -38,7 +38,7 @@ class EdgeController(ForgeCallback):
     ``forge/edge/target_high``; with "item" also ``forge/edge/mastered`` (share of examples expected to succeed more
     often than the band allows).
 
-    Cost: 0.5 ms of CPU a step, and one small exchange between processes.
+    Cost: 0.5 to 0.8 ms of CPU a step, and one small exchange between processes.
 
     When to use: examples differ much in difficulty, the hard ones teach nothing yet and the easy ones nothing more, and
     no ramp from easy to hard has been tuned.

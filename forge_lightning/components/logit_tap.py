@@ -165,7 +165,7 @@ def predicted_places(
         if shift and labels.shape[-1] == 1 and labels.ndim == 2:
             raise ValueError("labels of one position each cannot be shifted. Set `shift=False`.")
         if shift and labels.ndim == 2:
-            labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
+            labels = F.pad(labels[:, 1:].long(), (0, 1), value=IGNORED)
         labels = labels.flatten()
         places = (labels != IGNORED).nonzero().squeeze(1)
         return places, labels[places]

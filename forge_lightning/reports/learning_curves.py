@@ -87,7 +87,7 @@ def logarithmic(axis: Any, which: str) -> None:
     """Give an axis of a picture a logarithmic scale, with plain numbers and few of them.
 
     Args:
-        axis: With its data, of which the range is taken.
+        axis: With its data, all above 0, of which the range is taken.
         which: "x" or "y".
     """
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -97,7 +97,7 @@ def logarithmic(axis: Any, which: str) -> None:
     decades = math.log10(high / low)
     ticks = getattr(axis, f"{which}axis")
     ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,), numticks=8))
-    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if 1 <= value < 1e6 else f"{value:g}"))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 100 else f"{value:g}"))
     ticks.set_minor_formatter(NullFormatter())
 
 

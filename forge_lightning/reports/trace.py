@@ -48,7 +48,8 @@ class RunTrace:
     @property
     def status(self) -> str | None:
         """How the run ended; ``None`` where nothing says so."""
-        if not self.summary and "RunSummary" in _config_of(self):
+        trained = any(name.startswith(("train", "forge/telemetry/")) for name in self.series)
+        if trained and "RunSummary" in _config_of(self) and not (self.path / "summary.json").exists():
             return f"killed after step {self.last_step:,}, or still under way"
         status = self.summary.get("status")
         return None if status is None else str(status)
@@ -206,37 +207,42 @@ def _config_of(run: RunTrace) -> str:
 
 def resumed_from(run: RunTrace) -> str | None:
     """The checkpoint that the run's config names."""
-    found = re.search(r"^ckpt_path: (?!null)(.+)$", _config_of(run), re.MULTILINE)
-    return found and found[1].strip("'\"")
+    found = re.search(r"^ckpt_path: (?!null)(.+(?:\n .+)*)$", _config_of(run), re.MULTILINE)
+    return found and " ".join(found[1].split()).strip("'\"")
 
 
 def join_resumed(runs: Sequence[RunTrace]) -> list[RunTrace]:
-    """Runs to compare: one that goes on from another's checkpoint is one with it, as far as both are among these.
+    """Runs to compare: what goes on from a run's checkpoint in the same directory of runs is one with it.
 
-    Not where the other finished by itself behind that checkpoint: then it is a branch. A joined run has the path and
-    the summary of its last part, and the series and events of an earlier part up to where the next one begins.
+    It is a run of its own where the other finished by itself behind that checkpoint, or another goes on further from
+    it. A joined run has the path and the summary of its last part, and the series and events of an earlier part up to
+    where the next one begins. A run given twice counts once.
     """
-    folders = [run.path.resolve() for run in runs]
-    before: dict[int, int] = {}
-    for index, run in enumerate(runs):
-        checkpoint = resumed_from(run)
-        if checkpoint is not None:
-            places = [(base / checkpoint).resolve() for base in (Path(), *folders[index].parents)]
-            for other, folder in enumerate(folders):
-                ended = runs[other].status != "finished" or runs[other].last_step < _first_step(run)
-                if other != index and ended and any(place.is_relative_to(folder) for place in places):
-                    before[index] = other
+    runs = list({run.path.resolve(): run for run in runs}.values())
+    further = {run.path: found for run in runs if (found := _continuation(run, runs)) is not None}
+    later = {run.path for run in further.values()}
     joined = []
-    for index, run in enumerate(runs):
-        if index in before.values():
-            continue
-        seen = {index}
-        while index in before and before[index] not in seen:
-            index = before[index]
-            seen.add(index)
-            run = _one_behind_the_other(runs[index], run)
+    for run in (run for run in runs if run.path not in later):
+        while run.path in further:
+            run = _one_behind_the_other(run, further[run.path])
         joined.append(run)
-    return joined or list(runs)
+    return joined
+
+
+def _continuation(first: RunTrace, runs: Sequence[RunTrace]) -> RunTrace | None:
+    """The run that goes on from a checkpoint of another, and did so furthest."""
+    folder, found = first.path.resolve(), []
+    for run in runs:
+        checkpoint, path = resumed_from(run), run.path.resolve()
+        if checkpoint is None or path == folder or path.parent != folder.parent:
+            continue
+        # It lies in the run's folder, or one below; its name may be relative to where the command was given.
+        places = [(base / checkpoint).resolve() for base in (Path(), *path.parents)]
+        ours = any(folder in (place.parent, place.parent.parent) for place in places)
+        starts_later = _first_step(first) < _first_step(run)  # not so where it was only tested
+        if ours and starts_later and (first.status != "finished" or first.last_step < _first_step(run)):
+            found.append(run)
+    return max(found, key=lambda run: run.last_step, default=None)
 
 
 def _first_step(run: RunTrace) -> float:
@@ -248,7 +254,8 @@ def _one_behind_the_other(first: RunTrace, second: RunTrace) -> RunTrace:
     for name in (*first.series, *(name for name in second.series if name not in first.series)):
         (steps, values), (more_steps, more_values) = (run.series.get(name, ([], [])) for run in (first, second))
         kept = sum(step < start for step in steps)
-        series[name] = ([*steps[:kept], *more_steps], [*values[:kept], *more_values])
+        if kept or more_steps:
+            series[name] = ([*steps[:kept], *more_steps], [*values[:kept], *more_values])
     events = {
         kind: [event for event in getattr(first, kind) if event["step"] < start] + getattr(second, kind)
         for kind in ("stages", "changes")

@@ -329,6 +329,10 @@ def test_rows_that_count():
     rows, targets = predicted_rows(logits, labels, None, shift=True)
     assert torch.equal(rows, torch.stack([logits[0, 0], logits[1, 1]]))
     assert targets.tolist() == [1, 2]
+    for dtype in (torch.uint8, torch.int32):  # which cannot say -100, or are no index
+        rows, targets = predicted_rows(logits, torch.tensor([[0, 1, 2], [3, 1, 2]], dtype=dtype), None, shift=True)
+        assert torch.equal(rows, logits[:, :-1].flatten(0, 1))
+        assert targets.tolist() == [1, 2, 1, 2]
     rows, targets = predicted_rows(logits, None, torch.tensor([[1, 1, 0], [1, 0, 0]]), shift=True)
     assert (len(rows), targets) == (3, None)
     assert len(predicted_rows(logits, None, None, shift=True)[0]) == 6

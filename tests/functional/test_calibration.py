@@ -65,9 +65,36 @@ def test_gradient_is_that_of_the_definition_and_zero_elsewhere(at_once, dtype, m
         assert torch.allclose(student.grad, by_hand.grad)
     touched = student.grad.flatten(0, 1).abs().sum(-1).nonzero().squeeze(1)
     assert touched.tolist() == sorted(places.tolist())
-    (again,) = torch.autograd.grad(divergence.square().sum(), student, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        again.sum().backward()
+    with pytest.raises(
+        RuntimeError, match=r"cannot be differentiated twice, as `create_graph=True` asks. Leave it out"
+    ):
+        torch.autograd.grad(divergence.mean(), student, create_graph=True)
+
+
+def test_places_may_repeat_and_shapes_stay():
+    student, teacher = (draw(n=6, seed=seed)[0].requires_grad_() for seed in (0, 1))
+    temperature_kl(student, teacher, 2.0, torch.tensor([4, 4, 1])).sum().backward()
+    assert teacher.grad is None
+    once = student.detach().clone().requires_grad_()
+    temperature_kl(once, teacher, 2.0, torch.tensor([4, 1])).sum().backward()
+    assert torch.allclose(student.grad[4], 2 * once.grad[4])
+    assert torch.allclose(student.grad[1], once.grad[1])
+    assert temperature_kl(student.unflatten(0, (2, 3)), teacher.unflatten(0, (2, 3)), 2.0).shape == (2, 3)
+    assert temperature_kl(student[0], teacher[0], 2.0).shape == ()
+    assert temperature_kl(student, teacher, 2.0, torch.tensor([], dtype=torch.long)).shape == (0,)
+
+
+def test_only_what_counts_is_held_and_nothing_without_a_gradient():
+    student, teacher = (draw(n=50, seed=seed)[0].requires_grad_() for seed in (0, 1))
+    held = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (held.append(t.shape), t)[1], lambda t: t):
+        temperature_kl(student, teacher, 2.0, torch.tensor([1, 2]))
+        assert (2, 7) in held
+        assert all(shape[0] < 50 for shape in held)
+        held.clear()
+        with torch.no_grad():
+            temperature_kl(student, teacher, 2.0)
+    assert not held
 
 
 def test_gradients_of_half_precision_keep_what_a_loss_scale_saves():

@@ -209,7 +209,9 @@ def test_a_run_that_goes_on_from_another_says_so(tmp_path):
 
 def part_of_a_run(folder, first, last, checkpoint=None):
     folder.mkdir(parents=True)
-    rows = [{"kind": "validation", "step": s, "metrics": {"val/accuracy": s / 10}} for s in range(first, last + 1)]
+    steps = range(first, last + 1)
+    rows = [{"kind": "step", "step": s, "metrics": {"forge/telemetry/loss": 1 / s}} for s in steps]
+    rows += [{"kind": "validation", "step": s, "metrics": {"val/accuracy": s / 10}} for s in steps]
     rows += [{"kind": "event", "event": "stage", "step": last, "before": "warm_up", "after": "onset", "evidence": {}}]
     (folder / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "config.yaml").write_text(f"ckpt_path: {checkpoint or 'null'}\ntrainer: [class_path: RunSummary]\n")
@@ -233,8 +235,47 @@ def test_a_killed_run_and_its_resume_are_compared_as_one(tmp_path, monkeypatch):
     assert [change["step"] for change in joined.stages] == [8, 9]  # the first part's end was trained again
     assert "A run that was resumed is one with its beginning" in text
     assert [run["status"] for run in numbers["runs"]].count("killed after step 6, or still under way") == 1
-    (first / "summary.json").write_text('{"status": "finished"}')
-    assert len(join_resumed([read_run(first), read_run(second)])) == 2  # a branch of a run that has an end of its own
+
+
+def test_what_is_no_resume_is_compared_apart(tmp_path, monkeypatch):
+    def counts(*paths):
+        return sorted(run.last_step - min(run.series["val/accuracy"][0]) + 1 for run in join_resumed(paths))
+
+    runs = tmp_path / "runs"
+    first = read_run(part_of_a_run(runs / "a" / "version_0", 1, 6))
+    checkpoint = runs / "a" / "version_0" / "checkpoints" / "last.ckpt"
+    again = read_run(part_of_a_run(runs / "a" / "version_1", 5, 8, checkpoint))
+    further = read_run(part_of_a_run(runs / "a" / "version_2", 5, 9, checkpoint))
+    tested = read_run(part_of_a_run(runs / "a" / "version_3", 1, 1, checkpoint))
+    elsewhere = read_run(part_of_a_run(runs / "b" / "version_1", 5, 9, checkpoint))
+    assert counts(first, again) == [8]
+    assert counts(first, first, again) == [8]
+    assert counts(again, further, first) == [4, 9]  # the one that went furthest
+    assert counts(first, tested) == [1, 6]
+    assert counts(first, elsewhere) == [5, 6]
+    (first.path / "summary.json").write_text('{"status": "finished"}')
+    assert counts(read_run(first.path), again) == [4, 6]  # a branch of a run that has an end of its own
+    longer = read_run(part_of_a_run(runs / "a" / "version_4", 7, 9, checkpoint))
+    assert counts(read_run(first.path), longer) == [9]
+    monkeypatch.chdir(first.path)  # a relative name means nothing here
+    other = read_run(part_of_a_run(runs / "a" / "version_5", 5, 9, "runs/c/version_0/checkpoints/last.ckpt"))
+    assert counts(first, other) == [5, 6]
+
+
+def test_a_resume_without_a_validation_of_its_own_keeps_what_there_is(tmp_path):
+    first = part_of_a_run(tmp_path / "a" / "version_0", 6, 6)
+    second = part_of_a_run(tmp_path / "a" / "version_1", 7, 8, first / "checkpoints" / "last.ckpt")
+    (second / "trace.jsonl").write_text('{"kind": "step", "step": 7, "metrics": {"forge/telemetry/loss": 1.0}}')
+    analyze([first, second], tmp_path / "analysis")
+    numbers, _ = written(tmp_path / "analysis")
+    assert numbers["comparison"]["groups"]["a"]["last_validation_success"] == 0.6
+
+
+def test_a_summary_that_cannot_be_read_is_no_kill(tmp_path):
+    folder = part_of_a_run(tmp_path / "a" / "version_0", 1, 6)
+    assert read_run(folder).status == "killed after step 6, or still under way"
+    (folder / "summary.json").write_text("{")
+    assert read_run(folder).status is None
 
 
 def test_stages_have_names_as_far_as_there_is_room(tmp_path):
@@ -250,7 +291,8 @@ def test_stages_have_names_as_far_as_there_is_room(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "expected"), [(1, 40, ["1", "2", "5", "10", "20"]), (0.002, 50000, ["0.1", "10", "1,000"])]
+    ("low", "high", "expected"),
+    [(1, 40, ["1", "2", "5", "10", "20"]), (20, 9e6, ["1,000", "1,000,000"]), (0.002, 50000, ["0.1", "10", "1,000"])],
 )
 def test_logarithmic_axes_have_few_and_plain_numbers(low, high, expected):
     axis = Figure().subplots()
