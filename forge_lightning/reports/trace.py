@@ -34,6 +34,8 @@ class RunTrace:
     """``temperature_study.json``: pass@k at each sampling temperature."""
     remarks: list[str] = field(default_factory=list)
     """What is missing or odd, for the reader."""
+    begins: float = math.inf
+    """First step of its own: the trace of a run that was resumed holds what came before too, metrics.csv does not."""
 
     @property
     def name(self) -> str:
@@ -48,11 +50,15 @@ class RunTrace:
     @property
     def status(self) -> str | None:
         """How the run ended; ``None`` where nothing says so."""
-        trained = any(name.startswith(("train", "forge/telemetry/")) for name in self.series)
-        if trained and "RunSummary" in _config_of(self) and not (self.path / "summary.json").exists():
+        if self.trained and "RunSummary" in _config_of(self) and not (self.path / "summary.json").exists():
             return f"killed after step {self.last_step:,}, or still under way"
         status = self.summary.get("status")
         return None if status is None else str(status)
+
+    @property
+    def trained(self) -> bool:
+        """Whether it was a fit, and no test of one."""
+        return any(name.startswith(("train", "forge/telemetry/")) for name in self.series)
 
     @property
     def last_step(self) -> int:
@@ -98,6 +104,9 @@ def read_run(path: str | Path) -> RunTrace:
             f"{path} holds neither a {FILE_NAME} nor a metrics.csv with anything in it: it is no run of Lightning with"
             " `Telemetry` or `CSVLogger`, or the run ended before its first record."
         )
+    own = read_metrics(directory / "metrics.csv") if (directory / "metrics.csv").is_file() else {}
+    starts = [steps[0] + 1 for steps, _ in own.values() if steps]
+    run.begins = min(starts or [steps[0] for steps, _ in run.series.values() if steps], default=math.inf)
     run.summary = _read_json(run, directory / "summary.json", {})
     if not run.stages:
         found = replay(rows) if rows else replay(_rows_of(run))
@@ -239,28 +248,24 @@ def _continuation(first: RunTrace, runs: Sequence[RunTrace]) -> RunTrace | None:
         # It lies in the run's folder, or one below; its name may be relative to where the command was given.
         places = [(base / checkpoint).resolve() for base in (Path(), *path.parents)]
         ours = any(folder in (place.parent, place.parent.parent) for place in places)
-        starts_later = _first_step(first) < _first_step(run)  # not so where it was only tested
-        if ours and starts_later and (first.status != "finished" or first.last_step < _first_step(run)):
+        ends = first.status != "finished" or first.last_step < run.begins
+        if ours and ends and run.trained and first.begins < run.begins:
             found.append(run)
     return max(found, key=lambda run: run.last_step, default=None)
 
 
-def _first_step(run: RunTrace) -> float:
-    return min((steps[0] for steps, _ in run.series.values() if steps), default=math.inf)
-
-
 def _one_behind_the_other(first: RunTrace, second: RunTrace) -> RunTrace:
-    start, series = _first_step(second), {}
+    series, begins = {}, min((steps[0] for steps, _ in second.series.values() if steps), default=math.inf)
     for name in (*first.series, *(name for name in second.series if name not in first.series)):
         (steps, values), (more_steps, more_values) = (run.series.get(name, ([], [])) for run in (first, second))
-        kept = sum(step < start for step in steps)
+        kept = sum(step < (more_steps[0] if more_steps else second.begins) for step in steps)
         if kept or more_steps:
             series[name] = ([*steps[:kept], *more_steps], [*values[:kept], *more_values])
     events = {
-        kind: [event for event in getattr(first, kind) if event["step"] < start] + getattr(second, kind)
+        kind: [event for event in getattr(first, kind) if event["step"] < begins] + getattr(second, kind)
         for kind in ("stages", "changes")
     }
-    return replace(second, series=series, **events)
+    return replace(second, series=series, begins=first.begins, **events)
 
 
 def _remark(run: RunTrace) -> None:

@@ -237,6 +237,19 @@ def test_a_killed_run_and_its_resume_are_compared_as_one(tmp_path, monkeypatch):
     assert [run["status"] for run in numbers["runs"]].count("killed after step 6, or still under way") == 1
 
 
+def test_a_resumed_trace_holds_its_beginning(tmp_path):
+    """As `Telemetry` writes it; what other callbacks logged is in metrics.csv, from the resume on."""
+    first = part_of_a_run(tmp_path / "a" / "version_0", 1, 6)
+    second = part_of_a_run(tmp_path / "a" / "version_1", 1, 8, first / "checkpoints" / "last.ckpt")
+    for folder, steps in ((first, range(6)), (second, range(5, 8))):
+        lines = ["step,forge/other/value", *(f"{step},{step + 0.5}" for step in steps)]
+        (folder / "metrics.csv").write_text("\n".join(lines))
+    (run,) = join_resumed([read_run(first), read_run(second)])
+    assert run.series["val/accuracy"][0] == list(range(1, 9))
+    assert run.series["forge/other/value"] == (list(range(1, 9)), [step + 0.5 for step in range(8)])
+    assert [change["step"] for change in run.stages] == [8]
+
+
 def test_what_is_no_resume_is_compared_apart(tmp_path, monkeypatch):
     def counts(*paths):
         return sorted(run.last_step - min(run.series["val/accuracy"][0]) + 1 for run in join_resumed(paths))
