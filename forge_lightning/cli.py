@@ -164,7 +164,8 @@ def check(argv: Sequence[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: forge-fit check CONFIG [--config CONFIG ...] [arguments as for fit]\n\n" + (check.__doc__ or ""))
         return 0 if argv else 2
-    cli = _CheckCLI(["fit", *resolve_configs(["--config", *argv])])
+    named = argv[0].split("=")[0] in ("--config", "-c")  # as `fit` takes it
+    cli = _CheckCLI(["fit", *resolve_configs([*(() if named else ("--config",)), *argv])])
     trainer = cli.config_init["fit"]["trainer"]
     if isinstance(cli.datamodule, data.CodeTasks):
         cli.datamodule.refuse_training()

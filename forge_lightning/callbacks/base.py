@@ -69,7 +69,7 @@ class ForgeCallback(Callback):
             raise MisconfigurationException(
                 f"`{type(self).__name__}({argument}={monitor!r})`: nothing logs this metric."
                 f" Logged so far: {sorted(metrics)}."
-                " Log it in `training_step`, or add the callback that logs it."
+                f" Log it in your module, give `{argument}` the name that you log, or add the callback that logs it."
             )
         return metrics[monitor]
 

@@ -45,7 +45,7 @@ class StageClassifier(ForgeCallback):
     plateau and divergence, and says so. Cosine and gradient norm are kept as evidence, and decide nothing.
 
     Args:
-        val_loss: Logged validation loss.
+        val_loss: Logged validation loss; where it is not, "val_loss".
         val_success: Logged share of right validation answers; used where ``training_step`` returns ``example_success``.
         window: Validations that a trend spans, at least 4.
         patience: Validations in a row that must agree; twice as many to leave consolidation, or to go back.
@@ -55,7 +55,7 @@ class StageClassifier(ForgeCallback):
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: After a validation that did not log ``val_loss``.
+        MisconfigurationException: After a validation that logged neither.
     """
 
     namespace: ClassVar[str] = "stage"
@@ -119,7 +119,8 @@ class StageClassifier(ForgeCallback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        val_loss = float(self.read_metric(trainer, self.val_loss, "val_loss"))
+        name = next((n for n in (self.val_loss, "val_loss") if n in trainer.callback_metrics), self.val_loss)
+        val_loss = float(self.read_metric(trainer, name, "val_loss"))
         train_success = self._means.read("success") if self.val_success in trainer.callback_metrics else math.nan
         val_success = math.nan if math.isnan(train_success) else float(trainer.callback_metrics[self.val_success or ""])
         known = {"val_loss": val_loss, "train_success": train_success, "val_success": val_success}

@@ -94,7 +94,7 @@ def analyze(paths: Sequence[Path], output: Path) -> Path:
     if len(runs) > 1:
         numbers["comparison"] = {"groups": _groups(whole), "series": _bands(whole)}
     (output / "analysis.json").write_text(json.dumps(_json(numbers), indent=2, allow_nan=False) + "\n")
-    title = runs[0].name if len(runs) == 1 else f"{len(runs)} runs"
+    title = runs[0].name if len(runs) == 1 else f"{len(whole)} run{'s' * (len(whole) > 1)}"
     return _write(output, title, page)
 
 

@@ -163,6 +163,16 @@ def test_without_example_success_losses_are_compared():
     assert abs(evidence["gap"]) < 0.1
 
 
+def test_lightnings_usual_name_of_the_loss_is_found():
+    class Usual(LossOnly):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", 2.5)
+
+    classifier = StageClassifier()
+    fit([classifier], Usual, max_epochs=3, limit_val_batches=8)
+    assert classifier._machine.evidence["val_success"] == pytest.approx(math.exp(-2.5))
+
+
 def test_a_validation_without_the_metric_lists_what_there_is():
     with pytest.raises(MisconfigurationException, match=r"val_loss='val_loss'.*Logged so far: .*'val/loss'"):
         fit([StageClassifier(val_loss="val_loss")], Plain)

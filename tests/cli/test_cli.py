@@ -85,6 +85,7 @@ def test_every_shipped_config_is_valid(name, capsys, small_mbpp, monkeypatch):
         Path("base.yaml").write_text("model: AlgorithmicModule\ndata: GeneratedTasks\ntrainer: {callbacks: []}\n")
     assert main(["check", *names]) == 0
     assert "valid." in capsys.readouterr().out
+    assert main(["check", "--config", *names]) == 0  # as `fit` takes it
 
 
 # Lightning's remark on sharded models, which those recipes do not have.
