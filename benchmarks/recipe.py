@@ -33,27 +33,9 @@ DECAYS = ("momentum", "averaging", "beta1", "beta2")
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Muon:
     """What is searched, with where the search began."""
 
-    limit: ClassVar[int]
-
-    def configuration(self) -> Configuration:
-        raise NotImplementedError
-
-    def near(self, rng: random.Random, width: float = 0.3) -> Any:
-        """Half of the settings moved: rates and scales by a factor, decays by a factor on their distance from 1."""
-        moved = {}
-        for name, value in dataclasses.asdict(self).items():
-            if rng.random() < 0.5:
-                factor = math.exp(rng.gauss(0.0, width))
-                value = 1 - min(0.5, (1 - value) * factor) if name in DECAYS else value * factor
-                moved[name] = max(1, round(value)) if name == "warmup" else float(f"{value:.3g}")
-        return dataclasses.replace(self, **moved)
-
-
-@dataclasses.dataclass(frozen=True)
-class Muon(Settings):
     lr: float = 0.05
     weight_decay: float = 0.5
     momentum: float = 0.9
@@ -62,7 +44,7 @@ class Muon(Settings):
     embedding_scale: float = 0.02
     weight_scale: float = 0.7
     warmup: int = 10
-    limit = 260
+    limit: ClassVar[int] = 260
 
     def configuration(self) -> Configuration:
         options = {name: getattr(self, name) for name in ("lr", "weight_decay", "momentum", "adamw_lr")}
@@ -71,13 +53,15 @@ class Muon(Settings):
 
 
 @dataclasses.dataclass(frozen=True)
-class AdamW(Settings):
+class AdamW:
+    """What is searched, with where the search began."""
+
     lr: float = 3e-3
     weight_decay: float = 1.0
     beta1: float = 0.9
     beta2: float = 0.98
     warmup: int = 10
-    limit = 700
+    limit: ClassVar[int] = 700
 
     def configuration(self) -> Configuration:
         options = {"lr": self.lr, "weight_decay": self.weight_decay, "betas": (self.beta1, self.beta2)}
@@ -85,7 +69,18 @@ class AdamW(Settings):
 
 
 SHIPPED = Muon(**RECIPE["options"], **RECIPE["initial"], averaging=RECIPE["averaging"], warmup=RECIPE["warmup"])
-KINDS: dict[str, type[Settings]] = {"muon": Muon, "adamw": AdamW}
+KINDS: dict[str, type[Muon] | type[AdamW]] = {"muon": Muon, "adamw": AdamW}
+
+
+def near(settings: Any, rng: random.Random, width: float = 0.3) -> Any:
+    """Half of the settings moved: rates and scales by a factor, decays by a factor on their distance from 1."""
+    moved = {}
+    for name, value in dataclasses.asdict(settings).items():
+        if rng.random() < 0.5:
+            factor = math.exp(rng.gauss(0.0, width))
+            value = 1 - min(0.5, (1 - value) * factor) if name in DECAYS else value * factor
+            moved[name] = max(1, round(value)) if name == "warmup" else float(f"{value:.3g}")
+    return dataclasses.replace(settings, **moved)
 
 
 def rows_of(kind: str) -> list[dict]:
@@ -98,7 +93,7 @@ def value(row: dict) -> float:
     return row["crossed"] if row["crossed"] is not None else limit * (1 + 0.95 - row["final_accuracy"])
 
 
-def ranked(rows: list[dict]) -> list[tuple[float, int, Settings]]:
+def ranked(rows: list[dict]) -> list[tuple[float, int, Any]]:
     """Mean, number of seeds and settings. Few seeds cost: a mean of ``n`` is known to about 6 / sqrt(n)."""
     found = defaultdict(list)
     for row in rows:
@@ -107,7 +102,7 @@ def ranked(rows: list[dict]) -> list[tuple[float, int, Settings]]:
     return sorted(means, key=lambda entry: entry[0] + 6 / math.sqrt(entry[1]))
 
 
-def measure(kind: str, settings: Settings, seed: int) -> dict:
+def measure(kind: str, settings: Muon | AdamW, seed: int) -> dict:
     torch.set_num_threads(1)
     found = run(seed, settings.configuration(), settings.limit, epochs=1)
     return {"kind": kind, "settings": dataclasses.asdict(settings), "seed": seed} | found
@@ -117,7 +112,7 @@ def search(kind: str, generations: int, draws: int = 8, best: int = 4) -> None:
     rows = rows_of(kind)
     with ProcessPoolExecutor(2) as pool:
 
-        def measured(tasks: list[tuple[Settings, int]]) -> None:
+        def measured(tasks: list[tuple[Any, int]]) -> None:
             for row in pool.map(measure, [kind] * len(tasks), *zip(*tasks, strict=True)) if tasks else ():
                 rows.append(row)
                 keep(PATH, row)
@@ -127,7 +122,7 @@ def search(kind: str, generations: int, draws: int = 8, best: int = 4) -> None:
         for generation in range(generations):
             rng = random.Random(len(rows))
             parents = [settings for _, _, settings in ranked(rows)[:best]]
-            children = [rng.choice(parents).near(rng) for _ in range(draws)]
+            children = [near(rng.choice(parents), rng) for _ in range(draws)]
             measured([(child, FIRST_SEED) for child in children])
             bound = 1.15 * ranked(rows)[0][0]
             good = [child for child, row in zip(children, rows[-draws:], strict=True) if value(row) < bound]

@@ -86,17 +86,17 @@ def read_run(path: str | Path) -> RunTrace:
         trace = min(directory.glob("trace_*.jsonl"), default=trace)
     run = RunTrace(path.resolve() if path.is_dir() else path.resolve().parent)
     rows = list(read_rows(trace))
+    logged = _logged(directory / "metrics.csv")
     if rows:
         _take_rows(run, rows, trace)
-        if (directory / "metrics.csv").is_file():  # callbacks behind `Telemetry` are only there
-            for name, (steps, values) in read_metrics(directory / "metrics.csv").items():
-                if name.startswith("forge/") and steps:
-                    run.series.setdefault(name, ([step + 1 for step in steps], values))
+        for name, series in logged.items():  # callbacks behind `Telemetry` are only there
+            if name.startswith("forge/"):
+                run.series.setdefault(name, series)
     elif (directory / "metrics.csv").is_file():
         run.remarks.append(
             "There is no trace, only metrics.csv: step times and events are missing. Add `Telemetry` to the callbacks."
         )
-        _take_metrics(run, directory / "metrics.csv")
+        _take_metrics(run, logged)
     run.calibration = _read_json(run, next(iter(sorted(directory.glob("calibration*.json"))), None), {})
     run.temperature_study = _read_json(run, directory / "temperature_study.json", [])
     if not (run.series or run.calibration or run.temperature_study):
@@ -104,9 +104,7 @@ def read_run(path: str | Path) -> RunTrace:
             f"{path} holds neither a {FILE_NAME} nor a metrics.csv with anything in it: it is no run of Lightning with"
             " `Telemetry` or `CSVLogger`, or the run ended before its first record."
         )
-    own = read_metrics(directory / "metrics.csv") if (directory / "metrics.csv").is_file() else {}
-    starts = [steps[0] + 1 for steps, _ in own.values() if steps]
-    run.begins = min(starts or [steps[0] for steps, _ in run.series.values() if steps], default=math.inf)
+    run.begins = min((steps[0] for steps, _ in (logged or run.series).values() if steps), default=math.inf)
     run.summary = _read_json(run, directory / "summary.json", {})
     if not run.stages:
         found = replay(rows) if rows else replay(_rows_of(run))
@@ -186,9 +184,15 @@ def group_names(runs: Sequence[RunTrace]) -> list[str]:
     return names
 
 
-def _take_metrics(run: RunTrace, path: Path) -> None:
-    for name, (steps, values) in read_metrics(path).items():
-        run.series[name] = ([step + 1 for step in steps], values)
+def _logged(path: Path) -> dict[str, Series]:
+    """What `CSVLogger` wrote, by optimizer steps done."""
+    if not path.is_file():
+        return {}
+    return {name: ([step + 1 for step in steps], values) for name, (steps, values) in read_metrics(path).items()}
+
+
+def _take_metrics(run: RunTrace, logged: Mapping[str, Series]) -> None:
+    run.series.update(logged)
     for ours, names in (("loss", ("train/loss", "train_loss")), ("success", ("train/accuracy", "train_acc"))):
         series = run.find(*names)
         if series is not None:
