@@ -18,7 +18,8 @@ class RunSummary(ForgeCallback):
     """Write ``summary.json`` and ``learning_curves.png`` into the run directory, and print a summary, as a fit ends.
 
     Hook: the end of every validation, and of the fit; also of one that failed or was interrupted. The picture is drawn
-    from Lightning's ``CSVLogger``; without one, and in ``fast_dev_run``, nothing is written.
+    from what Lightning's ``CSVLogger`` wrote, and is missing without one; that of a resumed run begins where it was
+    resumed, and says so. In ``fast_dev_run`` nothing is written.
 
     Reads: every logged metric; ``monitor`` after each validation.
     Changes: nothing.
@@ -29,7 +30,7 @@ class RunSummary(ForgeCallback):
     When to use: always.
 
     Args:
-        monitor: Validation metric whose first step at ``threshold`` or better is reported.
+        monitor: Validation metric whose best value is reported, and its first step at ``threshold`` or better.
         threshold: That value. ``None`` reports no such step.
         mode: "max" if larger is better, "min" if smaller.
         name: Tells two instances apart.
@@ -55,11 +56,16 @@ class RunSummary(ForgeCallback):
         self.mode = mode
         self.reached_at: int | None = None
         self._best: float | None = None
+        self._best_at: int | None = None
+        self._resumed_at = 0
         self._seconds_before = {"wall": 0.0, "cpu": 0.0}
         self._started = (time.monotonic(), time.process_time())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._started = (time.monotonic(), time.process_time())
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._resumed_at = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
@@ -67,7 +73,7 @@ class RunSummary(ForgeCallback):
         value = float(trainer.callback_metrics[self.monitor])
         sign = 1 if self.mode == "max" else -1
         if math.isfinite(value) and (self._best is None or sign * value > sign * self._best):
-            self._best = value
+            self._best, self._best_at = value, trainer.global_step
         reached = self.threshold is not None and sign * value >= sign * self.threshold
         if reached and self.reached_at is None:
             self.reached_at = trainer.global_step
@@ -88,11 +94,12 @@ class RunSummary(ForgeCallback):
         return {"wall": self._seconds_before["wall"] + wall, "cpu": self._seconds_before["cpu"] + cpu}
 
     def state_dict(self) -> dict[str, Any]:
-        return {"reached_at": self.reached_at, "best": self._best, "seconds": self.seconds()}
+        best = {"best": self._best, "best_at": self._best_at}
+        return {"reached_at": self.reached_at, **best, "seconds": self.seconds()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.reached_at = state_dict["reached_at"]
-        self._best = state_dict["best"]
+        self._best, self._best_at = state_dict["best"], state_dict.get("best_at")
         self._seconds_before = dict(state_dict["seconds"])
 
     @rank_zero_only
@@ -110,10 +117,12 @@ class RunSummary(ForgeCallback):
             metrics_path = directory / "metrics.csv"
             if metrics_path.exists():
                 marks = {} if self.threshold is None else {self.monitor: self.threshold}
+                title = f"{directory.parent.name}/{directory.name}" if directory.parent.name else directory.name
+                title += f", resumed after step {self._resumed_at:,}" if self._resumed_at else ""
                 plot_learning_curves(
                     read_metrics(metrics_path),
                     directory / "learning_curves.png",
-                    title=directory.parent.name or directory.name,
+                    title=title,
                     marks=marks,
                 )
         self._print(summary)
@@ -130,6 +139,7 @@ class RunSummary(ForgeCallback):
             "threshold": self.threshold,
             "steps_to_threshold": self.reached_at,
             "best": self._best,
+            "best_step": self._best_at,
             "metrics": metrics,
             "best_checkpoint": getattr(checkpoint, "best_model_path", "") or None,
             "run": None if directory is None else str(directory),
@@ -150,6 +160,9 @@ class RunSummary(ForgeCallback):
             )
         last = summary["metrics"].get(self.monitor)
         table.add_row(f"last {self.monitor}", "not logged" if last is None else f"{last:.4g}")
+        if self._best is not None:
+            step = "" if self._best_at is None else f" at step {self._best_at:,}"
+            table.add_row(f"best {self.monitor}", f"{self._best:.4g}{step}")
         table.add_row("steps", f"{summary['steps']:,}")
         table.add_row("time", f"{summary['seconds']['wall']:.1f} s ({summary['seconds']['cpu']:.1f} s CPU)")
         if summary["run"]:

@@ -144,11 +144,13 @@ def analyze_checkpoint(path: Path, output: Path) -> Path:
 def numbers_of(run: RunTrace) -> dict[str, Any]:
     """What the report says of a run, as numbers; and the series that its pictures draw."""
     steps = {part: _median(run, f"forge/telemetry/{part}_seconds") for part in ("step", *CATEGORIES)}
+    steps_done = run.summary.get("steps")  # more than were logged, in a run that was interrupted
     last = {name: values[-1] for name, (_, values) in run.series.items() if name.startswith(("val", "forge/telemetry"))}
     return {
         "run": str(run.path),
         "group": run.group,
         "last_step": run.last_step,
+        "steps": max(run.last_step, steps_done) if isinstance(steps_done, int) else run.last_step,
         "status": run.status,
         "remarks": run.remarks,
         "stages": [{"stage": name, "from": since, "to": until} for name, since, until in stage_spans(run)],
@@ -156,6 +158,7 @@ def numbers_of(run: RunTrace) -> dict[str, Any]:
         "stage_changes": run.stages,
         "transitions": run.changes,
         "steps_to": {str(level): _first_step(run, level) for level in (0.5, 0.95, 0.99)},
+        "best": _best(run),
         "last": last,
         "calibration": run.calibration,
         "temperature_study": run.temperature_study,
@@ -169,12 +172,14 @@ def _section(run: RunTrace, output: Path, prefix: str) -> str:
     facts = [
         ("run", str(run.path)),
         ("state", numbers["status"] or "unknown"),
-        ("steps", f"{run.last_step:,}"),
+        ("steps", f"{numbers['steps']:,}"),
         ("stage at the end", stage_spans(run)[-1][0].replace("_", "-") if stage_spans(run) else "unknown"),
     ]
     success = run.find(*figures.SUCCESS)
     if success:
         facts.append(("last validation success", f"{success[1][-1]:.4g}"))
+        if numbers["best"] is not None:
+            facts.append(("best", f"{numbers['best']['value']:.4g} at step {numbers['best']['step']:,}"))
         for level, step in numbers["steps_to"].items():
             facts.append(
                 (f"validation success first ≥ {float(level):g}", "not reached" if step is None else f"{step:,}")
@@ -260,6 +265,16 @@ def _reached(steps: Sequence[int | None]) -> str:
 def _first_step(run: RunTrace, level: float) -> int | None:
     steps, values = run.find(*figures.SUCCESS) or ([], [])
     return next((step for step, value in zip(steps, values, strict=True) if value >= level), None)
+
+
+def _best(run: RunTrace) -> dict[str, Any] | None:
+    """The highest validation success, where it was first reached."""
+    steps, values = run.find(*figures.SUCCESS) or ([], [])
+    known = [(value, -step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    if not known:
+        return None
+    value, step = max(known)
+    return {"value": value, "step": -step}
 
 
 def _median(run: RunTrace, name: str) -> float | None:

@@ -33,6 +33,7 @@ _PAPER = "#ffffff"
 SUCCESS = (*VAL_SUCCESS, "val/exact_match")
 _SHORT = {"memorisation": "mem.", "generalisation": "gen.", "consolidation": "cons.", "divergence": "div."}
 """For a stage too short for its name."""
+_SPLIT_COLORS = {"training": ORANGE, "validation": BLUE}
 STEP = "optimizer step"
 MAIN_ESTIMATORS = {
     "levina_bickel": "dimension (Levina–Bickel)",
@@ -112,10 +113,8 @@ def overview(run: RunTrace) -> Any | None:
             assert estimator is not None
             draw_dimension(axis, run, estimator)
         else:
-            for (label, series), color in zip(
-                (success if kind == "success" else loss).items(), (ORANGE, BLUE), strict=False
-            ):
-                draw_series(axis, series, label, color)
+            for label, series in (success if kind == "success" else loss).items():
+                draw_series(axis, series, label, _SPLIT_COLORS[label])
             axis.set_ylabel("share right" if kind == "success" else "loss (nats)")
             axis.set_title("Success" if kind == "success" else "Loss")
             if kind == "success":
@@ -236,14 +235,16 @@ def edge(run: RunTrace) -> Any | None:
         below.fill_between(low[0], low[1], high[1], color=color, alpha=0.2, linewidth=0, label="middle 80 %")
         draw_series(below, drawn, "mean drawn", BLUE)
     below.set(xlabel=STEP, ylabel="difficulty, as declared")
-    below.set_title("Difficulty of what was drawn")
+    title = "Difficulty drawn"
     skill = run.find("forge/edge/skill")
     if skill is not None and drawn is not None and low is not None and high is not None:
         bottom, top = min(low[1]), max(high[1])
         reach = 0.5 * (top - bottom)  # a skill far beyond what there is to draw would press the rest together
         shown = [min(top + reach, max(bottom - reach, value)) for value in skill[1]]
-        draw_series(below, (skill[0], shown), "skill (half succeed)", PURPLE)
+        draw_series(below, skill, "skill (half succeed)", PURPLE)
         below.set_ylim(*_with_room(low[1] + high[1] + shown))
+        title += cut_off(below, skill[1], "skill, ")
+    below.set_title(title)
     legend_above(below)
     return figure
 
@@ -251,12 +252,18 @@ def edge(run: RunTrace) -> Any | None:
 def others(run: RunTrace) -> Any | None:
     """What callbacks logged that no other picture shows, a panel for each callback."""
     shown = ("telemetry", "grokfast", "geometry", "stage", "edge", "self_model", "temperature", "calibration", "dream")
-    grouped: dict[str, dict[str, Series | None]] = {}
+    grouped: dict[tuple[str, str], dict[str, Series | None]] = {}
     for name, series in run.series.items():
         parts = name.split("/", 2)
         if parts[0] == "forge" and len(parts) == 3 and parts[1] not in shown and len(series[0]) > 1:
-            grouped.setdefault(parts[1], {})[parts[2]] = series
-    return _panels([(name.replace("_", " "), "as logged", series) for name, series in grouped.items()], set())
+            counts = parts[2].startswith("num_") or any(not 0 <= v <= 1 for v in series[1] if math.isfinite(v))
+            label = "as logged" if counts else "share"  # what is large does not press the rest flat
+            grouped.setdefault((parts[1].replace("_", " "), label), {})[parts[2]] = series
+    panels = [
+        (f"{callback}: {next(iter(series)).replace('_', ' ')}" if len(series) == 1 else callback, label, series)
+        for (callback, label), series in grouped.items()
+    ]
+    return _panels(panels, set())
 
 
 def step_time(run: RunTrace) -> Any | None:
@@ -267,25 +274,27 @@ def step_time(run: RunTrace) -> Any | None:
     there = {key: series for key, series in parts.items() if series is not None}
     if not there:
         return None
-    figure = Figure(figsize=(9, 2.8), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=[1.5, 1])
+    speeds = {name: run.find(f"forge/telemetry/{name}_per_second") for name in ("tokens", "examples")}
+    told = {name: series for name, series in speeds.items() if series is not None}
+    figure = Figure(figsize=(9, 5.4 if told else 3.0), layout="constrained")
+    above, *below = figure.subplot_mosaic([["time"] * max(1, len(told))] + [list(told)] * bool(told)).values()
     steps = next(iter(there.values()))[0]
     heights = [1000 * np.nan_to_num(np.asarray(values)) for _, values in there.values()]
     labels = [f"{key.replace('_', ' + ')}, {duration(median(v))}" for key, (_, v) in there.items()]
-    left.stackplot(steps, *heights, labels=labels, colors=_cycle(len(there)), alpha=0.85)
-    left.set(xlabel=STEP, ylabel="milliseconds a step", xlim=(0, max(1, run.last_step)))
-    left.set_ylim(0, 1.7 * float(np.quantile(np.sum(heights, axis=0), 0.95)) or None)
-    left.set_title("Where the time goes (medians)")
-    left.legend(loc="upper right", ncols=2)
-    speeds = {name: run.find(f"forge/telemetry/{name}_per_second") for name in ("tokens", "examples")}
-    told = {name: series for name, series in speeds.items() if series is not None}
-    for name, series in told.items():
-        draw_series(right, series, name, BLUE if name == "tokens" else ORANGE)
-    right.set(xlabel=STEP, ylabel="a second")
-    right.set_ylim(bottom=0)
-    right.set_title("Speed")
-    if told:
-        right.legend(loc="best")
+    above.stackplot(steps, *heights, labels=labels, colors=_cycle(len(there)), alpha=0.85)
+    above.set(xlabel=STEP, ylabel="milliseconds a step", xlim=(0, max(1, run.last_step)))
+    whole = np.sum(heights, axis=0)
+    top = 1.25 * float(np.quantile(whole, 0.95)) or 1.0
+    above.set_ylim(0, top)
+    cut = int(np.sum(whole > top))
+    told_cut = f"; {cut} of {len(whole)} records go up to {duration(max(whole) / 1000)}" if cut else ""
+    above.set_title(f"Where the time goes (medians{told_cut})")
+    above.legend(loc="upper center", bbox_to_anchor=(0.5, -0.25), ncols=3)
+    for axis, (name, series) in zip(below, told.items(), strict=True):
+        draw_series(axis, series, name, BLUE)
+        axis.set(xlabel=STEP, ylabel=f"{name} a second")
+        axis.set_ylim(bottom=0)
+        axis.set_title(f"{name.capitalize()} a second")
     return figure
 
 
@@ -298,18 +307,21 @@ def comparison(runs: Sequence[RunTrace]) -> Any | None:
         return None
     groups = by_group(runs)
     rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(9, 2.9 * rows), layout="constrained")
+    figure = Figure(figsize=(9, 2.9 * rows + 0.3 * math.ceil(len(groups) / 2)), layout="constrained")
     axes = figure.subplots(rows, min(2, len(panels)), squeeze=False).flatten()
     colors = dict(zip(groups, _cycle(len(groups)), strict=True))
+    lines: dict[str, Any] = {}
     for axis, (title, label, bands) in zip(axes, panels, strict=False):
+        fewer = []
         for group, (count, (grid, middle, low, high)) in bands.items():
-            color = colors[group]
-            if count:
-                axis.plot(grid, middle, color=color, label=f"{group} ({count})")
-                axis.fill_between(grid, low, high, color=color, alpha=0.18, linewidth=0)
+            color, whole = colors[group], len(groups[group])
+            name = f"{group} ({whole} run{'s' * (whole > 1)})"
+            (lines[name],) = axis.plot(grid, middle, color=color, marker="." if len(grid) < 20 else "")
+            axis.fill_between(grid, low, high, color=color, alpha=0.18, linewidth=0)
+            fewer += [f"{group}: {count} of {whole}"] if count < whole else []
         axis.set(xlabel=STEP, ylabel=label)
-        axis.set_title(title)
-        axis.legend(loc="best")
+        axis.set_title("\n".join([title, *fewer]))
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     return figure
@@ -469,6 +481,15 @@ def duration(seconds: float) -> str:
 def legend_above(axis: Any) -> None:
     """A legend where it covers nothing: beside the title."""
     axis.legend(loc="lower right", bbox_to_anchor=(1.0, 0.98), ncols=3, borderaxespad=0.0)
+
+
+def cut_off(axis: Any, values: Sequence[float], what: str = "") -> str:
+    """For the title of an axis whose limits are set: how far these go beyond them; nothing where they do not."""
+    there = [value for value in values if math.isfinite(value)]
+    bottom, top = axis.get_ylim()
+    told = [f"up to {max(there):.3g}"] if there and max(there) > top else []
+    told += [f"down to {min(there):.3g}"] if there and min(there) < bottom else []
+    return f" ({what}cut: goes {' and '.join(told)})" if told else ""
 
 
 def _with_room(values: Sequence[float]) -> tuple[float, float]:

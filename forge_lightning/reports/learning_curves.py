@@ -59,6 +59,8 @@ def plot_learning_curves(
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[len(quantities) :]:
         axis.set_visible(False)
+    shown = [values for name, values in metrics.items() if name.startswith(("train/", "val/"))]
+    steps_over_decades = _spans_decades([s + 1 for steps, _ in shown for s in steps])
     for axis, quantity in zip(axes, quantities, strict=False):
         for split, color in (("train", "#9a9a9a"), ("val", "#c23b22")):
             steps, values = metrics.get(f"{split}/{quantity}", ([], []))
@@ -74,7 +76,7 @@ def plot_learning_curves(
             logarithmic(axis, "y")
         elif values and min(values) == max(values) and 0 <= values[0] <= 1:
             axis.set_ylim(-0.03, 1.03)  # a share, though nothing moves yet
-        if lines and _spans_decades([v for line in lines for v in np.asarray(line.get_xdata())]):
+        if lines and steps_over_decades:  # of all panels alike
             logarithmic(axis, "x")
         axis.set(xlabel="optimizer step", title=quantity.replace("_", " "))
         axis.grid(alpha=0.25)

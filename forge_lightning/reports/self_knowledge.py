@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from forge_lightning.reports.figures import BLUE, COLORS, GREEN, ORANGE, STEP, draw_series, tone
+from forge_lightning.reports.figures import BLUE, COLORS, GREEN, ORANGE, STEP, cut_off, draw_series, tone
 from forge_lightning.reports.trace import RunTrace
 
 _SPLITS = {"test": "test data", "val": "validation data"}
@@ -34,8 +34,9 @@ def self_model(run: RunTrace) -> Any | None:
         above.get_lines()[-1].set(linewidth=1, linestyle=(0, (3, 2)))
     later = [v for steps, values in explained.values() for v in values[len(steps) // 2 :] if math.isfinite(v)]
     above.set(xlabel=STEP, ylabel="explained variance")
-    above.set_ylim(min([-0.03, *later]), 1.03)  # how bad it began tells nothing
-    above.set_title("Predicted, beyond the best constant")
+    above.set_ylim(min([-0.03, *later]), 1.03)  # how bad it began is told in a word
+    whole = [v for _, values in explained.values() for v in values]
+    above.set_title("Predicted, beyond the best constant" + cut_off(above, whole))
     above.legend(loc="best", ncols=2)
     for layer, (steps, ranks) in by_quantity.get("effective_rank", {}).items():
         known = [(step, rank) for step, rank in zip(steps, ranks, strict=True) if math.isfinite(rank)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from forge_lightning.components.stage_classifier import VAL_LOSS, plain_metric, replay
+from forge_lightning.components.stage_classifier import VAL_LOSS, VAL_SUCCESS, plain_metric, replay
 from forge_lightning.components.trace import FILE_NAME, VERSION, number, read_rows
 from forge_lightning.reports.learning_curves import Series, read_metrics
 
@@ -282,6 +282,12 @@ def _remark(run: RunTrace) -> None:
         run.remarks.append(f"No summary.json: the run was killed after step {run.last_step:,}, or has no `RunSummary`.")
     elif status != "finished":
         run.remarks.append(f"The run did not finish: {status}.")
+    if fall := _deepest_fall(run):
+        (step, best), (low_step, low), last = fall
+        run.remarks.append(
+            f"Validation success fell from {best:.3g} at step {step:,} to {low:.3g} at step {low_step:,}, and ends at"
+            f" {last:.3g}. Stages are held through a dip."
+        )
     missing = {
         "geometry": not any("geometry/" in name for name in run.series),
         "validation": run.find(*VAL_LOSS) is None and not any(name.startswith("val") for name in run.series),
@@ -296,6 +302,19 @@ def _remark(run: RunTrace) -> None:
         run.remarks.append(
             "The run had no `StageClassifier`: its stages were found afterwards, from what was recorded."
         )
+
+
+def _deepest_fall(run: RunTrace) -> tuple[tuple[int, float], tuple[int, float], float] | None:
+    """Validation success at its best and at its lowest thereafter, and the last; of a fall by 0.3 and more."""
+    steps, values = run.find(*VAL_SUCCESS, "val/exact_match") or ([], [])
+    known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
+    best, found, depth = (0, -math.inf), None, 0.3
+    for point in known:
+        if point[1] >= best[1]:
+            best = point
+        elif best[1] - point[1] >= depth:
+            found, depth = (best, point), best[1] - point[1]
+    return found and (*found, known[-1][1])
 
 
 def stage_spans(run: RunTrace) -> list[tuple[str, int, int]]:

@@ -4,7 +4,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from forge_lightning.callbacks import RunSummary
+from forge_lightning.callbacks import RunSummary, run_summary
 from forge_lightning.reports.learning_curves import read_metrics
 from tests.contract.modules import LossOnly, RaisesAtStep
 from tests.contract.rows import fit
@@ -22,11 +22,14 @@ def test_summary_says_when_the_threshold_was_reached(tmp_path, capsys):
     first = next(step for step, value in zip(steps, values, strict=True) if value <= 0.6)
     assert summary["steps_to_threshold"] == first + 1
     assert summary["best"] == pytest.approx(min(values))
+    assert values[steps.index(summary["best_step"] - 1)] == pytest.approx(min(values))
     assert summary["steps"] == 96
     assert summary["status"] == "finished"
     assert summary["seconds"]["wall"] > 0
     assert (tmp_path / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "steps to val/loss ≤ 0.6" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "steps to val/loss ≤ 0.6" in shown
+    assert f"at step {summary['best_step']}" in shown
 
 
 def test_a_threshold_not_reached_is_said_so(tmp_path, capsys):
@@ -45,11 +48,16 @@ def test_a_failed_run_leaves_a_summary(tmp_path, capsys):
     assert "on purpose" not in shown  # the error says it
 
 
-def test_what_was_reached_before_a_resume_stays_reached(tmp_path):
+def test_what_was_reached_before_a_resume_stays_reached(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(run_summary, "plot_learning_curves", lambda *_, title, **__: titles.append(title))
     options = {"monitor": "val/loss", "mode": "min", "threshold": 10.0}
-    fit([RunSummary(**options), ModelCheckpoint(tmp_path, save_last=True)], enable_checkpointing=True)
+    logger = {"logger": CSVLogger(tmp_path, name="mine", version="version_0")}
+    fit([RunSummary(**options), ModelCheckpoint(tmp_path, save_last=True)], enable_checkpointing=True, **logger)
     callback = RunSummary(**options)
-    fit([callback], max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    logger = {"logger": CSVLogger(tmp_path, name="mine", version="version_1")}
+    fit([callback], max_epochs=2, ckpt_path=tmp_path / "last.ckpt", **logger)
+    assert titles == ["mine/version_0", "mine/version_1, resumed after step 8"]
     assert callback.reached_at == 8
     assert callback.seconds()["wall"] > callback._seconds_before["wall"] > 0
 

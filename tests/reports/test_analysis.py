@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from forge_lightning.callbacks import GeometryProbe, Grokfast, RunSummary, StageClassifier, Telemetry
 from forge_lightning.reports import figures
 from forge_lightning.reports.analysis import analyze, analyze_checkpoint
-from forge_lightning.reports.learning_curves import logarithmic
+from forge_lightning.reports.learning_curves import logarithmic, plot_learning_curves
 from forge_lightning.reports.trace import join_resumed, read_run, stage_spans
 from tests.contract.modules import Plain
 from tests.contract.rows import fit
@@ -119,11 +119,83 @@ def test_a_short_run_with_everything(fitted):
     assert "milliseconds a step" in drawn(figures.step_time(read_run(fitted)))
 
 
+def of_rows(folder, rows):
+    """A run with these records."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [{"kind": "header", "version": 1, "step": 0}, *rows]
+    (folder / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return read_run(folder)
+
+
+def test_validation_has_one_colour_whether_or_not_training_is_known(tmp_path):
+    rows = [{"kind": "validation", "step": s, "metrics": {"val/accuracy": s / 9, "val/loss": 1.0}} for s in range(1, 9)]
+    rows += [{"kind": "step", "step": s, "metrics": {"forge/telemetry/loss": 1 / s}} for s in range(1, 9)]
+    success, loss = figures.overview(of_rows(tmp_path, rows)).axes[1:]
+    (of_success,) = (line.get_color() for line in success.get_lines())
+    colors = {line.get_label(): line.get_color() for line in loss.get_lines()}
+    assert of_success == colors["validation"] != colors["training"]
+
+
+def test_a_fall_of_validation_success_is_told(tmp_path):
+    values = [0.1, 0.5, 0.99, 0.99, 0.2, 0.8]
+    rows = [{"kind": "validation", "step": s, "metrics": {"val/accuracy": v}} for s, v in enumerate(values)]
+    of_rows(tmp_path / "run", rows)
+    analyze([tmp_path / "run"], tmp_path / "out")
+    numbers, text = written(tmp_path / "out")
+    assert "fell from 0.99 at step 3 to 0.2 at step 4, and ends at 0.8" in text
+    assert numbers["runs"][0]["best"] == {"value": 0.99, "step": 2}
+    steady = [row for row in rows if row["step"] != 4]
+    assert not any("fell" in remark for remark in of_rows(tmp_path / "run", steady).remarks)
+
+
+def test_what_an_axis_does_not_show_is_said(tmp_path):
+    parts = ("data", "forward_backward", "optimizer", "callbacks", "other")
+    rows = [
+        {"kind": "step", "step": s, "metrics": {f"forge/telemetry/{part}_seconds": 0.01 for part in parts}}
+        for s in range(1, 41)
+    ]
+    figure = figures.step_time(of_rows(tmp_path, rows))
+    assert "medians)" in figure.axes[0].get_title()
+    rows[20]["metrics"]["forge/telemetry/data_seconds"] = 3.0
+    figure = figures.step_time(of_rows(tmp_path, rows))
+    assert re.search(r"1 of 40 records go up to 3\.\d+ s", figure.axes[0].get_title())
+    axis = Figure().subplots()
+    axis.plot([-5, 9])
+    axis.set_ylim(0, 1)
+    assert figures.cut_off(axis, [-5, 9, float("nan")], "it, ") == " (it, cut: goes up to 9 and down to -5)"
+    assert figures.cut_off(axis, [0.5]) == ""
+
+
+def test_rates_and_counts_of_other_callbacks_do_not_share_an_axis(tmp_path):
+    metrics = {"forge/code_evaluation/pass_at_1": 0.5, "forge/code_evaluation/num_problems": 1.0}
+    axes = figures.others(of_rows(tmp_path, [{"kind": "step", "step": s, "metrics": metrics} for s in (1, 2, 3)])).axes
+    assert [[line.get_label() for line in axis.get_lines()] for axis in axes] == [["pass_at_1"], ["num_problems"]]
+    assert [axis.get_title() for axis in axes] == ["code evaluation: pass at 1", "code evaluation: num problems"]
+
+
+def test_legends_of_a_comparison_cover_no_panel(tmp_path):
+    rows = [{"kind": "validation", "step": s, "metrics": {"val/accuracy": s / 9, "val/loss": 1.0}} for s in range(1, 9)]
+    runs = [of_rows(tmp_path / group / version, rows) for group in ("one", "two") for version in ("0", "1")]
+    del runs[3].series["val/loss"]
+    figure = figures.comparison(runs)
+    assert all(axis.get_legend() is None for axis in figure.axes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one (2 runs)", "two (2 runs)"]
+    assert [axis.get_title() for axis in figure.axes] == ["Validation success", "Validation loss\ntwo: 1 of 2"]
+
+
+def test_panels_of_learning_curves_have_steps_in_one_scale(tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: shown.append(figure))
+    metrics = {"train/loss": (list(range(100)), [2.0] * 100), "val/loss": ([90, 99], [2.0, 1.0])}
+    plot_learning_curves(metrics | {"val/accuracy": ([90, 99], [0.1, 0.2])}, tmp_path / "curves.png")
+    assert [axis.get_xscale() for axis in shown[0].axes] == ["log", "log"]
+
+
 def test_values_of_other_callbacks_get_a_panel(tmp_path):
     rows = [{"kind": "header", "version": 1, "step": 0}]
     rows += [{"kind": "step", "step": s, "metrics": {"forge/mine/something": s / 9}} for s in range(1, 9)]
     (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert "mine" in drawn(figures.others(read_run(tmp_path)))
+    assert "mine: something" in drawn(figures.others(read_run(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["", "mine/"])
