@@ -4,19 +4,21 @@ import argparse
 import importlib
 import inspect
 import json
+import logging
 import os
 import pickle
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from jsonargparse import ArgumentError
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -26,6 +28,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from forge_lightning import callbacks, cards, data, models  # also so that short names are known
 from forge_lightning.data.records import DataFileError
 from forge_lightning.models.forge_module import hugging_face_config
+from forge_lightning.models.optimizers import optimizer_config
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
@@ -123,6 +126,9 @@ class ForgeCLI(LightningCLI):
         except ValueError as error:
             reasons = [line.strip(" -") for line in str(error).splitlines() if line.strip().startswith("- `")]
             raise MisconfigurationException("\n".join(reasons) or str(error)) from error
+        refuse_missing_files(self.datamodule, str(self.subcommand))
+        if self.subcommand == "fit":
+            refuse_optimizer(self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Leave out what `--trainer.enable_progress_bar=false` switches off; Lightning would call it a conflict."""
@@ -150,13 +156,39 @@ class _CheckCLI(ForgeCLI):
 
     def __init__(self, args: list[str]) -> None:
         sys.argv[1:] = args  # where the parent wants them
-        super().__init__()
+        with _quiet():
+            super().__init__()
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         return None
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
+
+
+def refuse_missing_files(datamodule: Any, command: str) -> None:
+    """Raise before a run has a directory, if a file that its data comes from is not there."""
+    if not isinstance(datamodule, data.CodeTasks | data.TextData):
+        return
+    for setting, path in datamodule.files(training=command in ("fit", "validate")).items():
+        if not Path(path).is_file():
+            raise MisconfigurationException(f"Cannot read the data file `{setting}={path}`: no such file.")
+
+
+def refuse_optimizer(model: Any) -> None:
+    """Raise before any data is read, if the optimizer or the schedule of one of our modules cannot be made as set."""
+    if not isinstance(model, models.ForgeModule | models.AlgorithmicModule):
+        return
+    shapes: list[tuple[int, ...]] = [(2, 2), (2,)]
+    refused = None
+    for tried in (shapes, shapes[:1]):  # some optimizers take matrices alone
+        try:
+            params = [torch.nn.Parameter(torch.zeros(shape)) for shape in tried]
+            optimizer_config(params, model.optimizer, model.lr_scheduler)
+            return
+        except (ValueError, TypeError) as error:
+            refused = error
+    raise MisconfigurationException(f"`--model.optimizer` or `--model.lr_scheduler`: {refused}") from refused
 
 
 def check(argv: Sequence[str]) -> int:
@@ -169,10 +201,8 @@ def check(argv: Sequence[str]) -> int:
     trainer = cli.config_init["fit"]["trainer"]
     if isinstance(cli.datamodule, data.CodeTasks):
         cli.datamodule.refuse_training()
-    for argument in ("path", "val_path", "test_path"):
-        value = getattr(cli.datamodule, argument, None)
-        if value is not None and not Path(value).is_file():
-            raise MisconfigurationException(f"`--data.{argument} {value}`: no such file.")
+    refuse_missing_files(cli.datamodule, "test")  # of all splits, where fit looks at those that it reads
+    _refuse_trainer(trainer)
     if isinstance(cli.model, models.ForgeModule) and cli.model.config is not None:
         hugging_face_config(cli.model.config)
     found = trainer.get("callbacks") or []
@@ -196,8 +226,38 @@ def check(argv: Sequence[str]) -> int:
             " the two (--model.self_model=null)."
         )
     names = ", ".join(type(callback).__name__ for callback in found) or "none"
-    print(f"{argv[0]}: valid. {type(cli.model).__name__} on {type(cli.datamodule).__name__}; callbacks: {names}.")
+    config = argv[0] if not named else argv[0].partition("=")[2] or argv[1]
+    print(f"{config}: valid. {type(cli.model).__name__} on {type(cli.datamodule).__name__}; callbacks: {names}.")
+    if isinstance(cli.datamodule, data.CodeTasks) and cli.datamodule.from_hub:
+        print("Its data comes from the Hugging Face hub, since neither `--data.path` nor FORGE_MBPP names a file.")
     return 0
+
+
+def _refuse_trainer(settings: Any) -> None:
+    """Raise if the Trainer does not take its settings, whatever the machine that it will run on."""
+    elsewhere = {
+        "accelerator": "cpu", "strategy": "auto", "devices": 1, "num_nodes": 1, "precision": None, "plugins": None,
+        "sync_batchnorm": False, "logger": False, "callbacks": [], "profiler": None, "default_root_dir": None,
+        "enable_checkpointing": False, "enable_progress_bar": False,
+    }  # fmt: skip
+    with _quiet():
+        pl.Trainer(**(settings.as_dict() | elsewhere))
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what Lightning says of seeds and of this machine's devices."""
+    loggers = [logging.getLogger(name) for name in ("lightning.fabric", "lightning.pytorch")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
 
 
 def _has_choices(datamodule: Any) -> bool:
@@ -345,14 +405,18 @@ _WORDLESS = re.compile(  # what jsonargparse says beside the reason
 )
 
 
-def parser_error(message: str) -> str:
-    """What is wrong in a config, without what the parser says around it, and with close names.
+def parser_error(message: str, argv: Sequence[str] = ()) -> str:
+    """What is wrong in a config, without what the parser says around it, with the file and line, and close names.
 
     Args:
         message: Of jsonargparse's error.
+        argv: The command line, whose config files are looked into.
     """
     lines = [line for line in message.splitlines() if line.strip() and not _WORDLESS.match(line.strip())]
-    text = "\n".join(lines).strip()
+    text = "\n".join(lines).strip().replace("Subcommand 'fit' does not accept", "There is no")
+    files = _config_files(argv)
+    if "<unicode string>" in text and (file := next(filter(_is_no_yaml, files), None)):
+        return text.replace("<unicode string>", str(file))
     if re.match(r"unrecognized arguments: \S+\.ya?ml", text):
         return f"{text}. Each further file goes behind a `--config` of its own."
     if re.match(r"the following arguments are required: \w+\.(data|model)", text):
@@ -362,12 +426,46 @@ def parser_error(message: str) -> str:
         word = found[1].split(".")[-1]
         known = [name for part in (callbacks, data, models) for name in part.__all__]
         known += [name for part in (pl.callbacks, torch.optim) for name in vars(part) if name[0].isupper()]
-    elif found := re.search(r"(?:does not accept option '|unrecognized arguments: --)([\w.]+)", text):
-        word, known = found[1].split(".")[0], ["trainer", "model", "data", "seed_everything", "ckpt_path"]
+    elif found := re.search(r"(?:There is no option '|unrecognized arguments: --)([\w.]+)", text):
+        word, _, rest = found[1].partition(".")
+        known = ["trainer", "model", "data", "seed_everything", "ckpt_path"]
+        if word == "trainer" and rest:
+            word, known = rest.split(".")[0], list(inspect.signature(pl.Trainer).parameters)
     elif found := re.search(r"given class_path '([\w.]+)\.(\w+)'.*Option '(\w+)' is not accepted", text, re.DOTALL):
         word, known = found[3], list(inspect.signature(getattr(importlib.import_module(found[1]), found[2])).parameters)
+    elif found := re.search(r'Parser key "([\w.]+)"', text):
+        word = found[1].split(".")[-1]
     close = get_close_matches(word, known, n=3, cutoff=0.5)
-    return f"{text}\nClose: {close}." if close else text
+    return text + _place(word, files, argv) + (f"\nClose: {close}." if close else "")
+
+
+def _config_files(argv: Sequence[str]) -> list[Path]:
+    """The config files that a command line names."""
+    names = [argument.removeprefix("--config=") for argument in argv]
+    candidates = [
+        folder / f"{name}{suffix}" for name in names for folder in config_folders() for suffix in ("", ".yaml")
+    ]
+    return list(dict.fromkeys(path for path in candidates if path.suffix in (".yaml", ".yml") and path.is_file()))
+
+
+def _is_no_yaml(path: Path) -> bool:
+    try:
+        ArgumentParser(exit_on_error=False).parse_string(path.read_text())
+    except ArgumentError as error:
+        return "<unicode string>" in str(error)
+    return False
+
+
+def _place(word: str, files: Sequence[Path], argv: Sequence[str]) -> str:
+    """``(file, line N)`` where a word stands, if it is in one place alone of the last file that has it."""
+    if not word or any(re.search(rf"\b{word}\b", argument) for argument in argv if argument.startswith("--")):
+        return ""
+    wanted = re.compile(rf"(^|[\s.{{,:-]){re.escape(word)}(?!\w)")
+    for path in reversed(files):  # what stands in the last file is what holds
+        lines = [n for n, line in enumerate(path.read_text().splitlines(), 1) if wanted.search(line.split("#")[0])]
+        if lines:
+            return f"\n({path}, line {lines[0]})" if len(lines) == 1 else ""
+    return ""
 
 
 def _usage() -> str:
@@ -396,7 +494,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.argv[1:] = resolve_configs(argv)
         ForgeCLI()
     except ArgumentError as error:
-        return _explain(parser_error(str(error)))
+        return _explain(parser_error(str(error), argv))
     except SIGTERMException:
         return 143  # 128 + SIGTERM, as a shell says it
     except KeyboardInterrupt:

@@ -19,7 +19,7 @@ class RunSummary(ForgeCallback):
 
     Hook: the end of every validation, and of the fit; also of one that failed or was interrupted. The picture is drawn
     from what Lightning's ``CSVLogger`` wrote, and is missing without one; that of a resumed run begins where it was
-    resumed, and says so. In ``fast_dev_run`` nothing is written.
+    resumed, and says so. In ``fast_dev_run``, and where a run failed before it had begun, nothing is written.
 
     Reads: every logged metric; ``monitor`` after each validation.
     Changes: nothing.
@@ -57,11 +57,12 @@ class RunSummary(ForgeCallback):
         self.reached_at: int | None = None
         self._best: float | None = None
         self._best_at: int | None = None
-        self._resumed_at = 0
+        self._resumed_at: int | None = None  # step at which training began
         self._seconds_before = {"wall": 0.0, "cpu": 0.0}
         self._started = (time.monotonic(), time.process_time())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._resumed_at = None
         self._started = (time.monotonic(), time.process_time())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,6 +108,8 @@ class RunSummary(ForgeCallback):
         if is_dev_run(trainer):
             return
         directory = run_directory(trainer)
+        if self._resumed_at is None and not (directory and directory.is_dir() and any(directory.iterdir())):
+            return
         summary = self._summary(trainer, status, directory)
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)

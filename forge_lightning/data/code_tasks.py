@@ -180,6 +180,25 @@ class CodeTasks(TokenDataModule):
         self._kept: dict[str, list[int]] = {}
         self._by_id: dict[int, Problem] = {}
 
+    @property
+    def from_hub(self) -> bool:
+        """Whether no file is named, for training or for tests, and none is generated in its place."""
+        return any(
+            _file(dataset, path) is None and not (self.generated and dataset == "mbpp")
+            for dataset, path in ((self.dataset, self.path), (self.test_dataset, self.test_path))
+        )
+
+    def files(self, training: bool = False) -> dict[str, str]:
+        """``{setting or environment variable: file}`` of the files that data is read from; or of those to train on."""
+        asked = [("path", self.dataset, self.path)]
+        asked += [] if training else [("test_path", self.test_dataset, self.test_path)]
+        named = {}
+        for setting, dataset, path in asked:
+            file = _file(dataset, path)
+            if file is not None:
+                named[_VARIABLE[dataset] if path is None else f"--data.{setting}"] = file
+        return named
+
     def refuse_training(self) -> None:
         """Raise if this data must not be trained on."""
         if self.dataset == "humaneval":
@@ -210,19 +229,23 @@ class CodeTasks(TokenDataModule):
 
     def _problems(self, split: str) -> list[Problem]:
         dataset, path = (self.test_dataset, self.test_path) if split == "test" else (self.dataset, self.path)
-        key = (dataset, path)
-        if key not in self._records:
-            missing = dataset == "mbpp" and path is None and _VARIABLE[dataset] not in os.environ
-            self._records[key] = generated_records() if self.generated and missing else _load(dataset, path)
+        records = self._records_of(dataset, path)
         if dataset == "humaneval":
-            return [humaneval_problem(record) for record in self._records[key]]
-        chosen = self._of_split(self._records[key], split)
+            return [humaneval_problem(record) for record in records]
+        chosen = self._of_split(records, split)
         if not chosen:
             wanted = MBPP_SPLITS[split]
             raise MisconfigurationException(
                 f"`CodeTasks(path={path!r})` has no problem of the {split} split, task_id {wanted[0]} to {wanted[-1]}."
             )
         return [mbpp_problem(record, self.prompt_template) for record in chosen]
+
+    def _records_of(self, dataset: Benchmark, path: str | None) -> list[dict[str, Any]]:
+        key = (dataset, path)
+        if key not in self._records:
+            missing = dataset == "mbpp" and _file(dataset, path) is None
+            self._records[key] = generated_records() if self.generated and missing else _load(dataset, path)
+        return self._records[key]
 
     def _of_split(self, records: Sequence[dict[str, Any]], split: str) -> list[dict[str, Any]]:
         return [record for record in records if record["task_id"] in MBPP_SPLITS[split]]
@@ -261,6 +284,11 @@ class CodeTasks(TokenDataModule):
         found = torch.tensor([_measures(r["code"], n) for r, n in zip(kept, tokens, strict=True)], dtype=torch.float64)
         found = torch.where(found.isfinite(), found, found.nanmedian(0).values)  # what cannot be parsed
         return found[:, [MEASURES.index(name) for name in names]]
+
+    def prepare_data(self) -> None:
+        """Load before the run has a directory, and from the hub once a machine."""
+        testing = self.trainer is not None and self.trainer.state.fn in ("test", "predict")
+        self._records_of(*((self.test_dataset, self.test_path) if testing else (self.dataset, self.path)))
 
     def setup(self, stage: str | None = None) -> None:
         if stage == "fit":
@@ -333,8 +361,13 @@ def _generated(number: int, rng: random.Random) -> dict[str, Any]:
     return {"task_id": number, "text": text, "code": code, "test_list": tests, "test_setup_code": ""}
 
 
+def _file(dataset: Benchmark, path: str | None) -> str | None:
+    """The file that a benchmark is read from: the one that was named, or that its environment variable names."""
+    return path or os.environ.get(_VARIABLE[dataset]) or None
+
+
 def _load(dataset: Benchmark, path: str | None) -> list[dict[str, Any]]:
-    path = path or os.environ.get(_VARIABLE[dataset])
+    path = _file(dataset, path)
     if path:
         return read_jsonl(path, _FIELDS[dataset])
     from datasets import concatenate_datasets, load_dataset

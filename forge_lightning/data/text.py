@@ -47,6 +47,11 @@ class TextData(TokenDataModule):
         self.path, self.val_path, self.val_fraction = path, val_path, val_fraction
         self.block_size = block_size
 
+    def files(self, training: bool = False) -> dict[str, str]:
+        """``{setting: file}`` of the files that data is read from: they are the same to train and to test."""
+        named = {"--data.path": self.path, "--data.val_path": self.val_path}
+        return {setting: path for setting, path in named.items() if path is not None}
+
     def setup(self, stage: str | None = None) -> None:
         if self._sets:
             return

@@ -48,6 +48,20 @@ def test_a_failed_run_leaves_a_summary(tmp_path, capsys):
     assert "on purpose" not in shown  # the error says it
 
 
+def test_what_failed_before_it_began_leaves_nothing(tmp_path, capsys):
+    class NoOptimizer(LossOnly):
+        def configure_optimizers(self):
+            raise RuntimeError("no optimizer")
+
+    folder = tmp_path / "mine" / "version_0"
+    for lines in ([], ["config: here"]):  # a folder with something in it is a run
+        for line in lines:
+            (folder / "config.yaml").write_text(line)
+        with pytest.raises(RuntimeError, match="no optimizer"):
+            fit([RunSummary()], NoOptimizer, logger=CSVLogger(tmp_path, name="mine", version="version_0"))
+        assert (folder / "summary.json").exists() == ("Run failed" in capsys.readouterr().out) == bool(lines)
+
+
 def test_what_was_reached_before_a_resume_stays_reached(tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr(run_summary, "plot_learning_curves", lambda *_, title, **__: titles.append(title))
