@@ -45,7 +45,8 @@ class Calibration(ForgeCallback):
         max_rows: Predictions of a batch that the temperature is fitted on; ``None`` for all.
         network: Name of the part of the module that puts out logits, ``(B, V)`` or ``(B, T, V)``. Default: the only one
             with parameters, or "model", "net", "network".
-        labels: Key or position in the batch of the labels; "auto" for the usual names, or the last of a tuple.
+        labels: Key or position in the batch of the labels; "auto" for the usual names, or the last of a tuple; of a
+            causal language model whose batch has none of these, the tokens of "input_ids".
         shift: Whether the label of a position is what the position before it predicts, as where the labels are the
             tokens themselves. Default: true for causal language models of Hugging Face, else false.
         name: Tells two instances apart.
@@ -121,7 +122,7 @@ class Calibration(ForgeCallback):
         if call is None:
             return
         try:
-            labels = labels_of(batch, self.labels)
+            labels = labels_of(batch, self.labels, self._shifted)
             if batch_idx == 0 and not self._shifted and self.shift is None and fits_better_shifted(call[2], labels):
                 self.warn_once(SHIFT_DOUBT)
             rows, labels = predicted_rows(call[2], labels, None, self._shifted)

@@ -113,7 +113,8 @@ class DreamReplay(ForgeCallback):
             "auto" for "family", "arm" or "level"; ``None`` for one family.
         sample_id: Key or position of numbers that tell examples apart; "auto" for "sample_id", otherwise their
             content does; ``None`` for content.
-        labels: Key or position of the labels; "auto" for the usual names, or the last of a tuple.
+        labels: Key or position of the labels; "auto" for the usual names, or the last of a tuple; of a causal language
+            model whose batch has none of these, the tokens of "input_ids".
         mask: Key of the attention mask: rows are stored up to its last 1.
         network: Name of the part that puts out logits. Default: the only part with parameters, or "model", "net",
             "network".

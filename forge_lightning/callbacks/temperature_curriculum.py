@@ -74,7 +74,8 @@ class TemperatureCurriculum(ForgeCallback):
         network: Name of the part of the module that puts out logits, ``(B, V)`` or ``(B, T, V)``, from its inputs: only
             its weights have a running mean. Its last call before the loss counts. Default: the only part with
             parameters, or "model", "net", "network".
-        labels: Key or position in the batch of the labels; "auto" for the usual names, or the last of a tuple.
+        labels: Key or position in the batch of the labels; "auto" for the usual names, or the last of a tuple; of a
+            causal language model whose batch has none of these, the tokens of "input_ids".
         mask: Key or position of the attention mask, for batches without a label for each token.
         shift: Whether the label of a position is what the position before it predicts, as where the labels are the
             tokens themselves. Default: true for causal language models of Hugging Face, else false.
@@ -346,7 +347,7 @@ class TemperatureCurriculum(ForgeCallback):
         return self.weight * ramp
 
     def _wanted(self, batch: Any) -> tuple[Tensor | None, Tensor | None, bool]:
-        return labels_of(batch, self.labels), field_of(batch, self.mask), self._shifted
+        return labels_of(batch, self.labels, self._shifted), field_of(batch, self.mask), self._shifted
 
     def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         mean = torch.stack(self._divergences).mean() if self._divergences else torch.tensor(torch.nan)

@@ -108,8 +108,14 @@ class LogitTap:
         return args, kwargs, logits_of(output)
 
 
-def labels_of(batch: Any, key: str | int | None) -> Tensor | None:
+def labels_of(batch: Any, key: str | int | None, shifted: bool = False) -> Tensor | None:
     """A batch's labels by key or position; "auto" takes the usual keys, and the last of a tuple. Integers only.
+
+    Args:
+        batch: Of a step.
+        key: A key or position, "auto", or ``None`` for no labels.
+        shifted: Of a model whose labels are the tokens themselves: then "auto" takes "input_ids" where the batch has
+            no labels, without the tokens that "attention_mask" leaves out.
 
     Raises:
         ValueError: If the batch has nothing under a key that was named.
@@ -121,6 +127,10 @@ def labels_of(batch: Any, key: str | int | None) -> Tensor | None:
             raise ValueError(f"`labels={key!r}`: the batch has no such entry. It is {there}.")
     elif isinstance(batch, Mapping):
         found = next((field_of(batch, name) for name in _LABELS if name in batch), None)
+        if found is None and shifted:
+            found, mask = (field_of(batch, name) for name in ("input_ids", "attention_mask"))
+            if found is not None and mask is not None and mask.shape == found.shape:
+                found = found.long().masked_fill(mask == 0, IGNORED)
     else:
         found = field_of(batch, -1)
     integers = found is not None and not found.is_floating_point() and not found.is_complex()

@@ -59,7 +59,7 @@ class RowScores:
         call = self._tap.take()
         if call is None:
             return False
-        labels = labels_of(self._batch, self.labels)
+        labels = self._labels()
         self._logits = call[2] if labels is None else by_position(call[2], labels)
         return True
 
@@ -93,7 +93,7 @@ class RowScores:
             known = isinstance(successes, Tensor) and successes.shape == (count,)
             found: Any = successes if known else torch.full_like(losses, torch.nan)
             return losses.detach().float(), found.detach().float()
-        logits, labels = self._logits, labels_of(self._batch, self.labels)
+        logits, labels = self._logits, self._labels()
         if logits is None:
             raise ValueError("which part puts out logits is not known.")
         if labels is None or labels.shape != logits.shape[:-1]:
@@ -112,7 +112,7 @@ class RowScores:
         """
         if self._logits is None:
             return []
-        rows, labels = predicted_rows(self._logits, labels_of(self._batch, self.labels), None, self.shifted)
+        rows, labels = predicted_rows(self._logits, self._labels(), None, self.shifted)
         if labels is None:
             raise ValueError("the batch has no labels.")
         values, classes, total = (t.cpu() for t in top_logits(rows, top_k))
@@ -130,7 +130,7 @@ class RowScores:
         Returns:
             A scalar with gradient; ``None`` where there is nothing to compare.
         """
-        labels, logits = labels_of(self._batch, self.labels), self._logits
+        labels, logits = self._labels(), self._logits
         if not kept or labels is None or logits is None or labels.shape != logits.shape[:-1]:
             return None
         with torch.autocast(logits.device.type, enabled=False):
@@ -143,9 +143,12 @@ class RowScores:
                 return None
             return stored_logit_loss(rows[chosen], *stored).sum() / counts.sum()
 
+    def _labels(self) -> Tensor | None:
+        return labels_of(self._batch, self.labels, self.shifted)
+
     def _counts(self) -> Tensor:
         """Labels of each row that a prediction is for, ``(B,)``."""
-        labels = labels_of(self._batch, self.labels)
+        labels = self._labels()
         assert labels is not None, "looked at before"
         if labels.ndim == 1:
             return (labels != IGNORED).long()

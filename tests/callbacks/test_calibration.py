@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassCalibrationError
 
-from forge_lightning.callbacks import Calibration, TemperatureCurriculum
+from forge_lightning.callbacks import Calibration, DreamReplay, TemperatureCurriculum
 from forge_lightning.models import ForgeModule
 from tests.callbacks.test_self_model import GPT2, train
 from tests.callbacks.test_self_model import text as text  # a fixture
@@ -135,6 +135,41 @@ def test_shift_by_hand():
     metrics = trainer.callback_metrics
     assert float(metrics["forge/calibration/accuracy"]) == 1.0
     assert float(metrics["forge/calibration/nll"]) == pytest.approx(float(metrics["val/loss"]), rel=1e-3)
+
+
+class TokensAlone(LossOnly):
+    """A causal language model whose batches have no labels: they are the tokens."""
+
+    def __init__(self):
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        super().__init__()
+        options = {key: value for key, value in GPT2.items() if key != "model_type"}
+        self.net = AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", vocab_size=11, **options))
+
+    def loss(self, batch):
+        labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+        return self.net(**batch, labels=labels).loss
+
+    def train_dataloader(self):
+        lengths = (torch.arange(9) < length for length in (9, 6, 4, 9) * 8)
+        generator = torch.Generator().manual_seed(0)
+        rows = [
+            {"input_ids": torch.randint(11, (9,), generator=generator), "attention_mask": mask.long()}
+            for mask in lengths
+        ]
+        return DataLoader(rows, batch_size=4)
+
+    val_dataloader = test_dataloader = train_dataloader
+
+
+def test_tokens_are_the_labels_where_a_causal_model_has_no_others(recwarn):
+    callbacks = [TemperatureCurriculum(), Calibration(), DreamReplay(every_n_steps=2, mode="mix", fraction=0.5)]
+    _, trainer = fit(callbacks, TokensAlone, log_every_n_steps=1)
+    metrics = trainer.callback_metrics
+    assert float(metrics["forge/calibration/nll"]) == pytest.approx(float(metrics["val/loss"]), rel=1e-4)
+    assert any(key.startswith("forge/temperature/") and key.endswith("/nll") for key in metrics)
+    assert not [str(w.message) for w in recwarn if "labels" in str(w.message)]  # DreamReplay scored its rows too
 
 
 def test_temperature_at_the_end_of_its_range_is_told():
