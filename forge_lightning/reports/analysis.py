@@ -190,7 +190,12 @@ def _section(run: RunTrace, output: Path, prefix: str) -> str:
     for split, kept in run.calibration.items():
         metrics = kept.get("metrics", {})
         ece = [_text(metrics[name]) for name in ("ece", "ece_fitted") if metrics.get(name) is not None]
-        facts.append((f"ECE on {split} data, as it is, and at the temperature fitted in the validation before", ", ".join(ece) or "unknown"))
+        facts.append(
+            (
+                f"ECE on {split} data, as it is, and at the temperature fitted in the validation before",
+                ", ".join(ece) or "unknown",
+            )
+        )
         if kept.get("fitted") is not None:
             facts.append((f"temperature, as known after {split} data", _text(kept["fitted"])))
     time = numbers["median_step_seconds"].get("step")
