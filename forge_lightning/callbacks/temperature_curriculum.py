@@ -26,6 +26,7 @@ from forge_lightning.components.logit_tap import (
     logits_of,
     predicted_places,
     predicted_rows,
+    share_of_rows,
 )
 from forge_lightning.components.loss_terms import add_loss_term, remove_loss_term
 from forge_lightning.components.temperature_curriculum import TemperatureSchedule
@@ -67,6 +68,8 @@ class TemperatureCurriculum(ForgeCallback):
         weight: Share of the divergence in the loss, in [0, 1); 0 turns it off.
         teacher_decay: Decay of the running mean of the weights, in [0, 1).
         warmup_steps: Optimizer steps over which the weight rises from 0.
+        fraction: Share of each batch's rows that is compared, in (0, 1]; they go round from step to step. What it costs
+            shrinks with it.
         overlap: Share of a bin's width by which round 2 widens it at both ends. Widths are ratios.
         patience: Validations without improvement that end a bin of round 1.
         max_steps_per_bin: Optimizer steps of a bin of round 1 at most. Default: so many that round 1 takes half the
@@ -99,6 +102,7 @@ class TemperatureCurriculum(ForgeCallback):
         weight: float = 0.5,
         teacher_decay: float = 0.995,
         warmup_steps: int = 100,
+        fraction: float = 1.0,
         overlap: float = 0.1,
         patience: int = 2,
         max_steps_per_bin: int | None = None,
@@ -116,6 +120,9 @@ class TemperatureCurriculum(ForgeCallback):
             raise ValueError(f"`TemperatureCurriculum(teacher_decay={teacher_decay})` must be in [0, 1).")
         if warmup_steps < 0:
             raise ValueError(f"`TemperatureCurriculum(warmup_steps={warmup_steps})` must be at least 0.")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"`TemperatureCurriculum(fraction={fraction})` must be in (0, 1].")
+        self.fraction = fraction
         self._new_schedule = partial(
             TemperatureSchedule, bins, overlap, patience, seed=seed, owner="TemperatureCurriculum"
         )
@@ -209,9 +216,12 @@ class TemperatureCurriculum(ForgeCallback):
             if call is None:
                 return None
             self._acted = True
+            labels, mask, shifted = self._wanted(self._batch)
+            if self.fraction < 1:
+                call, labels, mask = share_of_rows(call, labels, mask, self.fraction, self._step())
             args, kwargs, logits = call
             taught = logits_of(self._teacher(*args, **kwargs))
-            places, _ = predicted_places(logits, *self._wanted(self._batch))
+            places, _ = predicted_places(logits, labels, mask, shifted)
         except ValueError as error:
             raise MisconfigurationException(f"`TemperatureCurriculum`: {error}") from None
         if len(places) == 0:

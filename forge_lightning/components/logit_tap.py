@@ -1,11 +1,13 @@
 """What a network was last called with, and the logits it gave."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from forge_lightning.components.activation_tap import field_of
 from forge_lightning.components.layers import plain_name
@@ -182,6 +184,55 @@ def predicted_places(
     if mask is not None and by_position(logits, mask).shape[:-1] == mask.shape and mask.ndim == 2:
         return mask.flatten().nonzero().squeeze(1), None
     return torch.arange(rows, device=logits.device), None
+
+
+def share_of_rows(
+    call: tuple[Any, Any, Tensor], labels: Tensor | None, mask: Tensor | None, fraction: float, step: int
+) -> tuple[tuple[Any, Any, Tensor], Tensor | None, Tensor | None]:
+    """A call of a network with some of its rows, which go round from step to step.
+
+    Args:
+        call: Arguments, keyword arguments and logits; rows of the arguments are those of the first tensor in them, and
+            what has another number of rows stays as it is. Logits may be flattened over positions.
+        labels: ``(B,)``, ``(B, T)`` or ``(B · T,)``.
+        mask: As the labels.
+        fraction: Share of the rows, in (0, 1]; at least one is taken.
+        step: Number of the step.
+
+    Returns:
+        The call, labels and mask, of these rows.
+
+    Raises:
+        ValueError: If the rows cannot be told apart.
+    """
+    args, kwargs, logits = call
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+    if not inputs:
+        raise ValueError("the network is called without a tensor, and its rows are not known. Set `fraction=1`.")
+    size = len(inputs[0])
+    count = math.ceil(fraction * size)
+    chosen = (step * count + torch.arange(count, device=logits.device)) % size
+
+    def of(tensor: Tensor) -> Tensor:
+        if len(tensor) == size:
+            return tensor[chosen]
+        if len(tensor) % size:
+            raise ValueError(
+                f"the network is called with {size} rows, and what belongs to them is {tuple(tensor.shape)}. Set"
+                " `fraction=1`."
+            )
+        rows: Tensor = tensor.unflatten(0, (size, -1))[chosen].flatten(0, 1)
+        return rows
+
+    def of_argument(leaf: Any) -> Any:
+        return leaf[chosen.to(leaf.device)] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size else leaf
+
+    args, kwargs = tree_map(of_argument, (args, kwargs))
+    return (
+        (args, kwargs, of(logits)),
+        None if labels is None else of(labels),
+        None if mask is None or labels is not None else of(mask),
+    )
 
 
 def predicted_rows(

@@ -52,6 +52,65 @@ def test_steps_are_those_of_the_formula():
     torch.testing.assert_close(weights(ours), weights(start), atol=1e-6, rtol=1e-5)
 
 
+def test_a_fraction_compares_rows_that_go_round():
+    """Against a loop written out: of eight rows three, from where the step before ended."""
+    ours, _ = fit([TemperatureCurriculum(weight=0.4, teacher_decay=0.9, fraction=0.3, **FIXED)], Plain)
+    start, _ = fit((), Plain, max_steps=0)
+    student, teacher = start.net, type(start)().net
+    teacher.load_state_dict(student.state_dict())
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    for n, (x, y) in enumerate(start.train_dataloader(), start=1):
+        chosen = [(3 * (n - 1) + place) % 8 for place in range(3)]
+        logits = student(x)
+        with torch.no_grad():
+            goal = teacher(x[chosen])
+        loss = 0.6 * F.cross_entropy(logits, y) + 0.4 * temperature_kl(logits[chosen], goal, 2.00005).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        decay = min(0.9, (1 + n) / (10 + n))
+        with torch.no_grad():
+            for mean, p in zip(teacher.parameters(), student.parameters(), strict=True):
+                mean.lerp_(p, 1 - decay)
+    torch.testing.assert_close(weights(ours), weights(start), atol=1e-5, rtol=1e-4)
+
+
+def test_a_fraction_of_a_language_model_costs_that_share_of_rows(text):
+    sizes = []
+
+    class Counts(ForgeModule):
+        def configure_model(self):
+            super().configure_model()
+            self.model.register_forward_pre_hook(
+                lambda module, args, kwargs: sizes.append((module.training, len(kwargs["input_ids"]))), with_kwargs=True
+            )
+
+    train(Counts(config=GPT2), text(), [TemperatureCurriculum(fraction=0.25)], max_steps=3, limit_val_batches=0)
+    (whole,) = {count for training, count in sizes if training}
+    assert [count for training, count in sizes if not training] == 3 * [whole // 4]
+
+
+def test_rows_that_cannot_be_told_apart_are_refused():
+    class Half(nn.Linear):
+        """Puts out half as many rows as come in."""
+
+        def forward(self, x):
+            return super().forward(x[: len(x) // 2])
+
+    class Halved(LossOnly):
+        def __init__(self):
+            super().__init__()
+            self.net = Half(8, 2)
+
+        def loss(self, batch):
+            x, y = batch
+            return F.cross_entropy(self.net(x), y[: len(y) // 2])
+
+    refused = r"called with 8 rows, and what belongs to them is \(4, 2\). Set `fraction=1`"
+    with pytest.raises(MisconfigurationException, match=refused):
+        fit([TemperatureCurriculum(fraction=0.5, labels=None)], Halved, limit_val_batches=0)
+
+
 def test_only_labelled_tokens_count(text):
     """What the labels leave out changes nothing, whatever stands there."""
 
@@ -231,6 +290,7 @@ def test_it_travels_to_other_processes():
         ({"weight": -0.1}, "weight=-0.1"),
         ({"teacher_decay": 1.0}, r"teacher_decay=1.0\)` must be in \[0, 1\)"),
         ({"warmup_steps": -1}, "warmup_steps=-1"),
+        ({"fraction": 0.0}, r"fraction=0.0\)` must be in \(0, 1\]"),
         ({"bins": [(1, 0.5)]}, r"`TemperatureCurriculum\(bins=.*low < high"),
         ({"patience": 0}, r"`TemperatureCurriculum\(patience=0\)"),
     ],

@@ -15,6 +15,7 @@ from forge_lightning.components.logit_tap import (
     labels_of,
     logits_of,
     predicted_rows,
+    share_of_rows,
 )
 from forge_lightning.components.temperature_curriculum import TemperatureSchedule
 
@@ -342,6 +343,28 @@ def test_rows_that_count():
     for bad in (channels_first, logits[:, 0]):
         with pytest.raises(ValueError, match=r"the labels are \(2, 3\), the logits .* must be alike"):
             predicted_rows(bad, labels, None, shift=False)
+
+
+def test_a_share_of_the_rows_goes_round():
+    logits, labels, mask = torch.randn(4, 3, 5), torch.arange(12).view(4, 3), torch.ones(4, 3)
+    kept = torch.randn(1, 3)  # as positions that all rows share
+    seen = []
+    for step in range(4):
+        call, some, none = share_of_rows(((logits,), {"x": kept, "y": labels}, logits), labels, mask, 0.75, step)
+        args, kwargs, chosen = call
+        flat, of_flat, _ = share_of_rows(((labels,), {}, logits.flatten(0, 1)), labels.flatten(), None, 0.75, step)
+        assert torch.equal(args[0], chosen)
+        assert torch.equal(kwargs["y"], some)
+        assert kwargs["x"] is kept
+        assert torch.equal(flat[2].view(3, 3, 5), chosen)
+        assert torch.equal(of_flat.view(3, 3), some)
+        assert none is None  # labels say what counts
+        seen += (some[:, 0] // 3).tolist()
+    assert seen == [0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3]
+    _, _, masked = share_of_rows(((logits,), {}, logits), None, torch.arange(4)[:, None], 0.25, 6)
+    assert masked.tolist() == [[2]]
+    with pytest.raises(ValueError, match="called without a tensor"):
+        share_of_rows(((None,), {}, logits), labels, None, 0.5, 0)
 
 
 def test_labels_of_encoder_decoders_are_not_shifted():
