@@ -116,6 +116,19 @@ def temperature_curriculum(weight=0.5, **kwargs):
     return callbacks.TemperatureCurriculum(weight=weight, **options | kwargs)
 
 
+def agreement(id, exempt=None, **kwargs) -> Case:
+    return Case(
+        build=lambda: temperature_curriculum(**kwargs),
+        id=id,
+        inert=lambda: temperature_curriculum(weight=0.0, **kwargs),
+        twin=lambda: temperature_curriculum(weight=0.3, name="second", **kwargs),
+        logs=TEMPERATURE_LOGS,
+        constant_logs=frozenset({"forge/temperature/accuracy"}),
+        placeholders={r"2-4|0.5-2": "<low>-<high>"},
+        exempt=exempt or {},
+    )
+
+
 DREAM_LOGS = ("stored", "frontier", "share", "replay_loss", "replay_success", "probe_loss", "forgetting")
 SLEEP_LOGS = ("cycles", "loss_before", "loss_after", "success_before", "success_after")
 
@@ -170,14 +183,11 @@ CASES = [
     edge_controller("skill", low=0.5),
     edge_controller("item", low=0.6, more=["mastered"]),
     edge_controller("bandit", low=0.6),
-    Case(
-        build=lambda: temperature_curriculum(),
-        id="temperature-curriculum",
-        inert=lambda: temperature_curriculum(weight=0.0),
-        twin=lambda: temperature_curriculum(weight=0.3, name="second"),
-        logs=TEMPERATURE_LOGS,
-        constant_logs=frozenset({"forge/temperature/accuracy"}),
-        placeholders={r"2-4|0.5-2": "<low>-<high>"},
+    agreement("temperature-curriculum"),
+    agreement(
+        "temperature-curriculum-fraction",
+        exempt=dict.fromkeys(("accumulation", "shards_the_batch"), "which rows are compared depends on the batch size"),
+        fraction=0.4,
     ),
     Case(
         build=callbacks.Calibration,
