@@ -62,6 +62,7 @@ VARIANTS = {
     "self-model, weight 10": head(10.0),
     "next latent, weight 1": head(1.0, "next_latent"),
     "curriculum": agreement(),
+    "curriculum, on a quarter of the rows": agreement(fraction=0.25),
     "one temperature, τ = 4": agreement(**ONE_TEMPERATURE),
     "self-model, weight 1, and curriculum": head(1.0) | agreement(),
     "self-model, weight 3, and curriculum": head(3.0) | agreement(),
