@@ -11,7 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -126,9 +126,6 @@ class ForgeCLI(LightningCLI):
         except ValueError as error:
             reasons = [line.strip(" -") for line in str(error).splitlines() if line.strip().startswith("- `")]
             raise MisconfigurationException("\n".join(reasons) or str(error)) from error
-        refuse_missing_files(self.datamodule, str(self.subcommand))
-        if self.subcommand == "fit":
-            refuse_optimizer(self.model)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Leave out what `--trainer.enable_progress_bar=false` switches off; Lightning would call it a conflict."""
@@ -136,6 +133,21 @@ class ForgeCLI(LightningCLI):
         if settings.get("enable_progress_bar") is False and isinstance(settings.get("callbacks"), list):
             settings["callbacks"] = [c for c in settings["callbacks"] if not isinstance(c, ProgressBar)]
         return super().instantiate_trainer(**kwargs)
+
+    def before_fit(self) -> None:
+        """Before the run has a directory: what cannot train is refused, and data is fetched."""
+        refuse_optimizer(self.model)
+        load_data(self.datamodule, "train")
+
+    def before_validate(self) -> None:
+        """As `before_fit`."""
+        load_data(self.datamodule, "val")
+
+    def before_test(self) -> None:
+        """As `before_fit`."""
+        load_data(self.datamodule, "test")
+
+    before_predict = before_test
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
@@ -166,29 +178,44 @@ class _CheckCLI(ForgeCLI):
         pass
 
 
-def refuse_missing_files(datamodule: Any, command: str) -> None:
-    """Raise before a run has a directory, if a file that its data comes from is not there."""
+def refuse_missing_files(datamodule: Any, *splits: str) -> None:
+    """Raise if a file that one of our datamodules reads these splits from is not there."""
     if not isinstance(datamodule, data.CodeTasks | data.TextData):
         return
-    for setting, path in datamodule.files(training=command in ("fit", "validate")).items():
-        if not Path(path).is_file():
-            raise MisconfigurationException(f"Cannot read the data file `{setting}={path}`: no such file.")
+    for split in splits:
+        found = datamodule.file_of(split)
+        if found is not None and (not Path(found[1]).exists() or Path(found[1]).is_dir()):
+            raise MisconfigurationException(f"Cannot read the data file `{found[0]}={found[1]}`: no such file.")
+
+
+def load_data(datamodule: Any, split: str) -> None:
+    """Raise what would be raised once the run has a directory, if the data of a split cannot be had."""
+    refuse_missing_files(datamodule, split)
+    if isinstance(datamodule, data.CodeTasks):
+        if split == "train":
+            datamodule.refuse_training()
+        datamodule.load(split)
 
 
 def refuse_optimizer(model: Any) -> None:
     """Raise before any data is read, if the optimizer or the schedule of one of our modules cannot be made as set."""
-    if not isinstance(model, models.ForgeModule | models.AlgorithmicModule):
+    shapes: list[list[tuple[int, ...]]] = [[(2, 2)], [(2,)]]
+    params: list[Any] = [[torch.nn.Parameter(torch.zeros(shape)) for shape in group] for group in shapes]
+    if _configures(model, models.ForgeModule):
+        groups = [{"params": params[0]}, {"params": params[1], "weight_decay": 0.0}]
+    elif _configures(model, models.AlgorithmicModule):
+        groups = [*params[0], *params[1]]
+    else:
         return
-    shapes: list[tuple[int, ...]] = [(2, 2), (2,)]
-    refused = None
-    for tried in (shapes, shapes[:1]):  # some optimizers take matrices alone
-        try:
-            params = [torch.nn.Parameter(torch.zeros(shape)) for shape in tried]
-            optimizer_config(params, model.optimizer, model.lr_scheduler)
-            return
-        except (ValueError, TypeError) as error:
-            refused = error
-    raise MisconfigurationException(f"`--model.optimizer` or `--model.lr_scheduler`: {refused}") from refused
+    try:
+        optimizer_config(groups, model.optimizer, model.lr_scheduler)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise MisconfigurationException(f"`--model.optimizer` or `--model.lr_scheduler`: {error}") from error
+
+
+def _configures(model: Any, kind: type[pl.LightningModule]) -> bool:
+    """Whether a model makes its optimizer as this class of ours does."""
+    return isinstance(model, kind) and type(model).configure_optimizers is kind.configure_optimizers
 
 
 def check(argv: Sequence[str]) -> int:
@@ -201,12 +228,13 @@ def check(argv: Sequence[str]) -> int:
     trainer = cli.config_init["fit"]["trainer"]
     if isinstance(cli.datamodule, data.CodeTasks):
         cli.datamodule.refuse_training()
-    refuse_missing_files(cli.datamodule, "test")  # of all splits, where fit looks at those that it reads
-    _refuse_trainer(trainer)
+    refuse_missing_files(cli.datamodule, "train", "val", "test")
+    refuse_optimizer(cli.model)
     if isinstance(cli.model, models.ForgeModule) and cli.model.config is not None:
         hugging_face_config(cli.model.config)
     found = trainer.get("callbacks") or []
     found = found if isinstance(found, list) else [found]
+    _refuse_trainer(trainer, [c for c in found if isinstance(c, pl.callbacks.Checkpoint)])
     keys = [callback.state_key for callback in found if _is_stateful(callback)]
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
@@ -228,19 +256,23 @@ def check(argv: Sequence[str]) -> int:
     names = ", ".join(type(callback).__name__ for callback in found) or "none"
     config = argv[0] if not named else argv[0].partition("=")[2] or argv[1]
     print(f"{config}: valid. {type(cli.model).__name__} on {type(cli.datamodule).__name__}; callbacks: {names}.")
-    if isinstance(cli.datamodule, data.CodeTasks) and cli.datamodule.from_hub:
-        print("Its data comes from the Hugging Face hub, since neither `--data.path` nor FORGE_MBPP names a file.")
+    if isinstance(cli.datamodule, data.CodeTasks):
+        for split, what in (("train", "Its data comes"), ("test", "Its test data comes")):
+            if (unset := cli.datamodule.from_hub(split)) is not None:
+                print(f"{what} from the Hugging Face hub, since neither {unset} names a file.")
+                break
     return 0
 
 
-def _refuse_trainer(settings: Any) -> None:
+def _refuse_trainer(settings: Any, checkpoints: list[Any]) -> None:
     """Raise if the Trainer does not take its settings, whatever the machine that it will run on."""
     elsewhere = {
         "accelerator": "cpu", "strategy": "auto", "devices": 1, "num_nodes": 1, "precision": None, "plugins": None,
-        "sync_batchnorm": False, "logger": False, "callbacks": [], "profiler": None, "default_root_dir": None,
-        "enable_checkpointing": False, "enable_progress_bar": False,
+        "sync_batchnorm": False, "logger": False, "callbacks": checkpoints, "profiler": None, "default_root_dir": None,
+        "enable_progress_bar": False,
     }  # fmt: skip
-    with _quiet():
+    with _quiet(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of this machine; what it says of the run, it says there
         pl.Trainer(**(settings.as_dict() | elsewhere))
 
 
@@ -252,9 +284,7 @@ def _quiet() -> Iterator[None]:
     for logger in loggers:
         logger.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
+        yield
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
@@ -413,7 +443,7 @@ def parser_error(message: str, argv: Sequence[str] = ()) -> str:
         argv: The command line, whose config files are looked into.
     """
     lines = [line for line in message.splitlines() if line.strip() and not _WORDLESS.match(line.strip())]
-    text = "\n".join(lines).strip().replace("Subcommand 'fit' does not accept", "There is no")
+    text = re.sub(r"Subcommand '\w+' does not accept option", "There is no option", "\n".join(lines).strip())
     files = _config_files(argv)
     if "<unicode string>" in text and (file := next(filter(_is_no_yaml, files), None)):
         return text.replace("<unicode string>", str(file))
@@ -433,19 +463,23 @@ def parser_error(message: str, argv: Sequence[str] = ()) -> str:
             word, known = rest.split(".")[0], list(inspect.signature(pl.Trainer).parameters)
     elif found := re.search(r"given class_path '([\w.]+)\.(\w+)'.*Option '(\w+)' is not accepted", text, re.DOTALL):
         word, known = found[3], list(inspect.signature(getattr(importlib.import_module(found[1]), found[2])).parameters)
-    elif found := re.search(r'Parser key "([\w.]+)"', text):
-        word = found[1].split(".")[-1]
+    elif keys := re.findall(r'Parser key "([\w.]+)"', text):
+        word = keys[-1].split(".")[-1]  # the innermost
     close = get_close_matches(word, known, n=3, cutoff=0.5)
-    return text + _place(word, files, argv) + (f"\nClose: {close}." if close else "")
+    value = re.search(r"Got value: (.+)", text)
+    return text + _place(word, value[1] if value else "", files, argv) + (f"\nClose: {close}." if close else "")
 
 
 def _config_files(argv: Sequence[str]) -> list[Path]:
     """The config files that a command line names."""
-    names = [argument.removeprefix("--config=") for argument in argv]
-    candidates = [
-        folder / f"{name}{suffix}" for name in names for folder in config_folders() for suffix in ("", ".yaml")
-    ]
-    return list(dict.fromkeys(path for path in candidates if path.suffix in (".yaml", ".yml") and path.is_file()))
+    files, expect = [], argv[:1] == ["check"]
+    for argument in argv[1:]:
+        named = argument.startswith(("--config=", "-c="))
+        if named or (expect and not argument.startswith("-")):
+            with suppress(MisconfigurationException, OSError):  # none of that name; inline YAML
+                files.append(find_config(argument.partition("=")[2] if named else argument))
+        expect = argument in ("--config", "-c")
+    return files
 
 
 def _is_no_yaml(path: Path) -> bool:
@@ -456,16 +490,20 @@ def _is_no_yaml(path: Path) -> bool:
     return False
 
 
-def _place(word: str, files: Sequence[Path], argv: Sequence[str]) -> str:
-    """``(file, line N)`` where a word stands, if it is in one place alone of the last file that has it."""
-    if not word or any(re.search(rf"\b{word}\b", argument) for argument in argv if argument.startswith("--")):
+def _place(word: str, value: str, files: Sequence[Path], argv: Sequence[str]) -> str:
+    """``(file, line N)`` where a key stands with this value, if that is in one place alone."""
+    elsewhere = [argument for argument in argv if argument.startswith("--") or "\n" in argument]
+    elsewhere += [name.lower() for name in os.environ if name.startswith("FORGE_")]
+    if not word or any(re.search(rf"(?<![a-z0-9]){re.escape(word)}(?![a-z0-9])", text) for text in elsewhere):
         return ""
     wanted = re.compile(rf"(^|[\s.{{,:-]){re.escape(word)}(?!\w)")
-    for path in reversed(files):  # what stands in the last file is what holds
-        lines = [n for n, line in enumerate(path.read_text().splitlines(), 1) if wanted.search(line.split("#")[0])]
-        if lines:
-            return f"\n({path}, line {lines[0]})" if len(lines) == 1 else ""
-    return ""
+    places = [
+        (path, number)
+        for path in files
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        if wanted.search(line.split("#")[0]) and value in line
+    ]
+    return f"\n({places[0][0]}, line {places[0][1]})" if len(places) == 1 else ""
 
 
 def _usage() -> str:

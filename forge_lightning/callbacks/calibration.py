@@ -46,7 +46,8 @@ class Calibration(ForgeCallback):
         network: Name of the part of the module that puts out logits, ``(B, V)`` or ``(B, T, V)``. Default: the only one
             with parameters, or "model", "net", "network".
         labels: Key or position in the batch of the labels; "auto" for the usual names, or the last of a tuple; of a
-            causal language model whose batch has none of these, the tokens of "input_ids".
+            causal language model whose batch has none of these, the tokens of "input_ids" that "attention_mask" calls
+            real.
         shift: Whether the label of a position is what the position before it predicts, as where the labels are the
             tokens themselves. Default: true for causal language models of Hugging Face, else false.
         name: Tells two instances apart.
@@ -200,8 +201,8 @@ class Calibration(ForgeCallback):
                 metric.sum_over_processes(lambda t: trainer.strategy.reduce(t, reduce_op="sum"))
         if plain.is_empty:
             self.warn_once(
-                f"no labels of the {split} data fit the logits, and nothing is measured. Name them with `labels`, and"
-                " the part that puts out logits with `network`."
+                f"no labels of the {split} data fit the logits, and nothing is measured. Name them with `labels`"
+                ' ("input_ids" where all tokens are text to learn), and the part that puts out logits with `network`.'
             )
             return None
         values = {name: float(value) for name, value in plain.compute().items()}

@@ -114,7 +114,7 @@ class DreamReplay(ForgeCallback):
         sample_id: Key or position of numbers that tell examples apart; "auto" for "sample_id", otherwise their
             content does; ``None`` for content.
         labels: Key or position of the labels; "auto" for the usual names, or the last of a tuple; of a causal language
-            model whose batch has none of these, the tokens of "input_ids".
+            model whose batch has none of these, the tokens of "input_ids" that ``mask`` calls real.
         mask: Key of the attention mask: rows are stored up to its last 1.
         network: Name of the part that puts out logits. Default: the only part with parameters, or "model", "net",
             "network".
@@ -209,7 +209,7 @@ class DreamReplay(ForgeCallback):
         self._programs = ProgramDreams(augmenter, temperatures, max_new_tokens)
         self.problems_per_cycle, self.timeout, self.allow_weaker = problems_per_cycle, timeout, allow_weaker
         self.probe_size, self.every_n_steps_by_stage, self.stage_monitor = probe_size, by_stage, stage_monitor
-        self.family, self.sample_id, self.labels = family, sample_id, labels
+        self.family, self.sample_id, self.labels, self.mask = family, sample_id, labels, mask
         self.network, self.shift, self.save_buffer, self.seed = network, shift, save_buffer, seed
         self._off = fraction == 0 if mode == "mix" else num_steps == 0
         self._restored: dict[str, Any] = {}
@@ -299,7 +299,7 @@ class DreamReplay(ForgeCallback):
         except ValueError as error:
             if self.distillation or self.network is not None:
                 raise MisconfigurationException(f"`DreamReplay(network={self.network!r})`: {error}") from None
-        self._scores = RowScores(network, self.labels, self.shift)
+        self._scores = RowScores(network, self.labels, self.shift, self.mask)
         if self._restored:
             self._take_restored()
         add_loss_term(pl_module, self)
@@ -587,7 +587,7 @@ class DreamReplay(ForgeCallback):
         self.warn_once(
             f"nothing tells how single examples do ({error}), so that none is near the threshold, and rows are drawn"
             " from the reservoir. Return `example_loss` and `example_success`, (B,), from `training_step`, or name"
-            " `labels` and `network`."
+            ' `labels` ("input_ids" where all tokens are text to learn) and `network`.'
         )
 
     # Sleeping.

@@ -19,7 +19,7 @@ class RunSummary(ForgeCallback):
 
     Hook: the end of every validation, and of the fit; also of one that failed or was interrupted. The picture is drawn
     from what Lightning's ``CSVLogger`` wrote, and is missing without one; that of a resumed run begins where it was
-    resumed, and says so. In ``fast_dev_run``, and where a run failed before it had begun, nothing is written.
+    resumed, and says so. In ``fast_dev_run``, and where a run failed before training began, nothing is written.
 
     Reads: every logged metric; ``monitor`` after each validation.
     Changes: nothing.
@@ -57,16 +57,16 @@ class RunSummary(ForgeCallback):
         self.reached_at: int | None = None
         self._best: float | None = None
         self._best_at: int | None = None
-        self._resumed_at: int | None = None  # step at which training began
+        self._began_at: int | None = None  # step at which training began
         self._seconds_before = {"wall": 0.0, "cpu": 0.0}
         self._started = (time.monotonic(), time.process_time())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._resumed_at = None
+        self._began_at = None
         self._started = (time.monotonic(), time.process_time())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._resumed_at = trainer.global_step
+        self._began_at = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
@@ -105,11 +105,9 @@ class RunSummary(ForgeCallback):
 
     @rank_zero_only
     def _finish(self, trainer: Trainer, status: str) -> None:
-        if is_dev_run(trainer):
+        if is_dev_run(trainer) or self._began_at is None:
             return
         directory = run_directory(trainer)
-        if self._resumed_at is None and not (directory and directory.is_dir() and any(directory.iterdir())):
-            return
         summary = self._summary(trainer, status, directory)
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
@@ -121,14 +119,18 @@ class RunSummary(ForgeCallback):
             if metrics_path.exists():
                 marks = {} if self.threshold is None else {self.monitor: self.threshold}
                 title = f"{directory.parent.name}/{directory.name}" if directory.parent.name else directory.name
-                title += f", resumed after step {self._resumed_at:,}" if self._resumed_at else ""
+                metrics = read_metrics(metrics_path)
+                begins = min((steps[0] + 1 for steps, _ in metrics.values()), default=0)
+                if 0 < self._began_at < begins:
+                    title += f", resumed after step {self._began_at:,}"
                 plot_learning_curves(
-                    read_metrics(metrics_path),
+                    metrics,
                     directory / "learning_curves.png",
                     title=title,
                     marks=marks,
                 )
         self._print(summary)
+        self._began_at = None
 
     def _summary(self, trainer: Trainer, status: str, directory: Path | None) -> dict[str, Any]:
         checkpoint: Any = trainer.checkpoint_callback

@@ -78,7 +78,7 @@ class TemperatureCurriculum(ForgeCallback):
             its weights have a running mean. Its last call before the loss counts. Default: the only part with
             parameters, or "model", "net", "network".
         labels: Key or position in the batch of the labels; "auto" for the usual names, or the last of a tuple; of a
-            causal language model whose batch has none of these, the tokens of "input_ids".
+            causal language model whose batch has none of these, the tokens of "input_ids" that ``mask`` calls real.
         mask: Key or position of the attention mask, for batches without a label for each token.
         shift: Whether the label of a position is what the position before it predicts, as where the labels are the
             tokens themselves. Default: true for causal language models of Hugging Face, else false.
@@ -304,7 +304,8 @@ class TemperatureCurriculum(ForgeCallback):
         if metrics_of_bins[0].is_empty:
             self.warn_once(
                 "validation gave no labels that fit the logits, and the bins go on by steps alone. Name them with"
-                " `labels`, and the part that puts out logits with `network`."
+                ' `labels` ("input_ids" where all tokens are text to learn), and the part that puts out logits with'
+                " `network`."
             )
             return
         measured = [metric.compute() for metric in metrics_of_bins]
@@ -357,7 +358,7 @@ class TemperatureCurriculum(ForgeCallback):
         return self.weight * ramp
 
     def _wanted(self, batch: Any) -> tuple[Tensor | None, Tensor | None, bool]:
-        return labels_of(batch, self.labels, self._shifted), field_of(batch, self.mask), self._shifted
+        return labels_of(batch, self.labels, self._shifted, self.mask), field_of(batch, self.mask), self._shifted
 
     def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
         mean = torch.stack(self._divergences).mean() if self._divergences else torch.tensor(torch.nan)

@@ -110,14 +110,17 @@ class LogitTap:
         return args, kwargs, logits_of(output)
 
 
-def labels_of(batch: Any, key: str | int | None, shifted: bool = False) -> Tensor | None:
+def labels_of(
+    batch: Any, key: str | int | None, shifted: bool = False, mask: str | int | None = "attention_mask"
+) -> Tensor | None:
     """A batch's labels by key or position; "auto" takes the usual keys, and the last of a tuple. Integers only.
 
     Args:
         batch: Of a step.
         key: A key or position, "auto", or ``None`` for no labels.
         shifted: Of a model whose labels are the tokens themselves: then "auto" takes "input_ids" where the batch has
-            no labels, without the tokens that "attention_mask" leaves out.
+            no labels and a mask says which tokens are real. Without a mask, padding could not be told from text.
+        mask: Key or position of that mask.
 
     Raises:
         ValueError: If the batch has nothing under a key that was named.
@@ -130,9 +133,9 @@ def labels_of(batch: Any, key: str | int | None, shifted: bool = False) -> Tenso
     elif isinstance(batch, Mapping):
         found = next((field_of(batch, name) for name in _LABELS if name in batch), None)
         if found is None and shifted:
-            found, mask = (field_of(batch, name) for name in ("input_ids", "attention_mask"))
-            if found is not None and mask is not None and mask.shape == found.shape:
-                found = found.long().masked_fill(mask == 0, IGNORED)
+            tokens, real = field_of(batch, "input_ids"), field_of(batch, mask)
+            if tokens is not None and real is not None and real.shape == tokens.shape:
+                found = tokens.long().masked_fill(real == 0, IGNORED)
     else:
         found = field_of(batch, -1)
     integers = found is not None and not found.is_floating_point() and not found.is_complex()

@@ -28,10 +28,13 @@ class RowScores:
         network: Puts out logits; ``None`` where it is not known.
         labels: Key or position of the labels; "auto" for the usual ones.
         shift: Whether the label of a position is what the position before it predicts. Default: as the network says.
+        mask: Key of the mask of real tokens.
     """
 
-    def __init__(self, network: nn.Module | None, labels: str | int | None, shift: bool | None) -> None:
-        self.network, self.labels = network, labels
+    def __init__(
+        self, network: nn.Module | None, labels: str | int | None, shift: bool | None, mask: str | None = None
+    ) -> None:
+        self.network, self.labels, self.mask = network, labels, mask
         self.shifted = shift if shift is not None else network is not None and is_shifted(network)
         self._tap = None if network is None else LogitTap(network)
         self._batch: Any = None
@@ -144,7 +147,7 @@ class RowScores:
             return stored_logit_loss(rows[chosen], *stored).sum() / counts.sum()
 
     def _labels(self) -> Tensor | None:
-        return labels_of(self._batch, self.labels, self.shifted)
+        return labels_of(self._batch, self.labels, self.shifted, self.mask)
 
     def _counts(self) -> Tensor:
         """Labels of each row that a prediction is for, ``(B,)``."""

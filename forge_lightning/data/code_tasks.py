@@ -180,24 +180,35 @@ class CodeTasks(TokenDataModule):
         self._kept: dict[str, list[int]] = {}
         self._by_id: dict[int, Problem] = {}
 
-    @property
-    def from_hub(self) -> bool:
-        """Whether no file is named, for training or for tests, and none is generated in its place."""
-        return any(
-            _file(dataset, path) is None and not (self.generated and dataset == "mbpp")
-            for dataset, path in ((self.dataset, self.path), (self.test_dataset, self.test_path))
-        )
+    def file_of(self, split: str) -> tuple[str, str] | None:
+        """Setting or environment variable, and the file that it names; ``None`` for data of the hub, or generated."""
+        setting, dataset, path = self._source(split)
+        file = _file(dataset, path)
+        return None if file is None else (_VARIABLE[dataset] if path is None else f"--data.{setting}", file)
 
-    def files(self, training: bool = False) -> dict[str, str]:
-        """``{setting or environment variable: file}`` of the files that data is read from; or of those to train on."""
-        asked = [("path", self.dataset, self.path)]
-        asked += [] if training else [("test_path", self.test_dataset, self.test_path)]
-        named = {}
-        for setting, dataset, path in asked:
-            file = _file(dataset, path)
-            if file is not None:
-                named[_VARIABLE[dataset] if path is None else f"--data.{setting}"] = file
-        return named
+    def from_hub(self, split: str) -> str | None:
+        """For data that comes from the hub, what could name a file instead; ``None`` for other data."""
+        setting, dataset, path = self._source(split)
+        generated = self.generated and dataset == "mbpp"
+        return None if generated or _file(dataset, path) else f"`--data.{setting}` nor {_VARIABLE[dataset]}"
+
+    def load(self, split: str) -> None:
+        """Read the file of a split, or fetch it from the hub; nothing where a subclass has problems of its own.
+
+        Raises:
+            MisconfigurationException: If the hub cannot be reached.
+            DataFileError: If the file is malformed.
+        """
+        kind = type(self)
+        if kind.problems is CodeTasks.problems and kind._problems is CodeTasks._problems:
+            _, dataset, path = self._source(split)
+            self._records_of(dataset, path)
+
+    def _source(self, split: str) -> tuple[str, Benchmark, str | None]:
+        if split != "test":
+            return "path", self.dataset, self.path
+        own = (self.test_dataset, self.test_path) != (self.dataset, self.path)
+        return ("test_path" if own else "path"), self.test_dataset, self.test_path
 
     def refuse_training(self) -> None:
         """Raise if this data must not be trained on."""
@@ -228,7 +239,7 @@ class CodeTasks(TokenDataModule):
         return row if row["input_ids"].shape[1] <= self.max_length else None
 
     def _problems(self, split: str) -> list[Problem]:
-        dataset, path = (self.test_dataset, self.test_path) if split == "test" else (self.dataset, self.path)
+        _, dataset, path = self._source(split)
         records = self._records_of(dataset, path)
         if dataset == "humaneval":
             return [humaneval_problem(record) for record in records]
@@ -284,11 +295,6 @@ class CodeTasks(TokenDataModule):
         found = torch.tensor([_measures(r["code"], n) for r, n in zip(kept, tokens, strict=True)], dtype=torch.float64)
         found = torch.where(found.isfinite(), found, found.nanmedian(0).values)  # what cannot be parsed
         return found[:, [MEASURES.index(name) for name in names]]
-
-    def prepare_data(self) -> None:
-        """Load before the run has a directory, and from the hub once a machine."""
-        testing = self.trainer is not None and self.trainer.state.fn in ("test", "predict")
-        self._records_of(*((self.test_dataset, self.test_path) if testing else (self.dataset, self.path)))
 
     def setup(self, stage: str | None = None) -> None:
         if stage == "fit":

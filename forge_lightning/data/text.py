@@ -47,10 +47,11 @@ class TextData(TokenDataModule):
         self.path, self.val_path, self.val_fraction = path, val_path, val_fraction
         self.block_size = block_size
 
-    def files(self, training: bool = False) -> dict[str, str]:
-        """``{setting: file}`` of the files that data is read from: they are the same to train and to test."""
-        named = {"--data.path": self.path, "--data.val_path": self.val_path}
-        return {setting: path for setting, path in named.items() if path is not None}
+    def file_of(self, split: str) -> tuple[str, str]:
+        """Setting, and the file that it names. Tests are made of validation data."""
+        if split == "train" or self.val_path is None:
+            return "--data.path", self.path
+        return "--data.val_path", self.val_path
 
     def setup(self, stage: str | None = None) -> None:
         if self._sets:

@@ -252,16 +252,15 @@ def edge(run: RunTrace) -> Any | None:
 def others(run: RunTrace) -> Any | None:
     """What callbacks logged that no other picture shows, a panel for each callback."""
     shown = ("telemetry", "grokfast", "geometry", "stage", "edge", "self_model", "temperature", "calibration", "dream")
-    grouped: dict[tuple[str, str], dict[str, Series | None]] = {}
+    grouped: dict[tuple[str, bool], dict[str, Series | None]] = {}
     for name, series in run.series.items():
         parts = name.split("/", 2)
         if parts[0] == "forge" and len(parts) == 3 and parts[1] not in shown and len(series[0]) > 1:
-            counts = parts[2].startswith("num_") or any(not 0 <= v <= 1 for v in series[1] if math.isfinite(v))
-            label = "as logged" if counts else "share"  # what is large does not press the rest flat
-            grouped.setdefault((parts[1].replace("_", " "), label), {})[parts[2]] = series
+            large = parts[2].startswith("num_") or any(not 0 <= v <= 1 for v in series[1] if math.isfinite(v))
+            grouped.setdefault((parts[1].replace("_", " "), large), {})[parts[2]] = series  # does not press rates flat
     panels = [
-        (f"{callback}: {next(iter(series)).replace('_', ' ')}" if len(series) == 1 else callback, label, series)
-        for (callback, label), series in grouped.items()
+        (f"{callback}: {next(iter(series)).replace('_', ' ')}" if len(series) == 1 else callback, "as logged", series)
+        for (callback, _), series in grouped.items()
     ]
     return _panels(panels, set())
 

@@ -305,11 +305,11 @@ def _remark(run: RunTrace) -> None:
 
 
 def _deepest_fall(run: RunTrace) -> tuple[tuple[int, float], tuple[int, float], float] | None:
-    """Validation success at its best and at its lowest thereafter, and the last; of a fall by 0.3 and more."""
+    """Validation success at its best and at its lowest thereafter, and the last; of a share that fell by 0.3."""
     steps, values = run.find(*VAL_SUCCESS, "val/exact_match") or ([], [])
     known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
     best, found, depth = (0, -math.inf), None, 0.3
-    for point in known:
+    for point in known if all(0 <= value <= 1 for _, value in known) else []:
         if point[1] >= best[1]:
             best = point
         elif best[1] - point[1] >= depth:

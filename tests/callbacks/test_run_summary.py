@@ -53,13 +53,27 @@ def test_what_failed_before_it_began_leaves_nothing(tmp_path, capsys):
         def configure_optimizers(self):
             raise RuntimeError("no optimizer")
 
-    folder = tmp_path / "mine" / "version_0"
-    for lines in ([], ["config: here"]):  # a folder with something in it is a run
-        for line in lines:
-            (folder / "config.yaml").write_text(line)
-        with pytest.raises(RuntimeError, match="no optimizer"):
-            fit([RunSummary()], NoOptimizer, logger=CSVLogger(tmp_path, name="mine", version="version_0"))
-        assert (folder / "summary.json").exists() == ("Run failed" in capsys.readouterr().out) == bool(lines)
+    logger = CSVLogger(tmp_path, name="mine", version="version_0")
+    with pytest.raises(RuntimeError, match="no optimizer"):
+        fit([RunSummary()], NoOptimizer, logger=logger)
+    assert "Run failed" not in capsys.readouterr().out
+    model, trainer = fit([RunSummary()], logger=logger)
+    model.prepare_data = lambda: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        trainer.fit(model)
+    summary = json.loads((tmp_path / "mine" / "version_0" / "summary.json").read_text())
+    assert summary["status"] == "finished"
+
+
+def test_a_fit_that_goes_on_in_the_same_file_is_not_called_resumed(tmp_path, monkeypatch):
+    titles = []
+    monkeypatch.setattr(run_summary, "plot_learning_curves", lambda *_, title, **__: titles.append(title))
+    logger = CSVLogger(tmp_path, name="mine", version="version_0")
+    model, trainer = fit([RunSummary(monitor="val/loss")], logger=logger, log_every_n_steps=2)
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model)
+    assert trainer.global_step == 16
+    assert titles == 2 * ["mine/version_0"]
 
 
 def test_what_was_reached_before_a_resume_stays_reached(tmp_path, monkeypatch):
@@ -73,6 +87,9 @@ def test_what_was_reached_before_a_resume_stays_reached(tmp_path, monkeypatch):
     fit([callback], max_epochs=2, ckpt_path=tmp_path / "last.ckpt", **logger)
     assert titles == ["mine/version_0", "mine/version_1, resumed after step 8"]
     assert callback.reached_at == 8
+    again = RunSummary(**options)
+    again.load_state_dict(callback.state_dict())
+    assert again.state_dict()["best_at"] == callback._best_at > 8
     assert callback.seconds()["wall"] > callback._seconds_before["wall"] > 0
 
 

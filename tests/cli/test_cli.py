@@ -13,8 +13,8 @@ import pytest
 import torch
 import yaml
 
-from forge_lightning import callbacks
-from forge_lightning.cli import config_folders, main, shipped_configs
+from forge_lightning import callbacks, models
+from forge_lightning.cli import config_folders, main, refuse_optimizer, shipped_configs
 
 SHIPPED = [name for name, _ in shipped_configs()]
 QUICK = ["--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
@@ -239,6 +239,61 @@ def test_a_mistake_is_told_with_its_file_and_line(capsys):
     more.write_text("trainer:\n  max_steps: many\n")
     assert "(more.yaml, line 2)" in explained(capsys, *recipe)  # and not the recipe, which sets it too
     assert ".yaml, line" not in explained(capsys, *recipe, "--trainer.max_steps=more")
+    more.write_text("data:\n  class_path: AlgorithmicData\n  init_args:\n    batch_size: many\n")
+    Path("last.yaml").write_text("data:\n  init_args:\n    modulus: 7\n")
+    assert "(more.yaml, line 4)" in explained(capsys, *recipe, "--config=last.yaml")
+    more.write_text("trainr:\n  max_steps: 3\n")
+    assert "(more.yaml, line 1)\nClose: ['trainer']" in explained(capsys, "test", *recipe[2:])
+
+
+def test_no_file_is_blamed_for_what_it_does_not_say(capsys, monkeypatch):
+    Path("right.yaml").write_text("trainer:\n  max_steps: 3\n")
+    Path("check.yaml").write_text("trainer:\n  max_steps: many\n")  # and not asked for
+    recipe = ["check", "grokking_fast", "--config", "right.yaml"]
+    assert ".yaml, line" not in explained(capsys, *recipe, "--config", "trainer:\n  max_steps: many\n")
+    long = ["--trainer.max_steps=many", f"--trainer.default_root_dir={300 * 'a'}"]
+    assert "max_steps" in explained(capsys, *recipe, *long)
+    monkeypatch.setenv("FORGE_FIT__TRAINER__MAX_STEPS", "many")
+    assert ".yaml, line" not in explained(capsys, "check", "right.yaml", "--model=AlgorithmicModule")
+
+
+@pytest.mark.filterwarnings("ignore:.ModelCheckpoint.monitor:UserWarning")
+def test_what_is_not_read_is_not_asked_for(capsys, small_mbpp):
+    text = Path("corpus.txt")
+    text.write_text("some words, and some more. " * 40)
+    short = ["--data.block_size=16", "--trainer.max_steps=1", "--trainer.enable_progress_bar=false", *QUICK]
+    assert main(["fit", "--config=grokfast_text", "--data.path=corpus.txt", *short]) == 0
+    text.rename("moved.txt")
+    (run,) = Path("runs").glob("*/version_0")
+    assert main(["generate", "--run", str(run), "--prompt", "some", "--max_new_tokens=2"]) == 0
+    assert "`--data.path=corpus.txt`: no such file" in explained(
+        capsys, "validate", "--config", str(run / "config.yaml")
+    )
+    test = ["--data.path=absent.jsonl", "--data.test_dataset=mbpp", f"--data.test_path={small_mbpp}"]
+    assert main(["test", "--config=grokfast_mbpp", "--trainer.callbacks=null", *test, *QUICK[1:]]) == 0
+
+
+class Timed(models.AlgorithmicModule):
+    """Knows the length of its schedule only in training."""
+
+    def configure_optimizers(self):
+        return super().configure_optimizers()
+
+
+def test_optimizers_that_a_module_makes_are_those_that_are_tried(capsys):
+    groups = [
+        "check", "grokfast_text", "--data.path=corpus.txt", "--model.lr_scheduler=OneCycleLR",
+        "--model.lr_scheduler.max_lr=[0.001,0.002]", "--model.lr_scheduler.total_steps=9",
+    ]  # fmt: skip
+    Path("corpus.txt").write_text("words")
+    assert main(groups) == 0
+    fused = ["--model.optimizer=Adam", "--model.optimizer.fused=true", "--model.optimizer.foreach=true"]
+    assert "`fused` and `foreach` cannot be" in explained(capsys, "check", "grokking_fast", *fused)
+    muon = ["--model.optimizer=torch.optim.Muon"]
+    assert "only supports 2D parameters" in explained(capsys, "check", "grokking_fast", *muon)
+    refuse_optimizer(Timed(lr_scheduler=lambda optimizer: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        refuse_optimizer(models.AlgorithmicModule(lr_scheduler=lambda optimizer: 1 / 0))
 
 
 def test_what_cannot_train_is_refused_before_there_is_a_run(capsys, monkeypatch):
@@ -253,10 +308,14 @@ def test_what_cannot_train_is_refused_before_there_is_a_run(capsys, monkeypatch)
     for command in (["fit", "--config", "grokfast_mbpp"], ["check", "grokfast_mbpp"]):
         assert "`FORGE_MBPP=absent.jsonl`: no such file" in explained(capsys, *command)
     monkeypatch.delenv("FORGE_MBPP")
+    monkeypatch.delenv("FORGE_HUMANEVAL", raising=False)
+    Path("more.yaml").touch()
     assert "the hub cannot be reached" in explained(capsys, "fit", "--config", "grokfast_mbpp")
     assert not Path("runs").exists()
     assert main(["check", "grokfast_mbpp"]) == 0
     assert "comes from the Hugging Face hub" in capsys.readouterr().out
+    assert main(["check", "grokfast_mbpp", "--data.path=more.yaml", "--data.test_dataset=humaneval"]) == 0
+    assert "test data comes from the Hugging Face hub, since neither `--data.test_path` nor" in capsys.readouterr().out
     assert main(["check", "--config", "full_suite_tiny"]) == 0
     shown = capsys.readouterr()
     assert shown.out.startswith("full_suite_tiny: valid.")  # its data is generated

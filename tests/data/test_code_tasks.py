@@ -233,3 +233,19 @@ def test_problems_to_train_on_are_numbered_as_the_data_set(small_mbpp):
     assert 0 < len(problems) == len(examples) < 24
     for problem, example in zip(problems, examples, strict=True):
         assert problem.solution in data.tokenizer.decode(example.input_ids)
+
+
+def test_data_is_loaded_ahead_of_a_run_unless_a_subclass_has_its_own(monkeypatch):
+    class Own(CodeTasks):
+        def problems(self, split):
+            return []
+
+    monkeypatch.delenv("FORGE_MBPP", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    Own().load("train")
+    with pytest.raises(MisconfigurationException, match="the hub cannot be reached"):
+        CodeTasks().load("train")
+    data = CodeTasks(generated=True)
+    with pytest.warns(UserWarning, match="generated functions take MBPP's place"):
+        data.load("train")
+    assert len(data.problems("train")) == 180

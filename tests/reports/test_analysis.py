@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from forge_lightning.callbacks import GeometryProbe, Grokfast, RunSummary, StageClassifier, Telemetry
 from forge_lightning.reports import figures
-from forge_lightning.reports.analysis import analyze, analyze_checkpoint
+from forge_lightning.reports.analysis import analyze, analyze_checkpoint, numbers_of
 from forge_lightning.reports.learning_curves import logarithmic, plot_learning_curves
 from forge_lightning.reports.trace import join_resumed, read_run, stage_spans
 from tests.contract.modules import Plain
@@ -144,6 +144,11 @@ def test_a_fall_of_validation_success_is_told(tmp_path):
     numbers, text = written(tmp_path / "out")
     assert "fell from 0.99 at step 3 to 0.2 at step 4, and ends at 0.8" in text
     assert numbers["runs"][0]["best"] == {"value": 0.99, "step": 2}
+    assert numbers["runs"][0]["steps"] == 5
+    (tmp_path / "run" / "summary.json").write_text('{"status": "interrupted", "steps": 9}')
+    assert numbers_of(read_run(tmp_path / "run"))["steps"] == 9  # more than were logged
+    percent = [row | {"metrics": {"val/accuracy": 80 + row["metrics"]["val/accuracy"]}} for row in rows]
+    assert not any("fell" in remark for remark in of_rows(tmp_path / "run", percent).remarks)
     steady = [row for row in rows if row["step"] != 4]
     assert not any("fell" in remark for remark in of_rows(tmp_path / "run", steady).remarks)
 
@@ -210,6 +215,13 @@ def test_success_and_difficulty_of_the_edge_are_drawn_with_their_band(tmp_path, 
     labels = [text.get_text() for axis in (above, below) for text in axis.get_legend().get_texts()]
     assert labels == ["band", "success", "expected", "middle 80 %", "mean drawn", "skill (half succeed)"]
     assert below.get_ylim()[0] < 1 < 5 < below.get_ylim()[1]
+    assert below.get_title() == "Difficulty drawn"
+    metrics[f"forge/edge/{name}skill"] = 40.0
+    rows = [{"kind": "step", "step": step, "metrics": metrics} for step in (1, 2, 3)]
+    (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    below = figures.edge(read_run(tmp_path)).axes[1]
+    assert below.get_title() == "Difficulty drawn (skill, cut: goes up to 40)"
+    assert below.get_lines()[-1].get_ydata().tolist() == 3 * [40.0]
 
 
 def test_a_killed_run_reports_what_there_is(fitted):

@@ -40,6 +40,10 @@ def test_predicted_activations(run):
     series = read_run(run).series["forge/self_model/net.0/explained_variance"]
     assert above["net.0"].get_ydata().tolist() == series[1]
     assert set(lines(figure.axes[2])) == {"error", "weight in the loss"}
+    cut = read_run(run)
+    cut.series["forge/self_model/net.0/explained_variance"][1][0] = -83.0
+    title = self_knowledge.self_model(cut).axes[0].get_title()
+    assert title == "Predicted, beyond the best constant (cut: goes down to -83)"
 
 
 def test_temperatures(run):
