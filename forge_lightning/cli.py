@@ -53,8 +53,9 @@ def find_config(name: str) -> Path:
     shipped = [shown for shown, _ in shipped_configs()]
     close = get_close_matches(name.removesuffix(".yaml"), shipped, n=3, cutoff=0.4)
     raise MisconfigurationException(
-        f"`--config {name}`: no such file in the working directory, in its `configs`, or among those shipped:"
-        f" {', '.join(shipped)}." + (f" Close: {close}." if close else "")
+        f"`--config {name}`: no such file in the working directory, in its `configs`, or among those shipped."
+        + (f" Close: {close}." if close else "")
+        + f" Shipped: {', '.join(shipped)}."
     )
 
 
@@ -137,17 +138,25 @@ class ForgeCLI(LightningCLI):
     def before_fit(self) -> None:
         """Before the run has a directory: what cannot train is refused, and data is fetched."""
         refuse_optimizer(self.model)
+        self._refuse_checkpoint()
         load_data(self.datamodule, "train")
 
     def before_validate(self) -> None:
         """As `before_fit`."""
+        self._refuse_checkpoint()
         load_data(self.datamodule, "val")
 
     def before_test(self) -> None:
         """As `before_fit`."""
+        self._refuse_checkpoint()
         load_data(self.datamodule, "test")
 
     before_predict = before_test
+
+    def _refuse_checkpoint(self) -> None:
+        path = str(self.config_init[self.subcommand].get("ckpt_path") or "")
+        if path.endswith(".ckpt") and "://" not in path and not Path(path).exists():
+            raise MisconfigurationException(f"`--ckpt_path {path}`: no such file.")
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
@@ -305,8 +314,15 @@ def list_configs(argv: Sequence[str]) -> int:
     """Every shipped config with its one-line description; or the callbacks, and what one of them says of itself."""
     parser = argparse.ArgumentParser("forge-fit list", description=list_configs.__doc__)
     every = sorted(cards.ORDER)
+    spelled = {name.lower(): name for name in every}
     parser.add_argument(
-        "--callbacks", nargs="?", const="all", metavar="NAME", choices=["all", *every], help=f"of {', '.join(every)}"
+        "--callbacks",
+        nargs="?",
+        const="all",
+        metavar="NAME",
+        type=lambda name: spelled.get(name.lower(), name),
+        choices=["all", *every],
+        help=f"of {', '.join(every)}",
     )
     wanted = parser.parse_args(argv).callbacks
     if wanted in every:
@@ -430,7 +446,7 @@ COMMANDS = {"list": list_configs, "check": check, "analyze": analyze, "generate"
 
 
 _WORDLESS = re.compile(  # what jsonargparse says beside the reason
-    r"Does not validate against any|Subtypes: |Errors:$|- Not a valid subclass|Subclass types expect"
+    r"(- )?Does not validate against any|Subtypes: |Errors:$|- Not a valid subclass|Subclass types expect"
     r"|- a (class path|dict) |- Expected a <class '(NoneType|lightning)|Given value type"
 )
 
@@ -443,8 +459,15 @@ def parser_error(message: str, argv: Sequence[str] = ()) -> str:
         argv: The command line, whose config files are looked into.
     """
     lines = [line for line in message.splitlines() if line.strip() and not _WORDLESS.match(line.strip())]
+    if any("Expected a <class" in line for line in lines):  # a number, say, may also be named by where it is defined
+        lines = [line for line in lines if not re.search(r"Expected a (dot import )?path", line)]
+    lines = [line for line in lines if not re.match(r"\s*Given value: [{\[].{60}", line)]  # all around it
     text = re.sub(r"Subcommand '\w+' does not accept option", "There is no option", "\n".join(lines).strip())
+    text = re.sub(r"Expected a dot import path string:", "There is no class of that name:", text)
+    text = re.sub(r"Type typing.* expects a function or a callable class: |[.] Got value: Namespace.*", "", text)
     files = _config_files(argv)
+    if text == "Unexpected config:" and (file := next((f for f in files if not f.read_text().strip()), None)):
+        return f"{file} is empty."
     if "<unicode string>" in text and (file := next(filter(_is_no_yaml, files), None)):
         return text.replace("<unicode string>", str(file))
     if re.match(r"unrecognized arguments: \S+\.ya?ml", text):
@@ -452,7 +475,9 @@ def parser_error(message: str, argv: Sequence[str] = ()) -> str:
     if re.match(r"the following arguments are required: \w+\.(data|model)", text):
         return f"{text}. An add-on goes behind a whole recipe: `--config recipe.yaml --config add_on.yaml`."
     word, known = "", []
-    if found := re.search(r"(?:dot import path string:|Unable to import) '?([\w.]+)", text):
+    if found := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text):
+        word, known = found[2], dir(importlib.import_module(found[1]))
+    elif found := re.search(r"(?:There is no class of that name:|Unable to import) '?([\w.]+)", text):
         word = found[1].split(".")[-1]
         known = [name for part in (callbacks, data, models) for name in part.__all__]
         known += [name for part in (pl.callbacks, torch.optim) for name in vars(part) if name[0].isupper()]
@@ -466,7 +491,7 @@ def parser_error(message: str, argv: Sequence[str] = ()) -> str:
     elif keys := re.findall(r'Parser key "([\w.]+)"', text):
         word = keys[-1].split(".")[-1]  # the innermost
     close = get_close_matches(word, known, n=3, cutoff=0.5)
-    value = re.search(r"Got value: (.+)", text)
+    value = re.search(r"(?:Got|Given) value: ([\w+-]+)", text)
     return text + _place(word, value[1] if value else "", files, argv) + (f"\nClose: {close}." if close else "")
 
 

@@ -3,10 +3,12 @@
 import json
 import math
 import time
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -123,17 +125,15 @@ class RunSummary(ForgeCallback):
                 begins = min((steps[0] + 1 for steps, _ in metrics.values()), default=0)
                 if 0 < self._began_at < begins:
                     title += f", resumed after step {self._began_at:,}"
-                plot_learning_curves(
-                    metrics,
-                    directory / "learning_curves.png",
-                    title=title,
-                    marks=marks,
-                )
+                if not plot_learning_curves(metrics, directory / "learning_curves.png", title=title, marks=marks):
+                    self.warn_once("no metric is called `train/...` or `val/...`, and there are no learning curves.")
         self._print(summary)
         self._began_at = None
 
     def _summary(self, trainer: Trainer, status: str, directory: Path | None) -> dict[str, Any]:
-        checkpoint: Any = trainer.checkpoint_callback
+        checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        best = next((c.best_model_path for c in checkpoints if c.monitor is not None), "")
+        last = next((path for c in checkpoints if (path := c.last_model_path or c.best_model_path)), "")
         metrics = {key: _json_number(float(value)) for key, value in trainer.callback_metrics.items()}
         return {
             "status": status,
@@ -146,7 +146,8 @@ class RunSummary(ForgeCallback):
             "best": self._best,
             "best_step": self._best_at,
             "metrics": metrics,
-            "best_checkpoint": getattr(checkpoint, "best_model_path", "") or None,
+            "best_checkpoint": best or None,
+            "last_checkpoint": last or None,
             "run": None if directory is None else str(directory),
         }
 
@@ -164,7 +165,9 @@ class RunSummary(ForgeCallback):
                 f"steps to {self.monitor} {sign} {self.threshold:g}", "not reached" if steps is None else f"{steps:,}"
             )
         last = summary["metrics"].get(self.monitor)
-        table.add_row(f"last {self.monitor}", "not logged" if last is None else f"{last:.4g}")
+        close = get_close_matches(self.monitor, summary["metrics"], n=2, cutoff=0.5)
+        missing = "not logged" + (f"; close: {', '.join(close)}" if close else "")
+        table.add_row(f"last {self.monitor}", missing if last is None else f"{last:.4g}")
         if self._best is not None:
             step = "" if self._best_at is None else f" at step {self._best_at:,}"
             table.add_row(f"best {self.monitor}", f"{self._best:.4g}{step}")

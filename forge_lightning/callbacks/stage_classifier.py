@@ -1,6 +1,7 @@
 """StageClassifier: which stage training is in."""
 
 import math
+from difflib import get_close_matches
 from typing import Any, ClassVar
 
 import torch
@@ -123,6 +124,12 @@ class StageClassifier(ForgeCallback):
         val_loss = float(self.read_metric(trainer, name, "val_loss"))
         train_success = self._means.read("success") if self.val_success in trainer.callback_metrics else math.nan
         val_success = math.nan if math.isnan(train_success) else float(trainer.callback_metrics[self.val_success or ""])
+        if self.val_success not in (None, "val/accuracy", *trainer.callback_metrics):
+            close = get_close_matches(str(self.val_success), list(trainer.callback_metrics), n=3)
+            self.warn_once(
+                f"nothing logs `val_success={self.val_success!r}`, and stages go by losses alone."
+                + (f" Close: {close}." if close else "")
+            )
         known = {"val_loss": val_loss, "train_success": train_success, "val_success": val_success}
         self._observe(trainer, pl_module, known)
 

@@ -308,6 +308,7 @@ def hugging_face_config(options: dict[str, Any]) -> Any:
     Raises:
         MisconfigurationException: If the type or a setting is unknown, naming close ones; transformers takes any.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoConfig
 
     options = dict(options)
@@ -321,7 +322,10 @@ def hugging_face_config(options: dict[str, Any]) -> Any:
         if name not in known:
             close = get_close_matches(name, sorted(known))
             raise MisconfigurationException(f"A {model_type} config has no {name!r}. Close: {close or sorted(known)}.")
-    return AutoConfig.for_model(model_type, **options)
+    try:
+        return AutoConfig.for_model(model_type, **options)
+    except (ValueError, TypeError, StrictDataclassError) as error:
+        raise MisconfigurationException(f"A {model_type} config of {options}: {error.__cause__ or error}") from error
 
 
 def context_length(model: Any) -> int | None:

@@ -35,7 +35,8 @@ ul.remarks { background: var(--soft); padding: 0.7rem 1rem 0.7rem 2rem; border-r
 _FIGURES: dict[str, tuple[Callable[[RunTrace], Any], str]] = {
     "overview": (
         figures.overview,
-        "Stages, success, loss and dimension. Bands are one standard error; a triangle marks a transition.",
+        "What was recorded of stages, success, loss and dimension. Bands of the dimension are one standard error, and"
+        " a triangle marks a transition.",
     ),
     "dimensions": (figures.dimensions, "Every estimator. Values compare only at the same number of points."),
     "edge": (figures.edge, "What `EdgeController` held, and what it drew to hold it."),
@@ -119,7 +120,7 @@ def analyze_checkpoint(path: Path, output: Path) -> Path:
         "step": checkpoint.get("global_step"),
         "epoch": checkpoint.get("epoch"),
         "parameters": sum(t.numel() for t in checkpoint["state_dict"].values() if torch.is_tensor(t)),
-        "callbacks": list(found),
+        "callbacks": list(dict.fromkeys(key.split("{")[0] for key in found)),
     }
     page = [_table([(key, _text(value)) for key, value in facts.items()])]
     page.append("<h2>Events until then</h2>")
@@ -173,7 +174,7 @@ def _section(run: RunTrace, output: Path, prefix: str) -> str:
         ("run", str(run.path)),
         ("state", numbers["status"] or "unknown"),
         ("steps", f"{numbers['steps']:,}"),
-        ("stage at the end", stage_spans(run)[-1][0].replace("_", "-") if stage_spans(run) else "unknown"),
+        ("stage at the end", stage_spans(run)[-1][0].replace("_", "-") if stage_spans(run) else "not known"),
     ]
     success = run.find(*figures.SUCCESS)
     if success:

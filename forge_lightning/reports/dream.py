@@ -38,7 +38,8 @@ def dream(run: RunTrace) -> Any | None:
     shares.set(ylabel="share")
     shares.set_ylim(-0.03, 1.03)
     shares.set_title("Replay's share, and what came of variants")
-    shares.legend(loc="best")
+    if shares.get_legend_handles_labels()[0]:
+        shares.legend(loc="best")
 
     before, after = found.get("loss_before", ([], [])), found.get("loss_after", ([], []))
     if before[0] and after[0]:
@@ -58,6 +59,10 @@ def dream(run: RunTrace) -> Any | None:
     for key, label, color in (("probe_loss", "loss", BLUE), ("forgetting", "above its lowest", ORANGE)):
         if found.get(key, ([], []))[0]:
             draw_series(probe, found[key], label, color)
+    for axis in (shares, sleep, probe):
+        if not axis.has_data():
+            axis.text(0.5, 0.5, "not measured", transform=axis.transAxes, ha="center", va="center")
+            axis.set_yticks([])
     probe.set(xlabel=STEP, ylabel="loss")
     probe.set_title("Early examples, never replayed")
     if probe.get_legend_handles_labels()[0]:

@@ -123,7 +123,7 @@ def overview(run: RunTrace) -> Any | None:
                 logarithmic(axis, "y")
             axis.legend(loc="best")
     axes[-1].set_xlabel(STEP)
-    axes[-1].set_xlim(0, max(1, run.last_step))
+    axes[-1].set_xlim(0, 1.005 * max(1, run.last_step))
     return figure
 
 
@@ -225,7 +225,7 @@ def edge(run: RunTrace) -> Any | None:
         above.get_lines()[-1].set(linewidth=0.8, alpha=0.8)
     inside = run.find("forge/edge/in_band")
     share = f": {100 * inside[1][-1]:.0f} % of the steps in the band" if inside and math.isfinite(inside[1][-1]) else ""
-    above.set(ylabel="share right", ylim=(-0.03, 1.03))
+    above.set(ylabel="success, as `signal` has it", ylim=(-0.03, 1.03))
     above.set_title(f"Success of the training examples{share}")
     legend_above(above)
     series = {key: run.find(f"forge/edge/difficulty{key}") for key in ("", "_p10", "_p90")}
@@ -241,8 +241,10 @@ def edge(run: RunTrace) -> Any | None:
         bottom, top = min(low[1]), max(high[1])
         reach = 0.5 * (top - bottom)  # a skill far beyond what there is to draw would press the rest together
         shown = [min(top + reach, max(bottom - reach, value)) for value in skill[1]]
-        draw_series(below, skill, "skill (half succeed)", PURPLE)
-        below.set_ylim(*_with_room(low[1] + high[1] + shown))
+        limits = _with_room(low[1] + high[1] + shown)
+        there = any(limits[0] <= value <= limits[1] for value in skill[1])
+        draw_series(below, skill, "skill (half succeed)" + ("" if there else ", outside"), PURPLE)
+        below.set_ylim(*limits)
         title += cut_off(below, skill[1], "skill, ")
     below.set_title(title)
     legend_above(below)
@@ -315,10 +317,15 @@ def comparison(runs: Sequence[RunTrace]) -> Any | None:
         for group, (count, (grid, middle, low, high)) in bands.items():
             color, whole = colors[group], len(groups[group])
             name = f"{group} ({whole} run{'s' * (whole > 1)})"
-            (lines[name],) = axis.plot(grid, middle, color=color, marker="." if len(grid) < 20 else "")
+            dashes = "-" if list(groups).index(group) % 2 == 0 else (0, (4, 3))  # equal lines show both
+            (lines[name],) = axis.plot(
+                grid, middle, color=color, linestyle=dashes, marker="." if len(grid) < 20 else ""
+            )
             axis.fill_between(grid, low, high, color=color, alpha=0.18, linewidth=0)
             fewer += [f"{group}: {count} of {whole}"] if count < whole else []
         axis.set(xlabel=STEP, ylabel=label)
+        if label == "share right":
+            axis.set_ylim(-0.03, 1.03)
         axis.set_title("\n".join([title, *fewer]))
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2)
     for axis in axes[len(panels) :]:
@@ -338,6 +345,7 @@ def compared(runs: Sequence[RunTrace]) -> list[tuple[str, str, dict[str, tuple[i
     """``(title, label, {group: (number of runs, band)})`` of every series that is compared and that some run has."""
     wanted = [
         ("Training success", "share right", ("forge/telemetry/success",)),
+        ("Training loss", "loss (nats)", ("forge/telemetry/loss",)),
         ("Validation success", "share right", SUCCESS),
         ("Validation loss", "loss (nats)", VAL_LOSS),
         ("Success of what was drawn", "share right", ("forge/edge/success_rate",)),
@@ -376,16 +384,20 @@ def weights(rows: Sequence[Mapping[str, Any]]) -> Any | None:
 
     if not rows:
         return None
-    figure = Figure(figsize=(9, 3.2), layout="constrained")
+    named = len(rows) <= 40
+    figure = Figure(figsize=(9, 1.0 + 0.22 * len(rows)) if named else (9, 3.2), layout="constrained")
     axis = figure.subplots()
     positions = range(len(rows))
-    axis.bar(positions, [100 * row["effective_rank"] / row["full_rank"] for row in rows], color=tone(BLUE))
-    axis.set_ylabel("effective rank, % of full")
+    shares = [100 * row["effective_rank"] / row["full_rank"] for row in rows]
     axis.set_title("Weight matrices, from input to output")
-    if len(rows) <= 24:
-        axis.set_xticks(list(positions), [row["name"] for row in rows], rotation=60, ha="right", fontsize=8)
+    if named:
+        axis.barh(positions, shares, color=tone(BLUE))
+        axis.set_yticks(list(positions), [row["name"] for row in rows], fontsize=8)
+        axis.invert_yaxis()
+        axis.set(xlabel="effective rank, % of full")
     else:
-        axis.set_xlabel("matrix")
+        axis.bar(positions, shares, color=tone(BLUE))
+        axis.set(xlabel="matrix", ylabel="effective rank, % of full")
     return figure
 
 

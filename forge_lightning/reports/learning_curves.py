@@ -2,6 +2,7 @@
 
 import csv
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,37 +38,52 @@ def read_metrics(path: Path) -> dict[str, Series]:
     return metrics
 
 
+_SPLIT = re.compile(r"(^|[/_.])(train|training|val|valid|validation|eval)(?=$|[/_.])")
+
+
+def split_of(name: str) -> tuple[str, str] | None:
+    """Train or val, and the quantity, of a metric called ``train/x``, ``x_val`` and the like; ``None`` for others."""
+    found = None if name.startswith("forge/") else _SPLIT.search(name)
+    if found is None:
+        return None
+    rest = (name[: found.start()] + name[found.end() :]).strip("/_.")
+    return ("train" if found[2].startswith("train") else "val", rest) if rest else None
+
+
 def plot_learning_curves(
     metrics: Mapping[str, Series], path: Path, *, title: str = "", marks: Mapping[str, float] | None = None
-) -> None:
-    """Draw ``train/x`` and ``val/x`` into one panel for each ``x``; nothing is drawn where there is no such metric.
+) -> bool:
+    """Draw ``train/x`` and ``val/x`` (or ``x_val`` and the like) into one panel for each ``x``.
 
     Args:
         metrics: From `read_metrics`.
         path: Picture to write; its suffix gives the format.
         title: Title of the picture.
         marks: Horizontal lines, by metric name.
+
+    Returns:
+        Whether there was anything to draw.
     """
     from matplotlib.figure import Figure
 
-    quantities = list(dict.fromkeys(name.split("/", 1)[1] for name in metrics if name.startswith(("train/", "val/"))))
+    named = {found: name for name in metrics if (found := split_of(name)) is not None}
+    quantities = list(dict.fromkeys(quantity for _, quantity in named))
     if not quantities:
-        return
+        return False
     columns = len(quantities) if len(quantities) <= 3 else math.ceil(len(quantities) / math.ceil(len(quantities) / 3))
     rows = math.ceil(len(quantities) / columns)
     figure = Figure(figsize=(5.2 * columns, 3.5 * rows + 0.3), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[len(quantities) :]:
         axis.set_visible(False)
-    shown = [values for name, values in metrics.items() if name.startswith(("train/", "val/"))]
-    steps_over_decades = _spans_decades([s + 1 for steps, _ in shown for s in steps])
+    steps_over_decades = _spans_decades([s + 1 for name in named.values() for s in metrics[name][0]])
     for axis, quantity in zip(axes, quantities, strict=False):
         for split, color in (("train", "#9a9a9a"), ("val", "#c23b22")):
-            steps, values = metrics.get(f"{split}/{quantity}", ([], []))
+            steps, values = metrics.get(named.get((split, quantity), ""), ([], []))
             points = [(s + 1, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
             if points:
                 axis.plot(*zip(*points, strict=True), label=split, color=color, marker="." if len(points) < 20 else "")
-        mark = (marks or {}).get(f"val/{quantity}")
+        mark = (marks or {}).get(named.get(("val", quantity), ""))
         if mark is not None:
             axis.axhline(mark, color="black", linewidth=0.8, linestyle=":", label=f"{mark:g}")
         lines = [line for line in axis.get_lines() if line.get_label() in ("train", "val")]
@@ -83,6 +99,7 @@ def plot_learning_curves(
         axis.legend(frameon=False)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
+    return True
 
 
 def logarithmic(axis: Any, which: str) -> None:

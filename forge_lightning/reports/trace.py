@@ -10,7 +10,7 @@ from typing import Any
 
 from forge_lightning.components.stage_classifier import VAL_LOSS, VAL_SUCCESS, plain_metric, replay
 from forge_lightning.components.trace import FILE_NAME, VERSION, number, read_rows
-from forge_lightning.reports.learning_curves import Series, read_metrics
+from forge_lightning.reports.learning_curves import Series, read_metrics, split_of
 
 
 @dataclass
@@ -34,6 +34,8 @@ class RunTrace:
     """``temperature_study.json``: pass@k at each sampling temperature."""
     remarks: list[str] = field(default_factory=list)
     """What is missing or odd, for the reader."""
+    other_names: dict[str, str] = field(default_factory=dict)
+    """What "val/loss" and "val/accuracy" are called in this run, where they have none of the usual names."""
     begins: float = math.inf
     """First step of its own: the trace of a run that was resumed holds what came before too, metrics.csv does not."""
 
@@ -68,8 +70,9 @@ class RunTrace:
     def find(self, *names: str) -> Series | None:
         """The first of these series that the run has, under that name or logged by a named instance."""
         found = next((self.series[name] for name in names if name in self.series), None)
-        if found is not None:
-            return found
+        other = next((self.other_names[name] for name in names if name in self.other_names), None)
+        if found is not None or other is not None:
+            return found or self.series.get(other or "")
         return next((series for key, series in self.series.items() if plain_metric(key) in names), None)
 
 
@@ -97,6 +100,7 @@ def read_run(path: str | Path) -> RunTrace:
             "There is no trace, only metrics.csv: step times and events are missing. Add `Telemetry` to the callbacks."
         )
         _take_metrics(run, logged)
+    _find_other_names(run)
     run.calibration = _read_json(run, next(iter(sorted(directory.glob("calibration*.json"))), None), {})
     run.temperature_study = _read_json(run, directory / "temperature_study.json", [])
     if not (run.series or run.calibration or run.temperature_study):
@@ -112,6 +116,16 @@ def read_run(path: str | Path) -> RunTrace:
         run.stages_replayed = bool(run.stages)
     _remark(run)
     return run
+
+
+def _find_other_names(run: RunTrace) -> None:
+    """Of a project with names of its own; where more than one could be meant, none is taken."""
+    for usual, words in (("val/loss", ("loss", "nll")), ("val/accuracy", ("acc", "exact_match", "success"))):
+        if run.find(*(VAL_LOSS if usual == "val/loss" else VAL_SUCCESS)) is None:
+            splits = {name: split for name in run.series if (split := split_of(name)) is not None}
+            found = [n for n, (split, what) in splits.items() if split == "val" and any(w in what for w in words)]
+            if len(found) == 1:
+                run.other_names[usual] = found[0]
 
 
 def _read_json(run: RunTrace, path: Path | None, empty: Any) -> Any:
@@ -275,7 +289,8 @@ def _one_behind_the_other(first: RunTrace, second: RunTrace) -> RunTrace:
 def _remark(run: RunTrace) -> None:
     if checkpoint := resumed_from(run):
         run.remarks.append(
-            f"It goes on from {checkpoint}. Compared with the run that wrote that, the two count as one."
+            f"It goes on from {checkpoint}. Compared with the run that wrote that, the two count as one where they lie"
+            " in one directory."
         )
     status = run.status
     if status is None:
@@ -297,7 +312,12 @@ def _remark(run: RunTrace) -> None:
     if missing["validation"]:
         run.remarks.append("No validation metrics: memorisation and generalisation cannot be told apart.")
     if not run.stages:
-        run.remarks.append("No change of stage: too few validations, or training stayed in warm-up.")
+        found = run.find("forge/stage/number") is not None
+        run.remarks.append(
+            "No change of stage: too few validations, or training stayed in warm-up."
+            if found
+            else "No stages: the run had no `StageClassifier`, and what it recorded did not do to find them afterwards."
+        )
     elif run.stages_replayed:
         run.remarks.append(
             "The run had no `StageClassifier`: its stages were found afterwards, from what was recorded."

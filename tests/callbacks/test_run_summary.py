@@ -5,7 +5,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 from forge_lightning.callbacks import RunSummary, run_summary
-from forge_lightning.reports.learning_curves import read_metrics
+from forge_lightning.reports.learning_curves import read_metrics, split_of
 from tests.contract.modules import LossOnly, RaisesAtStep
 from tests.contract.rows import fit
 
@@ -67,7 +67,7 @@ def test_what_failed_before_it_began_leaves_nothing(tmp_path, capsys):
 
 def test_a_fit_that_goes_on_in_the_same_file_is_not_called_resumed(tmp_path, monkeypatch):
     titles = []
-    monkeypatch.setattr(run_summary, "plot_learning_curves", lambda *_, title, **__: titles.append(title))
+    monkeypatch.setattr(run_summary, "plot_learning_curves", lambda *_, title, **__: titles.append(title) or True)
     logger = CSVLogger(tmp_path, name="mine", version="version_0")
     model, trainer = fit([RunSummary(monitor="val/loss")], logger=logger, log_every_n_steps=2)
     trainer.fit_loop.max_epochs = 2
@@ -78,7 +78,7 @@ def test_a_fit_that_goes_on_in_the_same_file_is_not_called_resumed(tmp_path, mon
 
 def test_what_was_reached_before_a_resume_stays_reached(tmp_path, monkeypatch):
     titles = []
-    monkeypatch.setattr(run_summary, "plot_learning_curves", lambda *_, title, **__: titles.append(title))
+    monkeypatch.setattr(run_summary, "plot_learning_curves", lambda *_, title, **__: titles.append(title) or True)
     options = {"monitor": "val/loss", "mode": "min", "threshold": 10.0}
     logger = {"logger": CSVLogger(tmp_path, name="mine", version="version_0")}
     fit([RunSummary(**options), ModelCheckpoint(tmp_path, save_last=True)], enable_checkpointing=True, **logger)
@@ -130,3 +130,55 @@ def test_what_ended_a_run_is_what_is_seen(tmp_path, monkeypatch):
         pytest.raises(RuntimeError, match="connection closed"),
     ):
         summarised(tmp_path, Brackets)
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train/loss", ("train", "loss")),
+        ("val_loss", ("val", "loss")),
+        ("loss/valid", ("val", "loss")),
+        ("acc.eval", ("val", "acc")),
+        ("train_loss_step", ("train", "loss_step")),
+        ("val/token_accuracy", ("val", "token_accuracy")),
+        ("training", None),
+        ("value/loss", None),
+        ("forge/dream/val/loss", None),
+    ],
+)
+def test_split_of_a_metric(name, split):
+    assert split_of(name) == split
+
+
+class Named(LossOnly):
+    names = ("loss", "loss/val")
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.log(self.names[0], loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log(self.names[1], self.loss(batch))
+
+
+def test_metrics_of_other_names_are_drawn_and_where_none_are_it_says_so(tmp_path, capsys):
+    summary = summarised(tmp_path / "named", Named)
+    assert (tmp_path / "named" / "learning_curves.png").exists()
+    assert "not logged; close: loss, loss/val" in capsys.readouterr().out
+    assert (summary["best"], summary["best_checkpoint"], summary["last_checkpoint"]) == (None, None, None)
+    Named.names = ("one", "two")
+    with pytest.warns(UserWarning, match="no metric is called `train/...` or `val/...`, and there are no learning"):
+        summarised(tmp_path / "none", Named)
+    assert not (tmp_path / "none" / "learning_curves.png").exists()
+
+
+def test_the_best_checkpoint_is_that_of_what_is_monitored(tmp_path):
+    last = ModelCheckpoint(tmp_path / "last", filename="last")
+    best = ModelCheckpoint(tmp_path / "best", monitor="val/loss", mode="max", filename="{epoch}")
+    logger = CSVLogger(tmp_path, name="", version="")
+    callbacks = [last, best, RunSummary(monitor="val/loss", mode="min")]
+    fit(callbacks, logger=logger, max_epochs=3, enable_checkpointing=True)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["best_checkpoint"] == str(tmp_path / "best" / "epoch=0.ckpt")
+    assert summary["last_checkpoint"] == str(tmp_path / "last" / "last.ckpt")

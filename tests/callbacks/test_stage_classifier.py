@@ -173,6 +173,11 @@ def test_lightnings_usual_name_of_the_loss_is_found():
     assert classifier._machine.evidence["val_success"] == pytest.approx(math.exp(-2.5))
 
 
+def test_a_success_that_nobody_logs_is_told():
+    with pytest.warns(UserWarning, match=r"nothing logs `val_success='val/los'`.* Close: \['val/loss'"):
+        fit([StageClassifier(val_success="val/los")], LossOnly, max_epochs=5)
+
+
 def test_a_validation_without_the_metric_lists_what_there_is():
     with pytest.raises(MisconfigurationException, match=r"val_loss='val_loss'.*Logged so far: .*'val/loss'"):
         fit([StageClassifier(val_loss="val_loss")], Plain)

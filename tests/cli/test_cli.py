@@ -107,7 +107,7 @@ def test_a_run_leaves_a_directory_that_can_be_read(tmp_path, capsys):
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] == 20
     assert summary["run"] == "runs/grokfast_modular/version_0"
-    assert Path(summary["best_checkpoint"]).exists()
+    assert Path(summary["last_checkpoint"]).exists()
     checkpoint = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert {"Grokfast", "RunSummary"} <= set(checkpoint["callbacks"])
     assert "Run finished" in capsys.readouterr().out
@@ -215,6 +215,10 @@ def test_bad_input_is_explained(capsys, tmp_path, small_mbpp, monkeypatch):
         ),
         ({"callbacks": [{"class_path": "EdgeController"}]}, "nothing to choose from in this AlgorithmicData"),
         ({"max_steps": "many"}, "max_steps.*many"),
+        (
+            {"callbacks": [{"class_path": "RunSummary", "init_args": {"threshold": "fast"}}]},
+            "Expected a <class 'float'>",
+        ),
     ],
 )
 def test_a_mistake_in_a_config_is_told_in_a_few_lines(capsys, wrong, says):
@@ -244,6 +248,30 @@ def test_a_mistake_is_told_with_its_file_and_line(capsys):
     assert "(more.yaml, line 4)" in explained(capsys, *recipe, "--config=last.yaml")
     more.write_text("trainr:\n  max_steps: 3\n")
     assert "(more.yaml, line 1)\nClose: ['trainer']" in explained(capsys, "test", *recipe[2:])
+
+
+def test_classes_and_numbers_that_are_wrong_inside_a_model(capsys):
+    optimizer = "    optimizer:\n      class_path: torch.optim.{}\n      init_args: {{lr: {}}}\n"
+    model = "model:\n  class_path: AlgorithmicModule\n  init_args:\n" + optimizer
+    command = ["check", "more.yaml", "--data=AlgorithmicData"]
+    Path("more.yaml").write_text(model.format("AdmW", 0.1))
+    told = explained(capsys, *command)
+    assert told.endswith(
+        "module 'torch.optim' has no attribute 'AdmW'\n(more.yaml, line 5)\nClose: ['AdamW', 'Adam', 'RAdam'].\n"
+    )
+    Path("more.yaml").write_text(model.format("AdamW", "fast"))
+    told = explained(capsys, *command)
+    assert told.endswith("Expected a <class 'float'>\n            Given value: fast\n(more.yaml, line 6)\n")
+    Path("more.yaml").write_text("")
+    assert explained(capsys, *command) == "forge-fit: more.yaml is empty.\n"
+    heads = "--model.config.num_attention_heads=5"
+    assert "not a multiple of the number of attention heads" in explained(
+        capsys, "check", "grokfast_text", "--data.path=more.yaml", heads
+    )
+    missing = ["fit", "--config=grokking_fast", "--ckpt_path=absent.ckpt"]
+    assert "`--ckpt_path absent.ckpt`: no such file" in explained(capsys, *missing)
+    assert main(["list", "--callbacks", "grokfast"]) == 0
+    assert "Amplify" in capsys.readouterr().out
 
 
 def test_no_file_is_blamed_for_what_it_does_not_say(capsys, monkeypatch):

@@ -171,6 +171,17 @@ def test_what_an_axis_does_not_show_is_said(tmp_path):
     assert figures.cut_off(axis, [0.5]) == ""
 
 
+def test_metrics_of_other_names_are_found(tmp_path):
+    metrics = {"loss/val": 1.0, "acc/val": 0.5}
+    rows = [{"kind": "validation", "step": step, "metrics": metrics} for step in range(1, 5)]
+    run = of_rows(tmp_path / "one", rows)
+    assert run.other_names == {"val/loss": "loss/val", "val/accuracy": "acc/val"}
+    assert not any("No validation" in remark for remark in run.remarks)
+    assert [axis.get_title() for axis in figures.overview(run).axes[1:]] == ["Success", "Loss"]
+    metrics["second_loss/val"] = 2.0
+    assert "val/loss" not in of_rows(tmp_path / "two", rows).other_names  # which of the two?
+
+
 def test_rates_and_counts_of_other_callbacks_do_not_share_an_axis(tmp_path):
     metrics = {"forge/code_evaluation/pass_at_1": 0.5, "forge/code_evaluation/num_problems": 1.0}
     axes = figures.others(of_rows(tmp_path, [{"kind": "step", "step": s, "metrics": metrics} for s in (1, 2, 3)])).axes
@@ -518,3 +529,12 @@ def test_what_is_no_run_is_explained(tmp_path):
     (tmp_path / "cut.pt").write_bytes((tmp_path / "other.pt").read_bytes()[:200])
     with pytest.raises(ValueError, match=r"cut.pt cannot be read as a checkpoint"):
         analyze_checkpoint(tmp_path / "cut.pt", tmp_path / "out")
+
+
+def test_weights_are_named_where_there_is_room():
+    rows = [{"name": f"layer.{i}", "effective_rank": i + 1.0, "full_rank": 50} for i in range(50)]
+    axis = figures.weights(rows[:9]).axes[0]
+    assert [tick.get_text() for tick in axis.get_yticklabels()] == [row["name"] for row in rows[:9]]
+    assert [bar.get_width() for bar in axis.patches] == [2.0 * (i + 1) for i in range(9)]
+    axis = figures.weights(rows).axes[0]
+    assert (axis.get_xlabel(), axis.get_ylabel()) == ("matrix", "effective rank, % of full")

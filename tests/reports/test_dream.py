@@ -36,6 +36,11 @@ def test_mixed_batches(tmp_path):
     figure = dream.dream(recorded(tmp_path, mode="mix"))
     assert "Loss of replayed rows" in drawn(figure)
     assert len(lines(figure.axes[2])["replayed rows"].get_ydata()) > 10
+    run = read_run(tmp_path)
+    for key in ("probe_loss", "forgetting"):
+        del run.series[f"forge/dream/{key}"]
+    figure = dream.dream(run)
+    assert [[text.get_text() for text in axis.texts] for axis in figure.axes] == [[], [], [], ["not measured"]]
 
 
 def test_the_page_shows_it(tmp_path):
