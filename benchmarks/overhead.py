@@ -64,9 +64,11 @@ SIZES = {
     "gpt2": Size("GPT-2 small, 4 × 256", {"vocab_size": 50257}, 4, 256, 6, 3),
 }
 OWN = ("_mixed", "begin", "added", "returned", "end", "_after_step")  # of replay, called from inside the step
-INSIDE: dict[str, type[forge.SelfModel | forge.TemperatureCurriculum]] = {
+QUARTER = "TemperatureCurriculum(fraction=0.25)"
+INSIDE: dict[str, Callable[[], forge.SelfModel | forge.TemperatureCurriculum]] = {
     "SelfModel": forge.SelfModel,
     "TemperatureCurriculum": forge.TemperatureCurriculum,
+    QUARTER: lambda: forge.TemperatureCurriculum(fraction=0.25),
 }
 
 
@@ -165,7 +167,7 @@ def inside(size: Size) -> tuple[float, dict[str, float]]:
 def report() -> None:
     found = {row["size"]: row for row in stored(ROWS)}
     sizes = [name for name in SIZES if name in found]
-    lines, between_total, total = [], dict.fromkeys(sizes, 0.0), dict.fromkeys(sizes, 0.0)
+    lines, (between_total, total, of_quarter) = [], (dict.fromkeys(sizes, 0.0) for _ in range(3))
     for name in (*found[sizes[0]]["between"], *INSIDE):
         line = [f"`{name}`"]
         for size in sizes:
@@ -173,10 +175,12 @@ def report() -> None:
             added = row["between"].get(name, row["inside"].get(name))
             share = 100 * added / row["step"]
             between_total[size] += share if name in row["between"] else 0.0
-            total[size] += share
+            total[size] += share if name != QUARTER else 0.0
+            of_quarter[size] += share if name != "TemperatureCurriculum" else 0.0
             line += [f"{added:.2f}", f"{share:.2f} %"]
         lines.append(line)
-    for what, sums in (("all that works between passes", between_total), ("everything", total)):
+    sums_of = {"all that works between passes": between_total, "everything": total}
+    for what, sums in (sums_of | {f"everything, with `{QUARTER}`": of_quarter}).items():
         lines.append([what, *(text for size in sizes for text in ("", f"**{sums[size]:.1f} %**"))])
     columns = ["callback", *(text for size in sizes for text in (f"{SIZES[size].what}: ms a step", "share"))]
     steps = ", ".join(f"{SIZES[size].what} {found[size]['step']:,.0f} ms" for size in sizes)
