@@ -349,8 +349,8 @@ def claim_temperature() -> str:
     return f"""## 5. Temperature curriculum: "better calibration"
 
 **Verdict: on a run that over-fits, yes; on a tuned one, no. A temperature that is fitted afterwards calibrates better,
-and averaging the weights gains as much; both cost next to nothing. On the run that over-fits, comparing a quarter of the
-rows lost nothing.**
+and averaging the weights gains as much; both cost next to nothing. On the run that over-fits, comparing a quarter of
+the rows lost nothing.**
 
 MBPP's text, 15,000 bytes, seeds 0 to 4: [self_knowledge.md](self_knowledge.md).
 
