@@ -225,7 +225,7 @@ def edge(run: RunTrace) -> Any | None:
         above.get_lines()[-1].set(linewidth=0.8, alpha=0.8)
     inside = run.find("forge/edge/in_band")
     share = f": {100 * inside[1][-1]:.0f} % of the steps in the band" if inside and math.isfinite(inside[1][-1]) else ""
-    above.set(ylabel="success, as `signal` has it", ylim=(-0.03, 1.03))
+    above.set(ylabel="success signal", ylim=(-0.03, 1.03))
     above.set_title(f"Success of the training examples{share}")
     legend_above(above)
     series = {key: run.find(f"forge/edge/difficulty{key}") for key in ("", "_p10", "_p90")}
