@@ -88,10 +88,6 @@ class Calibration(ForgeCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attach(pl_module)  # before the network is compiled
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.enable_validation:
-            self.warn_once("there is no validation data, and training measures nothing.")
-
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._begin(pl_module)

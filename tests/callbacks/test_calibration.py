@@ -188,11 +188,6 @@ def test_label_that_the_batch_has_not():
         fit([Calibration(labels="label")])
 
 
-def test_no_validation_is_told():
-    with pytest.warns(UserWarning, match="there is no validation data, and training measures nothing"):
-        fit([Calibration()], limit_val_batches=0)
-
-
 def test_no_labels_that_fit():
     with pytest.warns(UserWarning, match="no labels of the val data fit the logits, and nothing is measured"):
         _, trainer = fit([Calibration(labels=0)])
