@@ -116,6 +116,12 @@ CONFIGURATIONS = {
     "adamw_tuned_small": Configuration(
         "the same, small initial weights", "AdamW", ADAM | ADAMW_TUNED, initial=SMALL, averaging=0.9
     ),
+    "adamw_searched": Configuration(
+        "AdamW by the recipe's search: lr 4.13e-3, weight decay 1, betas 0.867 and 0.971, warm-up 13",
+        "AdamW",
+        {"lr": 4.13e-3, "weight_decay": 1.0, "betas": (0.867, 0.971)},
+        warmup=13,
+    ),
     "muon": Configuration(
         "Muon lr 0.05, weight decay 0.5, small initial weights", "MuonAdamW", MUON, limit=400, initial=SMALL
     ),
