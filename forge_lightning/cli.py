@@ -522,13 +522,20 @@ def _place(word: str, value: str, files: Sequence[Path], argv: Sequence[str]) ->
     if not word or any(re.search(rf"(?<![a-z0-9]){re.escape(word)}(?![a-z0-9])", text) for text in elsewhere):
         return ""
     wanted = re.compile(rf"(^|[\s.{{,:-]){re.escape(word)}(?!\w)")
+    given = re.compile(rf"(?<![\w.]){re.escape(value)}(?![\w.])") if value else re.compile("")
     places = [
         (path, number)
         for path in files
         for number, line in enumerate(path.read_text().splitlines(), 1)
-        if wanted.search(line.split("#")[0]) and value in line
+        if wanted.search(line.split("#")[0]) and given.search(line)
     ]
     return f"\n({places[0][0]}, line {places[0][1]})" if len(places) == 1 else ""
+
+
+def _placed(message: str, argv: Sequence[str]) -> str:
+    """A message that tells of an argument and its value, with where they stand."""
+    found = re.search(r"`(?:\w+\(|--[\w.]*?\.)(\w+)=([^`()]+)\)?`", message)
+    return message + (_place(found[1], found[2].strip("'\""), _config_files(argv), argv) if found else "")
 
 
 def _usage() -> str:
@@ -567,7 +574,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
         raise
     except (MisconfigurationException, DataFileError, OSError) as error:
-        return _explain(str(error))
+        return _explain(_placed(str(error), argv))
     except pickle.UnpicklingError:
         return _explain("The file given as checkpoint is none, or holds more than weights and plain settings.")
     except ValueError as error:

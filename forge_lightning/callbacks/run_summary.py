@@ -60,15 +60,16 @@ class RunSummary(ForgeCallback):
         self._best: float | None = None
         self._best_at: int | None = None
         self._began_at: int | None = None  # step at which training began
+        self._trained = False
         self._seconds_before = {"wall": 0.0, "cpu": 0.0}
         self._started = (time.monotonic(), time.process_time())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began_at = None
+        self._began_at, self._trained = None, False
         self._started = (time.monotonic(), time.process_time())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began_at = trainer.global_step
+        self._began_at, self._trained = trainer.global_step, True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
@@ -83,6 +84,11 @@ class RunSummary(ForgeCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._finish(trainer, "finished")
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._trained and not is_dev_run(trainer):
+            print(f"Nothing was trained: at step {trainer.global_step:,} this run is at its end already.")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         interrupted = isinstance(exception, KeyboardInterrupt | SystemExit)

@@ -115,6 +115,8 @@ def overview(run: RunTrace) -> Any | None:
         else:
             for label, series in (success if kind == "success" else loss).items():
                 draw_series(axis, series, label, _SPLIT_COLORS[label])
+                if label == "training":
+                    axis.get_lines()[-1].set_linewidth(2.6)  # seen beneath validation where both are equal
             axis.set_ylabel("share right" if kind == "success" else "loss (nats)")
             axis.set_title("Success" if kind == "success" else "Loss")
             if kind == "success":

@@ -65,6 +65,13 @@ def test_what_failed_before_it_began_leaves_nothing(tmp_path, capsys):
     assert summary["status"] == "finished"
 
 
+def test_a_resume_with_nothing_left_says_so(tmp_path, capsys):
+    fit([RunSummary(), ModelCheckpoint(tmp_path, filename="last")], enable_checkpointing=True)
+    assert "Nothing was trained" not in capsys.readouterr().out
+    fit([RunSummary()], ckpt_path=tmp_path / "last.ckpt")
+    assert "Nothing was trained: at step 8 this run is at its end already." in capsys.readouterr().out
+
+
 def test_a_fit_that_goes_on_in_the_same_file_is_not_called_resumed(tmp_path, monkeypatch):
     titles = []
     monkeypatch.setattr(run_summary, "plot_learning_curves", lambda *_, title, **__: titles.append(title) or True)

@@ -274,6 +274,16 @@ def test_classes_and_numbers_that_are_wrong_inside_a_model(capsys):
     assert "Amplify" in capsys.readouterr().out
 
 
+def test_what_is_out_of_range_is_placed(capsys):
+    callbacks = "trainer:\n  callbacks:\n    - class_path: RunSummary\n      init_args: {mode: mi}\n"
+    Path("more.yaml").write_text(callbacks)
+    told = explained(capsys, "check", "grokfast_mbpp", "--config=more.yaml", "--data.path=more.yaml")
+    assert told.endswith("`RunSummary(mode='mi')` must be 'max' or 'min'.\n(more.yaml, line 4)\n")
+    Path("more.yaml").write_text("data:\n  init_args:\n    path: absent.txt\n")
+    told = explained(capsys, "check", "grokfast_text", "--config=more.yaml")
+    assert told.endswith("`--data.path=absent.txt`: no such file.\n(more.yaml, line 3)\n")
+
+
 def test_no_file_is_blamed_for_what_it_does_not_say(capsys, monkeypatch):
     Path("right.yaml").write_text("trainer:\n  max_steps: 3\n")
     Path("check.yaml").write_text("trainer:\n  max_steps: many\n")  # and not asked for
