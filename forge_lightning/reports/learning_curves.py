@@ -109,13 +109,16 @@ def logarithmic(axis: Any, which: str) -> None:
         axis: With its data, all above 0, of which the range is taken.
         which: "x" or "y".
     """
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+    from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter
 
     getattr(axis, f"set_{which}scale")("log")
     low, high = getattr(axis, f"get_{which}lim")()
     decades = math.log10(high / low)
     ticks = getattr(axis, f"{which}axis")
-    ticks.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,), numticks=8))
+    parts, stride = ((1.0, 2.0, 5.0), 1) if decades < 2.5 else ((1.0,), math.ceil(decades / 7))
+    exponents = range(stride * math.floor(math.log10(low) / stride), math.ceil(math.log10(high)) + 1, stride)
+    places = [part * 10.0**exponent for exponent in exponents for part in parts]
+    ticks.set_major_locator(FixedLocator([place for place in places if low <= place <= high]))
     ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}" if value >= 100 else f"{value:g}"))
     ticks.set_minor_formatter(NullFormatter())
 

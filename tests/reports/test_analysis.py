@@ -400,7 +400,11 @@ def test_stages_have_names_as_far_as_there_is_room(tmp_path):
 
 @pytest.mark.parametrize(
     ("low", "high", "expected"),
-    [(1, 40, ["1", "2", "5", "10", "20"]), (20, 9e6, ["1,000", "1,000,000"]), (0.002, 50000, ["0.1", "10", "1,000"])],
+    [
+        (1, 40, ["1", "2", "5", "10", "20"]),
+        (20, 9e6, ["1,000", "1,000,000"]),
+        (0.002, 50000, ["0.01", "1", "100", "10,000"]),
+    ],
 )
 def test_logarithmic_axes_have_few_and_plain_numbers(low, high, expected):
     axis = Figure().subplots()
