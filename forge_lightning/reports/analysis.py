@@ -16,7 +16,7 @@ from forge_lightning.components.stage_classifier import VAL_LOSS
 from forge_lightning.components.step_timer import CATEGORIES
 from forge_lightning.components.trace import number
 from forge_lightning.reports import dream, figures, self_knowledge
-from forge_lightning.reports.trace import RunTrace, join_resumed, read_run, stage_spans
+from forge_lightning.reports.trace import SUCCESS, RunTrace, join_resumed, read_run, stage_spans
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --line: #d9d9d9; --soft: #f4f5f7; }
@@ -176,7 +176,7 @@ def _section(run: RunTrace, output: Path, prefix: str) -> str:
         ("steps", f"{numbers['steps']:,}"),
         ("stage at the end", stage_spans(run)[-1][0].replace("_", "-") if stage_spans(run) else "not known"),
     ]
-    success = run.find(*figures.SUCCESS)
+    success = run.find(*SUCCESS)
     if success:
         facts.append(("last validation success", f"{success[1][-1]:.4g}"))
         if numbers["best"] is not None:
@@ -237,7 +237,7 @@ def _groups(runs: Sequence[RunTrace]) -> dict[str, dict[str, Any]]:
     """What the comparison says of each group."""
     found = {}
     for group, members in figures.by_group(runs).items():
-        last = [s[1][-1] for run in members if (s := run.find(*figures.SUCCESS))]
+        last = [s[1][-1] for run in members if (s := run.find(*SUCCESS))]
         times = [t for run in members if (t := _median(run, "forge/telemetry/step_seconds")) is not None]
         found[group] = {
             "runs": [str(run.path) for run in members],
@@ -269,13 +269,13 @@ def _reached(steps: Sequence[int | None]) -> str:
 
 
 def _first_step(run: RunTrace, level: float) -> int | None:
-    steps, values = run.find(*figures.SUCCESS) or ([], [])
+    steps, values = run.find(*SUCCESS) or ([], [])
     return next((step for step, value in zip(steps, values, strict=True) if value >= level), None)
 
 
 def _best(run: RunTrace) -> dict[str, Any] | None:
     """The highest validation success, where it was first reached."""
-    steps, values = run.find(*figures.SUCCESS) or ([], [])
+    steps, values = run.find(*SUCCESS) or ([], [])
     known = [(value, -step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
     if not known:
         return None

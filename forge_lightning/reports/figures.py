@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from forge_lightning.components.stage_classifier import VAL_LOSS, VAL_SUCCESS
+from forge_lightning.components.stage_classifier import VAL_LOSS
 from forge_lightning.components.step_timer import CATEGORIES
 from forge_lightning.reports.learning_curves import Series, logarithmic
-from forge_lightning.reports.trace import RunTrace, group_names, stage_spans
+from forge_lightning.reports.trace import SUCCESS, RunTrace, group_names, stage_spans
 
 # Okabe and Ito's palette; its black is the text's colour.
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW = (
@@ -30,7 +30,6 @@ STAGE_COLORS = {
     "divergence": RED,
 }
 _PAPER = "#ffffff"
-SUCCESS = (*VAL_SUCCESS, "val/exact_match")
 _SHORT = {"memorisation": "mem.", "generalisation": "gen.", "consolidation": "cons.", "divergence": "div."}
 """For a stage too short for its name."""
 _SPLIT_COLORS = {"training": ORANGE, "validation": BLUE}

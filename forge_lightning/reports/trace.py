@@ -12,6 +12,9 @@ from forge_lightning.components.stage_classifier import VAL_LOSS, VAL_SUCCESS, p
 from forge_lightning.components.trace import FILE_NAME, VERSION, number, read_rows
 from forge_lightning.reports.learning_curves import Series, read_metrics, split_of
 
+SUCCESS = (*VAL_SUCCESS, "val/exact_match")
+"""Names of validation success."""
+
 
 @dataclass
 class RunTrace:
@@ -326,7 +329,7 @@ def _remark(run: RunTrace) -> None:
 
 def _deepest_fall(run: RunTrace) -> tuple[tuple[int, float], tuple[int, float], float] | None:
     """Validation success at its best and at its lowest thereafter, and the last; of a share that fell by 0.3."""
-    steps, values = run.find(*VAL_SUCCESS, "val/exact_match") or ([], [])
+    steps, values = run.find(*SUCCESS) or ([], [])
     known = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
     best, found, depth = (0, -math.inf), None, 0.3
     for point in known if all(0 <= value <= 1 for _, value in known) else []:
