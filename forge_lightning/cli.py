@@ -27,7 +27,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from forge_lightning import callbacks, cards, data, models  # also so that short names are known
 from forge_lightning.data.records import DataFileError
-from forge_lightning.models.forge_module import hugging_face_config
+from forge_lightning.data.tokens import TokenDataModule
+from forge_lightning.models.forge_module import hugging_face_config, refuse_pretrained
 from forge_lightning.models.optimizers import optimizer_config
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -138,16 +139,19 @@ class ForgeCLI(LightningCLI):
     def before_fit(self) -> None:
         """Before the run has a directory: what cannot train is refused, and data is fetched."""
         refuse_optimizer(self.model)
+        refuse_absent(self.model, self.datamodule)
         self._refuse_checkpoint()
         load_data(self.datamodule, "train")
 
     def before_validate(self) -> None:
         """As `before_fit`."""
+        refuse_absent(self.model, self.datamodule)
         self._refuse_checkpoint()
         load_data(self.datamodule, "val")
 
     def before_test(self) -> None:
         """As `before_fit`."""
+        refuse_absent(self.model, self.datamodule)
         self._refuse_checkpoint()
         load_data(self.datamodule, "test")
 
@@ -197,6 +201,14 @@ def refuse_missing_files(datamodule: Any, *splits: str) -> None:
             raise MisconfigurationException(f"Cannot read the data file `{found[0]}={found[1]}`: no such file.")
 
 
+def refuse_absent(model: Any, datamodule: Any) -> None:
+    """Raise if what our modules name of Hugging Face is neither here nor on the hub: no weights are read."""
+    if isinstance(model, models.ForgeModule) and model.pretrained is not None:
+        refuse_pretrained(model.pretrained)
+    if isinstance(datamodule, TokenDataModule):
+        _ = datamodule.tokenizer
+
+
 def load_data(datamodule: Any, split: str) -> None:
     """Raise what would be raised once the run has a directory, if the data of a split cannot be had."""
     refuse_missing_files(datamodule, split)
@@ -228,7 +240,7 @@ def _configures(model: Any, kind: type[pl.LightningModule]) -> bool:
 
 
 def check(argv: Sequence[str]) -> int:
-    """Types and ranges of a config, and what shows of its wiring; no data is read, no network built."""
+    """Types and ranges of a config, its wiring, and whether what it names is there; no data read, no model built."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: forge-fit check CONFIG [--config CONFIG ...] [arguments as for fit]\n\n" + (check.__doc__ or ""))
         return 0 if argv else 2
@@ -239,6 +251,7 @@ def check(argv: Sequence[str]) -> int:
         cli.datamodule.refuse_training()
     refuse_missing_files(cli.datamodule, "train", "val", "test")
     refuse_optimizer(cli.model)
+    refuse_absent(cli.model, cli.datamodule)
     if isinstance(cli.model, models.ForgeModule) and cli.model.config is not None:
         hugging_face_config(cli.model.config)
     found = trainer.get("callbacks") or []

@@ -54,7 +54,9 @@ class Calibration(ForgeCallback):
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: At start, if the network is not found; at the first batch, if it puts out no logits.
+        MisconfigurationException: At start, if the network is not found; at the first batch of validation, that of
+            the sanity check too, if it puts out no logits or the batch has no such labels. A training batch without
+            the labels that were named gives a warning before that.
 
     References:
         Guo et al., `On Calibration of Modern Neural Networks <https://arxiv.org/abs/1706.04599>`_, 2017.
@@ -79,6 +81,7 @@ class Calibration(ForgeCallback):
         self.num_bins, self.max_rows = num_bins, max_rows
         self.network, self.labels, self.shift = network, labels, shift
         self.fitted_temperature = math.nan
+        self._seen_batch = False
         self._tap: LogitTap | None = None
         self._shifted = False
         self._plain: CalibrationMetric | None = None
@@ -87,6 +90,16 @@ class Calibration(ForgeCallback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attach(pl_module)  # before the network is compiled
+        self._seen_batch = False
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._seen_batch:
+            return
+        self._seen_batch = True
+        try:
+            labels_of(batch, self.labels)
+        except ValueError as error:
+            self.warn_once(f"{error} That is a training batch; if those of validation are alike, `fit` stops there.")
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -98,7 +111,7 @@ class Calibration(ForgeCallback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self._tap is not None and self._plain is not None:
+        if self._tap is not None and (self._plain is not None or trainer.sanity_checking):
             self._tap.start()
 
     on_test_batch_start = on_validation_batch_start
@@ -112,7 +125,7 @@ class Calibration(ForgeCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._tap is None or self._plain is None:
+        if self._tap is None or (self._plain is None and not trainer.sanity_checking):
             return
         try:
             call = self._tap.take()
@@ -122,14 +135,21 @@ class Calibration(ForgeCallback):
             self._tap.stop()
         if call is None:
             return
+        measures = self._plain is not None  # a sanity check only looks whether it could
         try:
             labels = labels_of(batch, self.labels, self._shifted)
-            if batch_idx == 0 and not self._shifted and self.shift is None and fits_better_shifted(call[2], labels):
+            if (
+                measures
+                and batch_idx == 0
+                and not self._shifted
+                and self.shift is None
+                and fits_better_shifted(call[2], labels)
+            ):
                 self.warn_once(SHIFT_DOUBT)
             rows, labels = predicted_rows(call[2], labels, None, self._shifted)
         except ValueError as error:
             raise MisconfigurationException(f"`Calibration`: {error}") from None
-        if labels is None:
+        if labels is None or self._plain is None:
             return
         assert self._fit is not None
         self._plain.update(rows, labels)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -29,9 +30,10 @@ def build_tokenizer(name: str) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
+        reason = "the folder holds none" if Path(name).is_dir() else str(error).splitlines()[0]
         raise MisconfigurationException(
             f"`tokenizer={name!r}` is neither a local folder with a tokenizer nor to be had from the hub"
-            f" ({str(error).splitlines()[0]}). Point `tokenizer` to a folder, or use 'bytes', which needs no file."
+            f" ({reason}). Point `tokenizer` to a folder, or use 'bytes', which needs no file."
         ) from None
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token

@@ -23,6 +23,7 @@ from forge_lightning.models.optimizers import optimizer_config, weight_decay_gro
 from forge_lightning.protocols import SupportsTokenizer
 
 _ALWAYS_KNOWN = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype"}
+_WEIGHTS = (".safetensors", ".bin")
 
 
 class ForgeModule(LightningModule):
@@ -124,11 +125,7 @@ class ForgeModule(LightningModule):
         try:
             return AutoModelForCausalLM.from_pretrained(self.pretrained)
         except (OSError, ValueError) as error:
-            raise MisconfigurationException(
-                f"`ForgeModule(pretrained={self.pretrained!r})` is neither a local folder with a model nor to be had"
-                f" from the hub ({str(error).splitlines()[0]}). Point `pretrained` to a folder that holds config.json"
-                " and weights, or give `config` for random weights, which needs no file."
-            ) from None
+            raise _no_model(self.pretrained, str(error).splitlines()[0]) from None
 
     def _new_model(self, options: dict[str, Any]) -> Any:
         from transformers import AutoModelForCausalLM
@@ -326,6 +323,32 @@ def hugging_face_config(options: dict[str, Any]) -> Any:
         return AutoConfig.for_model(model_type, **options)
     except (ValueError, TypeError, StrictDataclassError) as error:
         raise MisconfigurationException(f"A {model_type} config of {options}: {error.__cause__ or error}") from error
+
+
+def refuse_pretrained(name: str) -> None:
+    """Raise what building the model would, if there is no config by a hub name, or no config or weights in a folder.
+
+    Raises:
+        MisconfigurationException: As said.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        if find_adapter_config_file(name) is None:  # of an adapter, transformers finds the model itself
+            AutoConfig.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise _no_model(name, str(error).splitlines()[0]) from None
+    if Path(name).is_dir() and not any(path.suffix in _WEIGHTS for path in Path(name).iterdir()):
+        raise _no_model(name, f"no file in the folder ends in {' or '.join(_WEIGHTS)}")
+
+
+def _no_model(name: str | None, reason: str) -> MisconfigurationException:
+    return MisconfigurationException(
+        f"`ForgeModule(pretrained={name!r})` is neither a local folder with a model nor to be had from the hub"
+        f" ({reason}). Point `pretrained` to a folder that holds config.json and weights, or give `config` for random"
+        " weights, which needs no file."
+    )
 
 
 def context_length(model: Any) -> int | None:

@@ -3,6 +3,7 @@
 import json
 import math
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -184,8 +185,29 @@ def test_temperature_at_the_end_of_its_range_is_told():
 
 
 def test_label_that_the_batch_has_not():
-    with pytest.raises(MisconfigurationException, match=r"`labels='label'`: the batch has no such entry. It is a list"):
+    with (
+        pytest.raises(MisconfigurationException, match=r"`labels='label'`: the batch has no such entry. It is a list"),
+        pytest.warns(UserWarning, match="It is a list. That is a training batch; if those of validation are alike"),
+    ):
         fit([Calibration(labels="label")])
+
+
+def test_label_that_the_batch_has_not_stops_the_sanity_check():
+    class Stepped(pl.Callback):
+        steps = 0
+
+        def on_train_batch_start(self, *args):
+            Stepped.steps += 1
+
+    with pytest.raises(MisconfigurationException, match=r"`labels='label'`: the batch has no such entry"):
+        fit([Calibration(labels="label"), Stepped()], num_sanity_val_steps=1)
+    assert Stepped.steps == 0
+
+
+def test_a_sanity_check_measures_nothing():
+    _, trainer = fit([Calibration()], Sharp, max_epochs=1, num_sanity_val_steps=2)
+    assert math.isnan(trainer.callback_metrics["forge/calibration/ece_fitted"])
+    assert math.isfinite(trainer.callback_metrics["forge/calibration/ece"])
 
 
 def test_no_labels_that_fit():

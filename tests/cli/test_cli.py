@@ -191,6 +191,14 @@ def test_bad_input_is_explained(capsys, tmp_path, small_mbpp, monkeypatch):
     assert "yardstick" in explained(capsys, "check", "grokfast_mbpp", "--data.dataset=humaneval")
     no_model = ["--model.config=null", "--model.pretrained=no/such"]
     assert "local folder" in explained(capsys, *mbpp, f"--data.path={small_mbpp}", *no_model)
+    assert "`ForgeModule(pretrained='no/such')` is neither" in explained(
+        capsys, "check", "grokfast_mbpp", f"--data.path={small_mbpp}", *no_model
+    )
+    for command in (["check", "grokfast_mbpp"], mbpp):
+        told = explained(capsys, *command, f"--data.path={small_mbpp}", "--data.tokenizer=.")
+        assert "`tokenizer='.'` is neither a local folder with a tokenizer" in told
+        assert "(the folder holds none)" in told
+    assert not Path("runs").exists(), "nothing that cannot start leaves a run"
     assert "the hub cannot be reached" in explained(capsys, *mbpp)
     assert "holds no config.yaml" in explained(capsys, "generate", "--run", "absent", "--prompt", "x")
     assert "`--data.path=absent.jsonl`: no such file" in explained(
@@ -384,6 +392,22 @@ def test_an_unwritable_run_directory_is_explained(capsys, tmp_path):
     args = ["fit", "--config=grokfast_modular", "--trainer.max_steps=1", "--trainer.enable_progress_bar=false"]
     assert re.search("Not a directory: '.*runs", explained(capsys, *args))
     assert Path("runs").read_text().startswith("a file")
+
+
+def test_a_pretrained_folder_needs_a_config_and_weights(capsys, small_mbpp, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model("gpt2", n_embd=8, n_head=1, n_layer=1, vocab_size=384)
+    folder = tmp_path / "folder"
+    config.save_pretrained(folder)
+    arguments = ["check", "grokfast_mbpp", f"--data.path={small_mbpp}", "--model.config=null"]
+    arguments += [f"--model.pretrained={folder}"]
+    assert "no file in the folder ends in .safetensors or .bin" in explained(capsys, *arguments)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    assert main(arguments) == 0
+    assert "valid. ForgeModule on CodeTasks" in capsys.readouterr().out
+    (folder / "config.json").unlink()
+    assert "folder that holds config.json" in explained(capsys, *arguments)
 
 
 def test_a_checkpoint_of_another_shape_is_explained(capsys, tmp_path):
