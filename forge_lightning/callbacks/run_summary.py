@@ -60,19 +60,22 @@ class RunSummary(ForgeCallback):
         self._best: float | None = None
         self._best_at: int | None = None
         self._began_at: int | None = None  # step at which training began
-        self._trained = False
+        self._trained = self._validated = False
         self._seconds_before = {"wall": 0.0, "cpu": 0.0}
         self._started = (time.monotonic(), time.process_time())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._began_at, self._trained = None, False
+        self._began_at, self._trained, self._validated = None, False, False
         self._started = (time.monotonic(), time.process_time())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began_at, self._trained = trainer.global_step, True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or self.monitor not in trainer.callback_metrics:
+        if trainer.sanity_checking:
+            return
+        self._validated = True
+        if self.monitor not in trainer.callback_metrics:
             return
         value = float(trainer.callback_metrics[self.monitor])
         sign = 1 if self.mode == "max" else -1
@@ -173,6 +176,8 @@ class RunSummary(ForgeCallback):
         last = summary["metrics"].get(self.monitor)
         close = get_close_matches(self.monitor, summary["metrics"], n=2, cutoff=0.5)
         missing = "not logged" + (f"; close: {', '.join(close)}" if close else "")
+        if "val" in self.monitor and not self._validated:
+            missing = "not measured: no validation has run"
         table.add_row(f"last {self.monitor}", missing if last is None else f"{last:.4g}")
         if self._best is not None:
             step = "" if self._best_at is None else f" at step {self._best_at:,}"

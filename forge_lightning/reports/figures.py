@@ -101,9 +101,8 @@ def overview(run: RunTrace) -> Any | None:
     if not panels:
         return None
     figure = Figure(figsize=(9, 0.7 + 2.3 * len(panels)), layout="constrained")
-    axes = figure.subplots(
-        1 + len(panels), 1, sharex=True, squeeze=False, height_ratios=[0.28, *(2.0 for _ in panels)]
-    )[:, 0]
+    heights = [0.28 if stage_spans(run) else 0.01, *(2.0 for _ in panels)]  # else it holds the title alone
+    axes = figure.subplots(1 + len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
     _draw_stages(axes[0], run)
     for axis, kind in zip(axes[1:], panels, strict=True):
         for name, since, until in stage_spans(run):

@@ -174,6 +174,8 @@ def test_metrics_of_other_names_are_drawn_and_where_none_are_it_says_so(tmp_path
     assert (tmp_path / "named" / "learning_curves.png").exists()
     assert "not logged; close: loss, loss/val" in capsys.readouterr().out
     assert (summary["best"], summary["best_checkpoint"], summary["last_checkpoint"]) == (None, None, None)
+    summarised(tmp_path / "unvalidated", limit_val_batches=0)
+    assert "not measured: no validation has run" in capsys.readouterr().out
     Named.names = ("one", "two")
     with pytest.warns(UserWarning, match="no metric is called `train/...` or `val/...`, and there are no learning"):
         summarised(tmp_path / "none", Named)

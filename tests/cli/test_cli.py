@@ -303,6 +303,17 @@ def test_no_file_is_blamed_for_what_it_does_not_say(capsys, monkeypatch):
     assert ".yaml, line" not in explained(capsys, "check", "right.yaml", "--model=AlgorithmicModule")
 
 
+def test_a_text_of_any_length_is_validated_by_steps():
+    for name, words in (("short", 300), ("long", 30_000)):
+        Path(f"{name}.txt").write_text("words " * words)
+        arguments = [f"--data.path={name}.txt", "--data.block_size=16", f"--trainer.logger.name={name}", *QUICK]
+        arguments += ["--trainer.max_steps=5", "--trainer.val_check_interval=2", "--trainer.limit_val_batches=1"]
+        assert main(["fit", "--config=grokfast_text", "--trainer.enable_progress_bar=false", *arguments]) == 0
+        (run,) = Path("runs", name).iterdir()
+        assert json.loads((run / "summary.json").read_text())["best_step"] in (2, 4)
+        assert sorted(path.name for path in run.glob("checkpoints/step=*.ckpt")) in (["step=2.ckpt"], ["step=4.ckpt"])
+
+
 @pytest.mark.filterwarnings("ignore:.ModelCheckpoint.monitor:UserWarning")
 def test_what_is_not_read_is_not_asked_for(capsys, small_mbpp):
     text = Path("corpus.txt")
