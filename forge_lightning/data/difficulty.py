@@ -140,7 +140,7 @@ class DifficultySampler(ResumableSampler):
         first = np.searchsorted(ordered, value, side="left")
         last = np.searchsorted(ordered, value, side="right")
         if not self.makes_examples:  # among neighbours, so that the same few examples do not come again and again
-            room = max(1, len(ordered) // 50)
+            room = max(1, min(7, len(ordered) // 10), len(ordered) // 50)  # of few, fifteen and at most a fifth
             first, last = np.maximum(0, first - room), np.minimum(len(ordered), last + room)
         places = first + (self._rng.random(len(wanted)) * (last - first)).astype(np.int64)
         return [int(arm) for arm in self._by_difficulty[places]]

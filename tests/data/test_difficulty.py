@@ -74,6 +74,21 @@ def test_difficulties_are_drawn_as_the_policy_asks():
     assert (drawn - 1234).abs().max() < 5000 / 25
 
 
+@pytest.mark.parametrize(("examples", "different"), [(100, 15), (50, 11), (10, 3)])
+def test_of_few_examples_no_few_fill_a_batch(examples, different):
+    difficulty = torch.arange(float(examples))
+    sampler = DifficultySampler(TensorDataset(difficulty), difficulty, batch_size=100, num_samples=1000)
+
+    class Asks(SkillTracker):
+        def propose(self, count):
+            return np.full(count, examples / 2)
+
+    sampler.policy = Asks(0, examples - 1)
+    drawn = difficulty[list(sampler)]
+    assert drawn.unique().numel() == different
+    assert drawn.mean() == pytest.approx(examples / 2, abs=0.02 * examples)
+
+
 def test_between_two_levels_chance_decides_so_that_the_mean_is_right():
     sampler = DifficultySampler(Made(), levels=[1.0, 2.0, 3.0, 5.0], batch_size=1000, num_samples=20_000)
 
