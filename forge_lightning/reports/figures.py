@@ -95,7 +95,10 @@ def overview(run: RunTrace) -> Any | None:
     from matplotlib.figure import Figure
 
     estimator = next((e for e in MAIN_ESTIMATORS if e in estimators_of(run)), None)
-    success = _pairs(run, "forge/telemetry/success", SUCCESS)
+    success, of_what = _pairs(run, "forge/telemetry/success", SUCCESS), "Success"
+    tokens = _pairs(run, "train/token_accuracy", ("val/token_accuracy",))
+    if tokens and not any(value > 0 for _, values in success.values() for value in values):
+        success, of_what = tokens, "Success, by tokens" + (": no sequence was right as a whole" if success else "")
     loss = _pairs(run, "forge/telemetry/loss", VAL_LOSS)
     panels = [kind for kind, there in (("success", success), ("loss", loss), ("dimension", estimator)) if there]
     if not panels:
@@ -116,7 +119,7 @@ def overview(run: RunTrace) -> Any | None:
                 if label == "training":
                     axis.get_lines()[-1].set_linewidth(2.6)  # seen beneath validation where both are equal
             axis.set_ylabel("share right" if kind == "success" else "loss (nats)")
-            axis.set_title("Success" if kind == "success" else "Loss")
+            axis.set_title(of_what if kind == "success" else "Loss")
             if kind == "success":
                 axis.set_ylim(-0.03, 1.03)
             elif _spans_decades(loss.values()):

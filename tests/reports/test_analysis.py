@@ -182,6 +182,15 @@ def test_metrics_of_other_names_are_found(tmp_path):
     assert "val/loss" not in of_rows(tmp_path / "two", rows).other_names  # which of the two?
 
 
+@pytest.mark.parametrize(("exact", "title"), [(0.0, "Success, by tokens: no sequence was right"), (0.1, "Success")])
+def test_success_is_by_tokens_where_no_sequence_is_right(tmp_path, exact, title):
+    values = {"val/exact_match": exact, "val/token_accuracy": 0.25}
+    rows = [{"kind": "validation", "step": step, "metrics": values} for step in range(1, 5)]
+    success = figures.overview(of_rows(tmp_path, rows)).axes[1]
+    assert success.get_title().startswith(title)
+    assert list(success.get_lines()[0].get_ydata()) == 4 * [exact or 0.25]
+
+
 def test_rates_and_counts_of_other_callbacks_do_not_share_an_axis(tmp_path):
     metrics = {"forge/code_evaluation/pass_at_1": 0.5, "forge/code_evaluation/num_problems": 1.0}
     axes = figures.others(of_rows(tmp_path, [{"kind": "step", "step": s, "metrics": metrics} for s in (1, 2, 3)])).axes
