@@ -167,9 +167,9 @@ class GeometryProbe(ForgeCallback):
         if self._tap is None or self.source != "batch" or not self._is_due(trainer):
             return
         self._collecting = True
-        if self._tap.num_rows() >= self._share(trainer):
-            return  # enough from this step's earlier batches
-        self._tap.start(self._fields(batch), self._share(trainer), self._seed_of(trainer, batch_idx))
+        if self._has_enough(trainer):
+            return  # from this step's earlier batches
+        self._tap.start(self._fields(batch), self._share(trainer), self._seed_of(trainer, batch_idx), batch)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._tap is not None:
@@ -200,7 +200,7 @@ class GeometryProbe(ForgeCallback):
             return
         over = trainer.global_step + 1 >= self._next_due + self._interval or is_dev_run(trainer)
         if self.source == "batch" and not over:
-            enough = self._tap.num_rows() >= self._share(trainer)
+            enough = self._has_enough(trainer)
             if trainer.world_size > 1:
                 enough = trainer.strategy.reduce_boolean_decision(enough, all=True)
             if not enough:
@@ -260,6 +260,11 @@ class GeometryProbe(ForgeCallback):
     def _share(self, trainer: Trainer) -> int:
         """Rows that this rank gives."""
         return math.ceil(self.num_points / trainer.world_size)
+
+    def _has_enough(self, trainer: Trainer) -> bool:
+        """Whether there are rows enough, or what comes now has all been there."""
+        assert self._tap is not None
+        return self._tap.exhausted or self._tap.num_rows() >= self._share(trainer)
 
     def _seed_of(self, trainer: Trainer, batch_idx: int) -> int:
         parts = (self.seed, trainer.global_step, batch_idx, trainer.global_rank)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from forge_lightning.components.tokens import IGNORED
 
@@ -34,6 +35,34 @@ def field_of(batch: Any, key: str | int | None) -> Tensor | None:
     elif isinstance(key, int) and isinstance(batch, Sequence) and -len(batch) <= key < len(batch):
         value = batch[key]
     return value if isinstance(value, Tensor) else None
+
+
+def fingerprints(batch: Any) -> list[int]:
+    """A number for each example of a batch, the same for the same contents on the same device; none without tensors.
+
+    Of the tensors whose first dimension is the batch, those with a dimension more are read, as numbers and labels of
+    examples do not tell whether they are alike; where all have one, all are.
+    """
+    tensors = [leaf.detach() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
+    wide = [t for t in tensors if t.ndim > 1] or tensors
+    wide = [t for t in wide if len(t) == len(wide[0]) and not t.is_complex()]
+    found: Tensor | None = None
+    for tensor in wide:
+        rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
+        if rows.is_floating_point():
+            rows = rows.float().contiguous().view(torch.int32)
+        places = _scrambled(torch.arange(1, rows.shape[1] + 1, device=rows.device))
+        chunks = rows.split(max(1, 1_000_000 // max(1, rows.shape[1])))
+        sums = torch.cat([(chunk.long() * places).sum(1) for chunk in chunks])
+        found = sums if found is None else _scrambled(found) + sums
+    return [] if found is None else found.tolist()
+
+
+def _scrambled(numbers: Tensor) -> Tensor:
+    """Other 64-bit numbers, in no order: sums of products with them differ where the factors do."""
+    numbers = numbers * -7046029254386353131
+    numbers = (numbers ^ (numbers >> 30)) * -4658895280553007687
+    return numbers ^ (numbers >> 27)
 
 
 def activation_of(output: Any, name: str, key: str | None = None) -> Tensor:
@@ -85,6 +114,10 @@ class ActivationTap:
         self.rows: dict[str, list[Tensor]] = {name: [] for name in self.modules}
         self.seconds = 0.0
         self.error: ValueError | None = None
+        self.exhausted = False
+        """Whether the last batch brought next to no example that is not there already."""
+        self._known: set[int] = set()
+        self._examples: list[int] = []
         self._handles: list[Any] = []
         self._active = False
         self._eager: Any = None
@@ -102,9 +135,23 @@ class ActivationTap:
         self.stop()
         self.clear()
 
-    def start(self, fields: BatchFields, limit: int, seed: int) -> None:
-        """Copy at most ``limit`` rows of each layer from the next forward pass."""
+    def start(self, fields: BatchFields, limit: int, seed: int, batch: Any = None) -> None:
+        """Copy at most ``limit`` rows of each layer from the next forward pass.
+
+        Args:
+            fields: What of the batch says which positions count.
+            limit: Rows.
+            seed: Of their choice.
+            batch: Where given, examples that a batch since the last `clear` held are left out: after a step they are
+                nearly, not quite, the points that they were, and a cloud of such pairs looks flat.
+        """
         self._fields, self._limit, self._seed = fields, limit, seed
+        self._examples = fingerprints(batch)
+        self._fresh = [number not in self._known for number in self._examples]
+        first: dict[int, int] = {}
+        for place, number in enumerate(self._examples):
+            self._fresh[place] &= first.setdefault(number, place) == place
+        self.exhausted = bool(self._known) and 4 * sum(self._fresh) < len(self._fresh)
         self._seen: set[str] = set()
         self._index: dict[tuple[int, ...], Tensor] = {}
         self._active = True
@@ -119,11 +166,14 @@ class ActivationTap:
             self._eager.__exit__(None, None, None)
             self._eager = None
         self._fields, self._index = BatchFields(), {}
+        self._known.update(self._examples)
+        self._examples = []
 
     def clear(self) -> None:
         """Forget the rows."""
         self.rows = {name: [] for name in self.modules}
-        self.seconds = 0.0
+        self.seconds, self.exhausted = 0.0, False
+        self._known.clear()
 
     def prefer_one_batch(self, enough: int) -> None:
         """Forget earlier rows where the last batch alone has ``enough``.
@@ -172,6 +222,9 @@ class ActivationTap:
     def _choose(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Indices of the rows to keep, in the flattened activations."""
         candidates = self._candidates(shape)
+        each, rest = divmod(math.prod(shape), max(1, len(self._examples)))
+        if self._examples and not rest:
+            candidates = candidates[torch.tensor(self._fresh)[candidates // each]]
         generator = torch.Generator().manual_seed(self._seed)
         order = candidates[torch.randperm(len(candidates), generator=generator)]
         tokens = self._fields.tokens

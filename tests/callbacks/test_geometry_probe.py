@@ -11,7 +11,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
 
 from forge_lightning.callbacks import GeometryProbe, RNGState
 from forge_lightning.components.intrinsic_dimension import estimate
@@ -92,6 +92,35 @@ def test_accumulated_batches_are_one_step():
     one, *_ = probed(with_batches_of(32), layers=["net.0"], every_n_steps=1)
     two, *_ = probed(with_batches_of(16), layers=["net.0"], every_n_steps=1, trainer={"accumulate_grad_batches": 2})
     close(one, two)
+
+
+class Reshuffled(LossOnly):
+    """Twelve dimensions; twelve batches are an epoch, and come in another order in the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 2))
+
+    def train_dataloader(self):
+        x = torch.randn(192, 12, generator=torch.Generator().manual_seed(0))
+        return DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=16, shuffle=True)
+
+
+@pytest.mark.parametrize("accumulated", [1, 4])
+def test_an_example_that_comes_again_after_a_step_makes_no_cloud_of_pairs(accumulated):
+    kwargs = {"accumulate_grad_batches": accumulated, "max_epochs": 8, "limit_val_batches": 0}
+    logged, _, _ = probed(Reshuffled, kwargs, num_points=128, every_n_steps=10 // accumulated)
+    assert len(logged) > 3
+    for found in logged.values():
+        assert found["forge/geometry/net.0/two_nn"] > 6  # 0.6 to 3 where pairs are taken in
+        assert 90 <= found["forge/geometry/net.0/num_points"] <= 128
+
+
+def test_a_set_of_fewer_examples_than_points_is_probed_once_through():
+    logged, _, _ = probed(trainer={"max_epochs": 6}, num_points=1000, every_n_steps=10)
+    points = [found["forge/geometry/net.0/num_points"] for found in logged.values()]
+    assert len(set(points)) == 1
+    assert len(points) > 2
 
 
 def test_scikit_dimension_is_a_backend():

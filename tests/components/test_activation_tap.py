@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from forge_lightning.components.activation_tap import ActivationTap, BatchFields, field_of
+from forge_lightning.components.activation_tap import ActivationTap, BatchFields, field_of, fingerprints
 
 B, T, D = 4, 6, 3
 
@@ -185,3 +185,37 @@ def test_rows_of_another_width_replace_those_before():
         tap.start(BatchFields(), 5, 0)
         layer(torch.ones(4, width))
     assert torch.cat(tap.rows["layer"]).shape == (4, 9)
+
+
+def test_fingerprints_know_equal_examples_and_no_others():
+    x = torch.cartesian_prod(*[torch.arange(8)] * 4)  # sums, weighted or not, of many of them are equal
+    assert len(set(fingerprints({"x": x, "id": torch.arange(len(x))}))) == 8**4
+    floats = torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
+    again = fingerprints((floats[[2, 0, 2, 4]], torch.arange(4)))
+    whole = fingerprints([floats, torch.zeros(5)])
+    assert again == [whole[2], whole[0], whole[2], whole[4]]
+    assert len(set(whole)) == 5
+    assert fingerprints({"x": floats.float(), "y": x[:5]}) != fingerprints({"x": floats.float(), "y": x[5:10]})
+    assert fingerprints(torch.tensor([1, 2, 1])) != fingerprints(torch.tensor([1, 2, 3]))
+    assert fingerprints({"text": ["a", "b"]}) == fingerprints(None) == []
+
+
+def test_an_example_that_comes_again_is_left_out():
+    layer = Layer()
+    tap = ActivationTap({"layer": layer})
+    tap.attach()
+
+    def take(x):
+        tap.start(BatchFields(), 100, 0, {"x": x})
+        layer(x + 0.01 * len(tap.rows["layer"]))  # as after a step
+        tap.stop()
+        return len(tap.rows["layer"][-1]), tap.exhausted
+
+    x = torch.randn(12, T, D, generator=torch.Generator().manual_seed(0))
+    assert take(x[:4]) == (4 * T, False)
+    assert take(x[2:6]) == (2 * T, False)  # two were there
+    assert take(x[[6, 6, 7, 7]]) == (2 * T, False)
+    assert take(x[:8]) == (0, True)
+    assert tap.num_rows() == 8 * T
+    tap.clear()
+    assert take(x[:4]) == (4 * T, False)
