@@ -9,6 +9,7 @@ import os
 import pickle
 import re
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,7 +29,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from forge_lightning import callbacks, cards, data, models  # also so that short names are known
 from forge_lightning.data.records import DataFileError
 from forge_lightning.data.tokens import TokenDataModule
-from forge_lightning.models.forge_module import hugging_face_config, refuse_pretrained
+from forge_lightning.models.forge_module import refuse_config, refuse_pretrained
 from forge_lightning.models.optimizers import optimizer_config
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -115,7 +116,8 @@ class ForgeCLI(LightningCLI):
                 "env_prefix": "FORGE",
                 "prog": "forge-fit",
                 "exit_on_error": False,
-                **{name: {"exit_on_error": False} for name in self.subcommands()},
+                "allow_abbrev": False,
+                **{name: {"exit_on_error": False, "allow_abbrev": False} for name in self.subcommands()},
             },
             args=args,
             **kwargs,
@@ -140,24 +142,25 @@ class ForgeCLI(LightningCLI):
         """Before the run has a directory: what cannot train is refused, and data is fetched."""
         refuse_optimizer(self.model)
         refuse_absent(self.model, self.datamodule)
-        self._refuse_checkpoint()
+        self.refuse_checkpoint()
         load_data(self.datamodule, "train")
 
     def before_validate(self) -> None:
         """As `before_fit`."""
         refuse_absent(self.model, self.datamodule)
-        self._refuse_checkpoint()
+        self.refuse_checkpoint()
         load_data(self.datamodule, "val")
 
     def before_test(self) -> None:
         """As `before_fit`."""
         refuse_absent(self.model, self.datamodule)
-        self._refuse_checkpoint()
+        self.refuse_checkpoint()
         load_data(self.datamodule, "test")
 
     before_predict = before_test
 
-    def _refuse_checkpoint(self) -> None:
+    def refuse_checkpoint(self) -> None:
+        """Raise if the checkpoint that the run is to go on from is a file that is not there."""
         path = str(self.config_init[self.subcommand].get("ckpt_path") or "")
         if path.endswith(".ckpt") and "://" not in path and not Path(path).exists():
             raise MisconfigurationException(f"`--ckpt_path {path}`: no such file.")
@@ -198,7 +201,8 @@ def refuse_missing_files(datamodule: Any, *splits: str) -> None:
     for split in splits:
         found = datamodule.file_of(split)
         if found is not None and (not Path(found[1]).exists() or Path(found[1]).is_dir()):
-            raise MisconfigurationException(f"Cannot read the data file `{found[0]}={found[1]}`: no such file.")
+            why = "it is a directory" if Path(found[1]).is_dir() else "no such file"
+            raise MisconfigurationException(f"Cannot read the data file `{found[0]}={found[1]}`: {why}.")
 
 
 def refuse_absent(model: Any, datamodule: Any) -> None:
@@ -240,7 +244,7 @@ def _configures(model: Any, kind: type[pl.LightningModule]) -> bool:
 
 
 def check(argv: Sequence[str]) -> int:
-    """Types and ranges of a config, its wiring, and whether what it names is there; no data read, no model built."""
+    """Types and ranges of a config, its wiring, and whether what it names is there; no data read, no weights made."""
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: forge-fit check CONFIG [--config CONFIG ...] [arguments as for fit]\n\n" + (check.__doc__ or ""))
         return 0 if argv else 2
@@ -252,8 +256,9 @@ def check(argv: Sequence[str]) -> int:
     refuse_missing_files(cli.datamodule, "train", "val", "test")
     refuse_optimizer(cli.model)
     refuse_absent(cli.model, cli.datamodule)
+    cli.refuse_checkpoint()
     if isinstance(cli.model, models.ForgeModule) and cli.model.config is not None:
-        hugging_face_config(cli.model.config)
+        refuse_config(cli.model.config)
     found = trainer.get("callbacks") or []
     found = found if isinstance(found, list) else [found]
     _refuse_trainer(trainer, [c for c in found if isinstance(c, pl.callbacks.Checkpoint)])
@@ -372,8 +377,8 @@ def _load_run(run: Path, ckpt_path: Path | None) -> tuple[Any, Any]:
             f"`--run {run}` trained {type(module).__name__}, which does not continue text: only ForgeModule does."
         )
     module.build(datamodule.tokenizer)
-    print(f"Weights: {ckpt_path}", file=sys.stderr)
     checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
+    print(f"Weights: {ckpt_path}, of step {checkpoint['global_step']:,}", file=sys.stderr)
     weights = {name: w for name, w in checkpoint["state_dict"].items() if not name.startswith("self_model_head")}
     module.load_state_dict(weights)  # without what `SelfModel` added for training
     module.on_load_checkpoint(checkpoint)
@@ -503,6 +508,11 @@ def parser_error(message: str, argv: Sequence[str] = ()) -> str:
         word, known = found[3], list(inspect.signature(getattr(importlib.import_module(found[1]), found[2])).parameters)
     elif keys := re.findall(r'Parser key "([\w.]+)"', text):
         word = keys[-1].split(".")[-1]  # the innermost
+    if any(re.match(r"--trainer\.callbacks\.(?!help)", argument) for argument in argv):
+        text += (
+            "\n`--trainer.callbacks.…` reaches the last callback alone. Set another's in a YAML that lists `callbacks`"
+            " anew."
+        )
     close = get_close_matches(word, known, n=3, cutoff=0.5)
     value = re.search(r"(?:Got|Given) value: ([\w+-]+)", text)
     return text + _place(word, value[1] if value else "", files, argv) + (f"\nClose: {close}." if close else "")
@@ -591,7 +601,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except pickle.UnpicklingError:
         return _explain("The file given as checkpoint is none, or holds more than weights and plain settings.")
     except ValueError as error:
-        if argv[0] not in COMMANDS:
+        if argv[0] not in COMMANDS and not _is_of_trainer(error):
             raise
         return _explain(str(error))
     except RuntimeError as error:
@@ -607,6 +617,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         return _explain(f"The checkpoint does not fit the model of this config.{hint}\n{error}")
     return 0
+
+
+def _is_of_trainer(error: BaseException) -> bool:
+    """Whether Lightning's loops or connectors raised it themselves: it tells of a setting."""
+    where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
+    return "lightning" in where and ("loops" in where or "trainer" in where)
 
 
 def _explain(message: str) -> int:

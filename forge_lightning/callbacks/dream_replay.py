@@ -28,7 +28,7 @@ from forge_lightning.sandbox import Sandbox, SandboxError, Task, Verdict
 _USUAL_LABELS = ("labels", "target", "targets", "label", "y")
 _COUNTERS = (
     *("steps", "last_sleep", "remaining", "cycles", "extra_steps", "carry", "dream_carry", "size", "most_rows"),
-    *("offered", "probe_closed", "computed", "before", "lowest", "stage"),
+    *("offered", "probe_closed", "computed", "before", "lowest", "stage", "replayed"),
 )
 """What is saved beside the rows, each an attribute with an underscore."""
 _NUM_WATCHED = 64  # stored rows that are measured before and after a sleep

@@ -66,18 +66,24 @@ class InterruptCheckpoint(ForgeCallback):
         Raises:
             KeyboardInterrupt, SIGTERMException: After a signal.
         """
-        received = self._received is not None
-        if trainer.world_size > 1:
-            received = trainer.strategy.reduce_boolean_decision(received, all=False)
-        if not received:
+        if not self._is_asked(trainer):
             return
+        self._write(trainer)
+        raise SIGTERMException if self._received == signal.SIGTERM else KeyboardInterrupt
+
+    def _is_asked(self, trainer: Trainer) -> bool:
+        received = self._received is not None
+        return trainer.strategy.reduce_boolean_decision(received, all=False) if trainer.world_size > 1 else received
+
+    def _write(self, trainer: Trainer) -> None:
         path = Path(self.dirpath or (run_directory(trainer) or Path(trainer.default_root_dir)) / "checkpoints")
         path = trainer.strategy.broadcast(path)  # rank 0's, whose logger numbers the run
         trainer.save_checkpoint(path / "interrupted.ckpt")
         rank_zero_info(f"\nWrote {path / 'interrupted.ckpt'}. Continue with `--ckpt_path {path / 'interrupted.ckpt'}`.")
-        raise SIGTERMException if self._received == signal.SIGTERM else KeyboardInterrupt
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._is_asked(trainer):  # behind the last step: the run ends by itself, and keeps what was promised
+            self._write(trainer)
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, run_directory
+from forge_lightning.components.stage_classifier import VAL_LOSS, VAL_SUCCESS
 from forge_lightning.reports.learning_curves import plot_learning_curves, read_metrics
 
 
@@ -75,9 +77,10 @@ class RunSummary(ForgeCallback):
         if trainer.sanity_checking:
             return
         self._validated = True
-        if self.monitor not in trainer.callback_metrics:
+        name = self._name_in(trainer.callback_metrics)
+        if name not in trainer.callback_metrics:
             return
-        value = float(trainer.callback_metrics[self.monitor])
+        value = float(trainer.callback_metrics[name])
         sign = 1 if self.mode == "max" else -1
         if math.isfinite(value) and (self._best is None or sign * value > sign * self._best):
             self._best, self._best_at = value, trainer.global_step
@@ -142,14 +145,21 @@ class RunSummary(ForgeCallback):
     def _summary(self, trainer: Trainer, status: str, directory: Path | None) -> dict[str, Any]:
         checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         best = next((c.best_model_path for c in checkpoints if c.monitor is not None), "")
-        last = next((path for c in checkpoints if (path := c.last_model_path or c.best_model_path)), "")
+        last, last_step = next(
+            (
+                (path, c._last_global_step_saved or None)
+                for c in checkpoints
+                if (path := c.last_model_path or c.best_model_path)
+            ),
+            ("", None),
+        )
         metrics = {key: _json_number(float(value)) for key, value in trainer.callback_metrics.items()}
         return {
             "status": status,
             "steps": trainer.global_step,
             "epochs": trainer.current_epoch,
             "seconds": {key: round(value, 2) for key, value in self.seconds().items()},
-            "monitor": self.monitor,
+            "monitor": self._name_in(metrics),
             "threshold": self.threshold,
             "steps_to_threshold": self.reached_at,
             "best": self._best,
@@ -157,8 +167,14 @@ class RunSummary(ForgeCallback):
             "metrics": metrics,
             "best_checkpoint": best or None,
             "last_checkpoint": last or None,
+            "last_checkpoint_step": last_step,
             "run": None if directory is None else str(directory),
         }
+
+    def _name_in(self, metrics: Mapping[str, Any]) -> str:
+        """What is monitored, as the module calls it: ``val_loss`` is ``val/loss``."""
+        names = next((names for names in (VAL_LOSS, VAL_SUCCESS) if self.monitor in names), ())
+        return next((name for name in (self.monitor, *names) if name in metrics), self.monitor)
 
     def _print(self, summary: dict[str, Any]) -> None:
         from rich.console import Console
@@ -167,23 +183,27 @@ class RunSummary(ForgeCallback):
 
         status = ": ".join(summary["status"].split(": ")[:2])  # not what went wrong: that is told by who raised it
         table = Table(title=Text(f"Run {status}", style="table.title"), show_header=False, title_justify="left")
+        monitor = summary["monitor"]
         if self.threshold is not None:
             sign = "≥" if self.mode == "max" else "≤"
             steps = summary["steps_to_threshold"]
             table.add_row(
-                f"steps to {self.monitor} {sign} {self.threshold:g}", "not reached" if steps is None else f"{steps:,}"
+                f"steps to {monitor} {sign} {self.threshold:g}", "not reached" if steps is None else f"{steps:,}"
             )
-        last = summary["metrics"].get(self.monitor)
-        close = get_close_matches(self.monitor, summary["metrics"], n=2, cutoff=0.5)
+        last = summary["metrics"].get(monitor)
+        close = get_close_matches(monitor, summary["metrics"], n=2, cutoff=0.5)
         missing = "not logged" + (f"; close: {', '.join(close)}" if close else "")
-        if "val" in self.monitor and not self._validated:
+        if "val" in monitor and not self._validated:
             missing = "not measured: no validation has run"
-        table.add_row(f"last {self.monitor}", missing if last is None else f"{last:.4g}")
+        table.add_row(f"last {monitor}", missing if last is None else f"{last:.4g}")
         if self._best is not None:
             step = "" if self._best_at is None else f" at step {self._best_at:,}"
-            table.add_row(f"best {self.monitor}", f"{self._best:.4g}{step}")
+            table.add_row(f"best {monitor}", f"{self._best:.4g}{step}")
         table.add_row("steps", f"{summary['steps']:,}")
         table.add_row("time", f"{summary['seconds']['wall']:.1f} s ({summary['seconds']['cpu']:.1f} s CPU)")
+        if (saved := summary["last_checkpoint_step"]) is not None and saved < summary["steps"]:
+            name = Path(summary["last_checkpoint"]).name
+            table.add_row("last checkpoint", Text(f"{name}, of step {saved:,}: what came after is not kept"))
         if summary["run"]:
             table.add_row("run", Text(summary["run"]))
         Console().print(table)

@@ -28,7 +28,10 @@ def rows_of(batch: Any) -> dict[str, Tensor]:
     for name, value in fields.items():
         if not isinstance(value, Tensor) or value.ndim == 0:
             kind = "a number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise ValueError(f"entry {name!r} of the batch is {kind}; rows can be made only of tensors (B, ...).")
+            raise ValueError(
+                f"entry {name!r} of the batch is {kind}; rows can be made only of tensors (B, ...). Drop it in the"
+                " loader's `collate_fn`, or in the module's `on_before_batch_transfer`."
+            )
     if not fields:
         raise ValueError("the batch is empty.")
     sizes = {name: len(value) for name, value in fields.items()}

@@ -325,6 +325,22 @@ def hugging_face_config(options: dict[str, Any]) -> Any:
         raise MisconfigurationException(f"A {model_type} config of {options}: {error.__cause__ or error}") from error
 
 
+def refuse_config(options: dict[str, Any]) -> None:
+    """Raise what building the model would, without memory for its weights.
+
+    Raises:
+        MisconfigurationException: If a setting is unknown, or the settings do not go together.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = hugging_face_config(options)
+    try:
+        with torch.device("meta"):
+            AutoModelForCausalLM.from_config(config)
+    except ValueError as error:
+        raise MisconfigurationException(f"`ForgeModule(config={options!r})`: {error}") from None
+
+
 def refuse_pretrained(name: str) -> None:
     """Raise what building the model would, if there is no config by a hub name, or no config or weights in a folder.
 

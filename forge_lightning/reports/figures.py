@@ -353,8 +353,8 @@ def compared(runs: Sequence[RunTrace]) -> list[tuple[str, str, dict[str, tuple[i
         ("Validation loss", "loss (nats)", VAL_LOSS),
         ("Success of what was drawn", "share right", ("forge/edge/success_rate",)),
         ("Difficulty of what was drawn", "difficulty", ("forge/edge/difficulty",)),
-        ("Dimension of the last layer", "Levina–Bickel", tuple(_last_layer(runs, "levina_bickel"))),
-        ("Participation ratio of the last layer", "directions", tuple(_last_layer(runs, "participation_ratio"))),
+        ("Dimension of the last layer probed", "Levina–Bickel", tuple(_last_layer(runs, "levina_bickel"))),
+        ("Participation ratio, last layer probed", "directions", tuple(_last_layer(runs, "participation_ratio"))),
     ]
     panels = []
     for title, label, names in wanted:
@@ -422,9 +422,12 @@ def _panels(panels: Sequence[tuple[str, str, Mapping[str, Series | None]]], over
         axis.set_title(title)
         if len(lines) > 1:
             axis.legend(loc="best")
-        elif label == "learning rate":
-            largest = max((v for v in next(iter(lines.values()))[1] if math.isfinite(v)), default=0.0)
-            axis.set_ylim(0, 1.1 * largest or None)
+        finite = {v for _, values in lines.values() for v in values if math.isfinite(v)}
+        if label == "learning rate":
+            axis.set_ylim(0, 1.1 * max(finite, default=0.0) or None)
+        elif len(finite) == 1:  # a constant is not to be looked at through a magnifier
+            (constant,) = finite
+            axis.set_ylim(constant - max(0.5, abs(constant)), constant + max(0.5, abs(constant)))
         if title in over_decades and _spans_decades(lines.values()):
             logarithmic(axis, "y")
     for axis in axes[len(there) :]:

@@ -110,6 +110,7 @@ def read_run(path: str | Path) -> RunTrace:
         raise ValueError(
             f"{path} holds neither a {FILE_NAME} nor a metrics.csv with anything in it: it is no run of Lightning with"
             " `Telemetry` or `CSVLogger`, or the run ended before its first record."
+            + (f" There are runs below it: {', '.join(below)}" if (below := _runs_below(directory)) else "")
         )
     run.begins = min((steps[0] for steps, _ in (logged or run.series).values() if steps), default=math.inf)
     run.summary = _read_json(run, directory / "summary.json", {})
@@ -225,6 +226,10 @@ def _rows_of(run: RunTrace) -> list[dict[str, Any]]:
             row = rows.setdefault((step, kind), {"kind": kind, "step": step, "metrics": {}})
             row["metrics"][name] = value
     return [rows[key] for key in sorted(rows)]
+
+
+def _runs_below(directory: Path) -> list[str]:
+    return sorted({str(found.parent) for name in (FILE_NAME, "metrics.csv") for found in directory.glob(f"*/{name}")})
 
 
 def _config_of(run: RunTrace) -> str:
@@ -349,4 +354,4 @@ def stage_spans(run: RunTrace) -> list[tuple[str, int, int]]:
         spans.append((current, since, int(change["step"])))
         since, current = int(change["step"]), str(change["after"])
     spans.append((current, since, max(since, run.last_step)))
-    return [span for span in spans if span[2] > span[1]]
+    return [span for span in spans[:-1] if span[2] > span[1]] + spans[-1:]  # the last counts, however late it began

@@ -180,6 +180,7 @@ def test_a_run_stopped_in_the_middle_of_a_sleep_goes_on_bit_by_bit(strategy, cal
         fit(made(StopsInSleep(path, calls)), Stateful, max_epochs=2)
     saved = torch.load(path, weights_only=True)["callbacks"]["DreamReplay"]["ranks"][0]["counters"]
     assert saved["remaining"] == {1: 2, 3: 2}[calls]
+    assert saved["replayed"][1] > 0  # whose losses the next log is to tell
     resumed, trainer = fit(made(), Stateful, max_epochs=2, ckpt_path=path)
     assert trainer.global_step == 16
     assert torch.equal(weights(resumed), weights(straight))

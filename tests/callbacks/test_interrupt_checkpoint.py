@@ -44,6 +44,20 @@ def test_an_interrupted_run_resumes_bit_by_bit(tmp_path, number, error):
     assert torch.equal(weights(straight), weights(resumed))
 
 
+def test_a_signal_behind_the_last_step_leaves_its_checkpoint_too(tmp_path, capsys):
+    class Late(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.getsignal(signal.SIGTERM)
+    model, trainer = fit([InterruptCheckpoint(str(tmp_path)), Late()], Stateful, max_epochs=1)
+    assert trainer.state.finished
+    assert signal.getsignal(signal.SIGTERM) == before
+    checkpoint = torch.load(tmp_path / "interrupted.ckpt", weights_only=True)
+    assert checkpoint["global_step"] == trainer.global_step == 8
+    assert all(torch.equal(w, model.state_dict()[name]) for name, w in checkpoint["state_dict"].items())
+
+
 def test_a_second_signal_stops_at_once(tmp_path):
     before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit):

@@ -157,6 +157,30 @@ def test_split_of_a_metric(name, split):
     assert split_of(name) == split
 
 
+def test_a_last_checkpoint_that_is_older_than_the_end_is_told(tmp_path, capsys):
+    kwargs = {"max_steps": 7, "max_epochs": -1, "logger": CSVLogger(tmp_path, name="", version="")}
+    checkpoint = ModelCheckpoint(tmp_path, filename="kept", every_n_train_steps=3)
+    fit([RunSummary(monitor="val_loss", mode="min"), checkpoint], LossOnly, enable_checkpointing=True, **kwargs)
+    shown = capsys.readouterr().out
+    assert "kept.ckpt, of step 6: what came after is not kept" in shown
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["last_checkpoint_step"], summary["steps"]) == (6, 7)
+    checkpoint = ModelCheckpoint(tmp_path, filename="whole", every_n_train_steps=7)
+    fit([RunSummary(), checkpoint], LossOnly, enable_checkpointing=True, **kwargs)
+    assert "last checkpoint" not in capsys.readouterr().out
+
+
+def test_usual_names_of_the_monitored_are_known(tmp_path, capsys):
+    class Usual(LossOnly):
+        def validation_step(self, batch, batch_idx):
+            self.log("val_loss", self.loss(batch))
+
+    summary = summarised(tmp_path, Usual)
+    assert summary["monitor"] == "val_loss"
+    assert summary["best"] > 0
+    assert "last val_loss" in capsys.readouterr().out
+
+
 class Named(LossOnly):
     names = ("loss", "loss/val")
 

@@ -155,11 +155,12 @@ def test_what_was_found_online_is_found_again_in_the_trace(tmp_path):
 
 
 def test_without_example_success_losses_are_compared():
-    """A foreign module: successes are `exp(-loss)`."""
+    """A foreign module: `exp(-loss)`, which is no success, and is not called one."""
     classifier = StageClassifier()
     fit([classifier], Plain, max_epochs=3, limit_val_batches=8)
     evidence = classifier._machine.evidence
-    assert 0.3 < evidence["train_success"] < 1
+    assert 0.3 < evidence["train_likelihood"] < 1
+    assert "train_success" not in evidence
     assert abs(evidence["gap"]) < 0.1
 
 
@@ -170,7 +171,7 @@ def test_lightnings_usual_name_of_the_loss_is_found():
 
     classifier = StageClassifier()
     fit([classifier], Usual, max_epochs=3, limit_val_batches=8)
-    assert classifier._machine.evidence["val_success"] == pytest.approx(math.exp(-2.5))
+    assert classifier._machine.evidence["val_likelihood"] == pytest.approx(math.exp(-2.5))
 
 
 def test_a_success_that_nobody_logs_is_told():

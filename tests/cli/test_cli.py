@@ -204,6 +204,15 @@ def test_bad_input_is_explained(capsys, tmp_path, small_mbpp, monkeypatch):
     assert "`--data.path=absent.jsonl`: no such file" in explained(
         capsys, "check", "grokfast_mbpp", "--data.path=absent.jsonl"
     )
+    assert "it is a directory" in explained(capsys, "check", "grokfast_mbpp", "--data.path=/usr")
+    rest = ["check", "grokfast_mbpp", f"--data.path={small_mbpp}"]
+    assert "`embed_dim` must be divisible" in explained(capsys, *rest, "--model.config.n_head=5")
+    assert "`--ckpt_path nope.ckpt`: no such file" in explained(capsys, *rest, "--ckpt_path=nope.ckpt")
+    assert "reaches the last callback alone" in explained(capsys, *rest, "--trainer.callbacks.lamb=0.1")
+    assert "Close: ['max_steps'" in explained(capsys, *rest, "--trainer.max_step=150")
+    assert "`val_check_interval` (900) must be" in explained(
+        capsys, *mbpp, *rest[2:], "--trainer.val_check_interval=900"
+    )
     assert "Close: ['n_head'" in explained(capsys, "check", "grokfast_mbpp", "--model.config.n_haed=3")
     modular = ["fit", "--config=grokfast_modular", "--trainer.enable_progress_bar=false"]
     assert "given as checkpoint is none" in explained(capsys, *modular, "--ckpt_path=bad.jsonl")
@@ -474,6 +483,7 @@ def test_generate_and_export_read_a_run(small_mbpp, capsys, tmp_path):
     assert main(["generate", "--run", run, "--prompt", "def f", "--max_new_tokens", "4"]) == 0
     assert main(["generate", "--run", run, "--prompt", "def f", "--max_new_tokens", "4", "--temperature", "1"]) == 0
     assert main(["export", "--run", run, "--output", "exported"]) == 0
+    assert re.search(r"Weights: .*[.]ckpt, of step \d+$", capsys.readouterr().err, re.MULTILINE)
     assert "holds a model already" in explained(capsys, "export", "--run", run, "--output", "exported")
     assert "at least 1" in explained(capsys, "generate", "--run", run, "--prompt", "x", "--max_new_tokens", "0")
     assert "is a file" in explained(capsys, "export", "--run", run, "--output", f"{run}/config.yaml")

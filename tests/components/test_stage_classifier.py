@@ -121,6 +121,14 @@ def test_overfitting_is_memorisation():
     assert run(points)[0].stage is TrainingStage.MEMORISATION
 
 
+def test_overfitting_that_sinks_from_above_is_memorisation():
+    """Validation success is still above half of training success, and on its way down."""
+    points = [(3.0, 0.2)] * 3 + [(0.05, min(0.9, 0.2 + 0.03 * t)) for t in range(30)]
+    classifier, found = run(points)
+    assert classifier.stage is TrainingStage.MEMORISATION
+    assert [t.after.label for t in found] == ["memorisation"]
+
+
 def test_without_validation_only_training_is_judged():
     falling = [(5 * math.exp(-0.05 * t),) for t in range(30)]
     assert run(falling)[0].stage is TrainingStage.WARM_UP

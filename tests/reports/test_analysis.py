@@ -171,6 +171,28 @@ def test_what_an_axis_does_not_show_is_said(tmp_path):
     assert figures.cut_off(axis, [0.5]) == ""
 
 
+def test_a_stage_that_begins_at_the_last_step_is_that_at_the_end(tmp_path):
+    change = {"kind": "event", "event": "stage", "before": "warm_up", "after": "generalisation", "reason": "it does"}
+    rows = [{"kind": "validation", "step": s, "metrics": {"val/loss": 1.0}} for s in (4, 8)]
+    run = of_rows(tmp_path / "one" / "run", [*rows, {**change, "step": 8, "evidence": {}}])
+    assert stage_spans(run) == [("warm_up", 0, 8), ("generalisation", 8, 8)]
+    assert figures.overview(run).axes[0].get_title() == "one/run"
+    assert analyze([str(run.path)], tmp_path / "out").exists()
+    assert "<td>stage at the end</td><td>generalisation</td>" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_folder_of_runs_is_told_from_a_run(tmp_path):
+    run = of_rows(tmp_path / "group" / "version_0", [{"kind": "step", "step": 1, "metrics": {"a": 1.0}}])
+    with pytest.raises(ValueError, match=f"There are runs below it: {re.escape(str(run.path))}$"):
+        read_run(tmp_path / "group")
+
+
+def test_a_constant_is_not_magnified(tmp_path):
+    rows = [{"kind": "step", "step": s, "metrics": {"forge/grokfast/lamb": 0.5}} for s in range(9)]
+    (axis,) = figures.optimizer(of_rows(tmp_path, rows)).axes
+    assert axis.get_ylim() == (0.0, 1.0)
+
+
 def test_metrics_of_other_names_are_found(tmp_path):
     metrics = {"loss/val": 1.0, "acc/val": 0.5}
     rows = [{"kind": "validation", "step": step, "metrics": metrics} for step in range(1, 5)]
