@@ -621,8 +621,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _is_of_trainer(error: BaseException) -> bool:
     """Whether Lightning's loops or connectors raised it themselves: it tells of a setting."""
-    where = Path(traceback.extract_tb(error.__traceback__)[-1].filename).parts
-    return "lightning" in where and ("loops" in where or "trainer" in where)
+    where, ours = Path(traceback.extract_tb(error.__traceback__)[-1].filename), Path(pl.__file__).parent
+    return any(where.is_relative_to(ours / part) for part in ("loops", "trainer"))
 
 
 def _explain(message: str) -> int:

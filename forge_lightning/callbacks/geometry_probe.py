@@ -33,7 +33,7 @@ class GeometryProbe(ForgeCallback):
 
     Hooks: forward hooks on the layers copy ``num_points`` sampled rows of a training batch (no extra forward pass); the
     estimates are made after the optimizer step. Where a batch has fewer rows, those of the following ones are added, or
-    the next one that has enough is taken.
+    the next one that has enough is taken; examples that were there already are left out.
     On several ranks each gives its share of the rows; the layers are shared out among the ranks; all ranks log the
     estimates of all rows. A compiled module stays whole; the step that is probed runs uncompiled.
 

@@ -38,16 +38,15 @@ def field_of(batch: Any, key: str | int | None) -> Tensor | None:
 
 
 def fingerprints(batch: Any) -> list[int]:
-    """A number for each example of a batch, the same for the same contents on the same device; none without tensors.
+    """A number for each example of a batch, the same for the same contents; none where there are no plain tensors.
 
-    Of the tensors whose first dimension is the batch, those with a dimension more are read, as numbers and labels of
-    examples do not tell whether they are alike; where all have one, all are.
+    All tensors are read whose first dimension is the batch: that of the first with a second dimension, else the first.
     """
-    tensors = [leaf.detach() for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.ndim]
-    wide = [t for t in tensors if t.ndim > 1] or tensors
-    wide = [t for t in wide if len(t) == len(wide[0]) and not t.is_complex()]
+    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
+    tensors = [leaf.detach() for leaf in leaves if leaf.ndim and not leaf.is_nested and not leaf.is_complex()]
+    size = next((len(t) for t in sorted(tensors, key=lambda t: t.ndim == 1)), 0)
     found: Tensor | None = None
-    for tensor in wide:
+    for tensor in (t for t in tensors if len(t) == size):
         rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
         if rows.is_floating_point():
             rows = rows.float().contiguous().view(torch.int32)
@@ -142,16 +141,15 @@ class ActivationTap:
             fields: What of the batch says which positions count.
             limit: Rows.
             seed: Of their choice.
-            batch: Where given, examples that a batch since the last `clear` held are left out: after a step they are
-                nearly, not quite, the points that they were, and a cloud of such pairs looks flat.
+            batch: Where given, examples that an earlier batch since the last `clear` held are left out: after a step
+                they are nearly, not quite, the points that they were, and a cloud of such pairs looks flat.
         """
         self._fields, self._limit, self._seed = fields, limit, seed
+        begun = time.perf_counter()
         self._examples = fingerprints(batch)
         self._fresh = [number not in self._known for number in self._examples]
-        first: dict[int, int] = {}
-        for place, number in enumerate(self._examples):
-            self._fresh[place] &= first.setdefault(number, place) == place
-        self.exhausted = bool(self._known) and 4 * sum(self._fresh) < len(self._fresh)
+        self.exhausted = 4 * sum(self._fresh) < len(self._fresh)
+        self.seconds += time.perf_counter() - begun
         self._seen: set[str] = set()
         self._index: dict[tuple[int, ...], Tensor] = {}
         self._active = True

@@ -1,6 +1,7 @@
 """ForgeModule: any Hugging Face causal language model as a LightningModule."""
 
 import math
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -335,10 +336,10 @@ def refuse_config(options: dict[str, Any]) -> None:
 
     config = hugging_face_config(options)
     try:
-        with torch.device("meta"):
+        with suppress(NotImplementedError, RuntimeError), torch.device("meta"):  # some models cannot be made so
             AutoModelForCausalLM.from_config(config)
-    except ValueError as error:
-        raise MisconfigurationException(f"`ForgeModule(config={options!r})`: {error}") from None
+    except (ValueError, TypeError, KeyError, AssertionError) as error:
+        raise MisconfigurationException(f"`ForgeModule(config={options!r})`: {type(error).__name__}: {error}") from None
 
 
 def refuse_pretrained(name: str) -> None:
