@@ -94,7 +94,8 @@ def plot_learning_curves(
             axis.set_ylim(-0.03, 1.03)  # a share, though nothing moves yet
         if lines and steps_over_decades:  # of all panels alike
             logarithmic(axis, "x")
-        axis.set(xlabel="optimizer step", title=quantity.replace("_", " "))
+        scale = ", logarithmic" if axis.get_xscale() == "log" else ""
+        axis.set(xlabel=f"optimizer step{scale}", title=quantity.replace("_", " "))
         axis.grid(alpha=0.25)
         axis.legend(frameon=False)
     figure.suptitle(title)

@@ -236,6 +236,7 @@ def test_panels_of_learning_curves_have_steps_in_one_scale(tmp_path, monkeypatch
     metrics = {"train/loss": (list(range(100)), [2.0] * 100), "val/loss": ([90, 99], [2.0, 1.0])}
     plot_learning_curves(metrics | {"val/accuracy": ([90, 99], [0.1, 0.2])}, tmp_path / "curves.png")
     assert [axis.get_xscale() for axis in shown[0].axes] == ["log", "log"]
+    assert {axis.get_xlabel() for axis in shown[0].axes} == {"optimizer step, logarithmic"}
 
 
 def test_values_of_other_callbacks_get_a_panel(tmp_path):
