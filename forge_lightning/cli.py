@@ -220,6 +220,8 @@ def load_data(datamodule: Any, split: str) -> None:
         if split == "train":
             datamodule.refuse_training()
         datamodule.load(split)
+    elif isinstance(datamodule, data.TextData):
+        datamodule.setup()  # which is done once
 
 
 def refuse_optimizer(model: Any) -> None:

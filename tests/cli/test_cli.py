@@ -312,6 +312,13 @@ def test_no_file_is_blamed_for_what_it_does_not_say(capsys, monkeypatch):
     assert ".yaml, line" not in explained(capsys, "check", "right.yaml", "--model=AlgorithmicModule")
 
 
+def test_a_text_that_is_too_short_leaves_no_run(capsys):
+    Path("short.txt").write_text("too short")
+    told = explained(capsys, "fit", "--config=grokfast_text", "--data.path=short.txt", *QUICK)
+    assert "short.txt is too short for a train block of block_size=256" in told
+    assert not Path("runs").exists()
+
+
 def test_a_text_of_any_length_is_validated_by_steps():
     for name, words in (("short", 300), ("long", 30_000)):
         Path(f"{name}.txt").write_text("words " * words)
