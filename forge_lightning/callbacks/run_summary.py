@@ -145,14 +145,8 @@ class RunSummary(ForgeCallback):
     def _summary(self, trainer: Trainer, status: str, directory: Path | None) -> dict[str, Any]:
         checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         best = next((c.best_model_path for c in checkpoints if c.monitor is not None), "")
-        last, last_step = next(
-            (
-                (path, c._last_global_step_saved or None)
-                for c in checkpoints
-                if (path := c.last_model_path or c.best_model_path)
-            ),
-            ("", None),
-        )
+        written = [(c._last_global_step_saved, c.last_model_path or c.best_model_path) for c in checkpoints]
+        last_step, last = max((found for found in written if found[1]), key=lambda found: found[0], default=(0, ""))
         metrics = {key: _json_number(float(value)) for key, value in trainer.callback_metrics.items()}
         return {
             "status": status,
@@ -167,7 +161,7 @@ class RunSummary(ForgeCallback):
             "metrics": metrics,
             "best_checkpoint": best or None,
             "last_checkpoint": last or None,
-            "last_checkpoint_step": last_step,
+            "last_checkpoint_step": last_step or None,  # 0 where all were written before a resume
             "run": None if directory is None else str(directory),
         }
 
@@ -201,7 +195,8 @@ class RunSummary(ForgeCallback):
             table.add_row(f"best {monitor}", f"{self._best:.4g}{step}")
         table.add_row("steps", f"{summary['steps']:,}")
         table.add_row("time", f"{summary['seconds']['wall']:.1f} s ({summary['seconds']['cpu']:.1f} s CPU)")
-        if (saved := summary["last_checkpoint_step"]) is not None and saved < summary["steps"]:
+        saved = summary["last_checkpoint_step"]
+        if saved is not None and saved < summary["steps"] and status == "finished":  # else one may still be written
             name = Path(summary["last_checkpoint"]).name
             table.add_row("last checkpoint", Text(f"{name}, of step {saved:,}: what came after is not kept"))
         if summary["run"]:

@@ -165,9 +165,10 @@ def test_a_last_checkpoint_that_is_older_than_the_end_is_told(tmp_path, capsys):
     assert "kept.ckpt, of step 6: what came after is not kept" in shown
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["last_checkpoint_step"], summary["steps"]) == (6, 7)
-    checkpoint = ModelCheckpoint(tmp_path, filename="whole", every_n_train_steps=7)
-    fit([RunSummary(), checkpoint], LossOnly, enable_checkpointing=True, **kwargs)
+    others = [checkpoint, ModelCheckpoint(tmp_path, filename="whole", every_n_train_steps=7)]
+    fit([RunSummary(), *others], LossOnly, enable_checkpointing=True, **kwargs)
     assert "last checkpoint" not in capsys.readouterr().out
+    assert json.loads((tmp_path / "summary.json").read_text())["last_checkpoint"].endswith("whole.ckpt")
 
 
 def test_usual_names_of_the_monitored_are_known(tmp_path, capsys):
