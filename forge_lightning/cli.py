@@ -207,7 +207,7 @@ def refuse_missing_files(datamodule: Any, *splits: str) -> None:
 
 def refuse_absent(model: Any, datamodule: Any) -> None:
     """Raise if what our modules name of Hugging Face is neither here nor on the hub: no weights are read."""
-    if isinstance(model, models.ForgeModule) and model.pretrained is not None:
+    if _builds(model) and model.pretrained is not None:
         refuse_pretrained(model.pretrained)
     if isinstance(datamodule, TokenDataModule):
         _ = datamodule.tokenizer
@@ -240,6 +240,13 @@ def refuse_optimizer(model: Any) -> None:
         raise MisconfigurationException(f"`--model.optimizer` or `--model.lr_scheduler`: {error}") from error
 
 
+def _builds(model: Any) -> bool:
+    """Whether it makes or loads its network as `ForgeModule` does."""
+    kind = models.ForgeModule
+    names = ("build", "configure_model", "_pretrained_model", "_new_model")
+    return isinstance(model, kind) and all(getattr(type(model), name) is getattr(kind, name) for name in names)
+
+
 def _configures(model: Any, kind: type[pl.LightningModule]) -> bool:
     """Whether a model makes its optimizer as this class of ours does."""
     return isinstance(model, kind) and type(model).configure_optimizers is kind.configure_optimizers
@@ -259,8 +266,8 @@ def check(argv: Sequence[str]) -> int:
     refuse_optimizer(cli.model)
     refuse_absent(cli.model, cli.datamodule)
     cli.refuse_checkpoint()
-    if isinstance(cli.model, models.ForgeModule) and cli.model.config is not None:
-        refuse_config(cli.model.config)
+    if _builds(cli.model) and cli.model.config is not None:
+        refuse_config(cli.model.config, getattr(cli.datamodule, "tokenizer", None))
     found = trainer.get("callbacks") or []
     found = found if isinstance(found, list) else [found]
     _refuse_trainer(trainer, [c for c in found if isinstance(c, pl.callbacks.Checkpoint)])

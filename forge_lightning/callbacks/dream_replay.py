@@ -799,7 +799,8 @@ class DreamReplay(ForgeCallback):
                 f" stored {how}. Keep to that, or leave `DreamReplay` out and begin anew."
             )
         for name in _COUNTERS:  # no other: a checkpoint does not decide what is set
-            setattr(self, f"_{name}", copy(state["counters"][name]))
+            if name in state["counters"]:  # one of an earlier release may lack some
+                setattr(self, f"_{name}", copy(state["counters"][name]))
         if "programs" in state:
             self._programs.load_state_dict(state["programs"])
         for name, store in self._stores.items():

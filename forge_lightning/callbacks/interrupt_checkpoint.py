@@ -81,9 +81,14 @@ class InterruptCheckpoint(ForgeCallback):
         trainer.save_checkpoint(path / "interrupted.ckpt")
         rank_zero_info(f"\nWrote {path / 'interrupted.ckpt'}. Continue with `--ckpt_path {path / 'interrupted.ckpt'}`.")
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._is_asked(trainer):  # behind the last step: the run ends by itself, and keeps what was promised
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """A signal behind the last step: the run ends by itself, and keeps what was promised."""
+        steps, epochs = trainer.max_steps, trainer.max_epochs
+        last = 0 <= steps <= trainer.global_step or 0 <= (-1 if epochs is None else epochs) <= trainer.current_epoch + 1
+        if (last or trainer.should_stop) and self._is_asked(trainer):
             self._write(trainer)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._restore()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

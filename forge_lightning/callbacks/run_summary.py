@@ -131,7 +131,7 @@ class RunSummary(ForgeCallback):
                     logger.save()
             metrics_path = directory / "metrics.csv"
             if metrics_path.exists():
-                marks = {} if self.threshold is None else {self.monitor: self.threshold}
+                marks = {} if self.threshold is None else {summary["monitor"]: self.threshold}
                 title = f"{directory.parent.name}/{directory.name}" if directory.parent.name else directory.name
                 metrics = read_metrics(metrics_path)
                 begins = min((steps[0] + 1 for steps, _ in metrics.values()), default=0)
@@ -145,7 +145,10 @@ class RunSummary(ForgeCallback):
     def _summary(self, trainer: Trainer, status: str, directory: Path | None) -> dict[str, Any]:
         checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         best = next((c.best_model_path for c in checkpoints if c.monitor is not None), "")
-        written = [(c._last_global_step_saved, c.last_model_path or c.best_model_path) for c in checkpoints]
+        written = [
+            (c._last_global_step_saved, c.last_model_path or c._last_checkpoint_saved or c.best_model_path)
+            for c in checkpoints
+        ]
         last_step, last = max((found for found in written if found[1]), key=lambda found: found[0], default=(0, ""))
         metrics = {key: _json_number(float(value)) for key, value in trainer.callback_metrics.items()}
         return {
@@ -187,7 +190,7 @@ class RunSummary(ForgeCallback):
         last = summary["metrics"].get(monitor)
         close = get_close_matches(monitor, summary["metrics"], n=2, cutoff=0.5)
         missing = "not logged" + (f"; close: {', '.join(close)}" if close else "")
-        if "val" in monitor and not self._validated:
+        if monitor.startswith("val") and not self._validated:
             missing = "not measured: no validation has run"
         table.add_row(f"last {monitor}", missing if last is None else f"{last:.4g}")
         if self._best is not None:
@@ -198,7 +201,7 @@ class RunSummary(ForgeCallback):
         saved = summary["last_checkpoint_step"]
         if saved is not None and saved < summary["steps"] and status == "finished":  # else one may still be written
             name = Path(summary["last_checkpoint"]).name
-            table.add_row("last checkpoint", Text(f"{name}, of step {saved:,}: what came after is not kept"))
+            table.add_row("last checkpoint", Text(f"{name}, {summary['steps'] - saved:,} steps before the end"))
         if summary["run"]:
             table.add_row("run", Text(summary["run"]))
         Console().print(table)

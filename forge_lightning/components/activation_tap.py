@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -40,11 +41,13 @@ def field_of(batch: Any, key: str | int | None) -> Tensor | None:
 def fingerprints(batch: Any) -> list[int]:
     """A number for each example of a batch, the same for the same contents; none where there are no plain tensors.
 
-    All tensors are read whose first dimension is the batch: that of the first with a second dimension, else the first.
+    All tensors are read whose first dimension is the batch: the size that most of them have, of as many the largest.
     """
+    batch = dict(batch) if isinstance(batch, Mapping) else batch
     leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
     tensors = [leaf.detach() for leaf in leaves if leaf.ndim and not leaf.is_nested and not leaf.is_complex()]
-    size = next((len(t) for t in sorted(tensors, key=lambda t: t.ndim == 1)), 0)
+    sizes = Counter(len(t) for t in tensors)
+    size = max(sizes, key=lambda size: (sizes[size], size), default=0)
     found: Tensor | None = None
     for tensor in (t for t in tensors if len(t) == size):
         rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
@@ -52,7 +55,7 @@ def fingerprints(batch: Any) -> list[int]:
             rows = rows.float().contiguous().view(torch.int32)
         places = _scrambled(torch.arange(1, rows.shape[1] + 1, device=rows.device))
         chunks = rows.split(max(1, 1_000_000 // max(1, rows.shape[1])))
-        sums = torch.cat([(chunk.long() * places).sum(1) for chunk in chunks])
+        sums = torch.cat([(chunk.long() * places).sum(1) for chunk in chunks]).cpu()
         found = sums if found is None else _scrambled(found) + sums
     return [] if found is None else found.tolist()
 
@@ -148,7 +151,7 @@ class ActivationTap:
         begun = time.perf_counter()
         self._examples = fingerprints(batch)
         self._fresh = [number not in self._known for number in self._examples]
-        self.exhausted = 4 * sum(self._fresh) < len(self._fresh)
+        self.exhausted = False
         self.seconds += time.perf_counter() - begun
         self._seen: set[str] = set()
         self._index: dict[tuple[int, ...], Tensor] = {}
@@ -220,12 +223,14 @@ class ActivationTap:
     def _choose(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         """Indices of the rows to keep, in the flattened activations."""
         candidates = self._candidates(shape)
-        each, rest = divmod(math.prod(shape), max(1, len(self._examples)))
-        if self._examples and not rest:
+        tokens = self._fields.tokens
+        flattened = tokens is not None and len(tokens) == len(self._examples) and tokens.numel() == math.prod(shape)
+        if self._examples and (shape[0] == len(self._examples) or flattened):
+            each = math.prod(shape) // len(self._examples)
             candidates = candidates[torch.tensor(self._fresh)[candidates // each]]
+            self.exhausted = 4 * sum(self._fresh) < len(self._fresh)
         generator = torch.Generator().manual_seed(self._seed)
         order = candidates[torch.randperm(len(candidates), generator=generator)]
-        tokens = self._fields.tokens
         if self.unique_tokens and tokens is not None and tokens.numel() == math.prod(shape):
             ids = tokens.detach().cpu().flatten()[order]
             first: dict[int, int] = {}

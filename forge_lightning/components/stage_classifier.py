@@ -163,13 +163,12 @@ class StageClassifier:
         if now.val_loss is None:
             val_improves = rises  # nothing else is known
         knew = self.stage in (TrainingStage.GENERALISATION, TrainingStage.CONSOLIDATION)
-        falls = d_success < -max(0.02, 0.5 * n_success) and not knew  # what generalised is held through a dip
         gap = train - val
         if train >= self.solved and val >= self.solved:
             return TrainingStage.CONSOLIDATION, f"training and validation success are at least {self.solved:g}", trends
         if train >= 0.8 and gap > 0.3:
             self._fell = self._fell or now.fell
-            return self._judge_memorised(train, val, val_worsens, rises and val_improves, falls, trends)
+            return self._judge_memorised(train, val, val_worsens, rises and val_improves, knew, trends)
         if self._memorised and val >= 0.5 * self._best_train:
             return TrainingStage.GENERALISATION, "the gap that memorisation left is closing", trends
         if self._memorised and train < 0.8:
@@ -178,14 +177,12 @@ class StageClassifier:
             return TrainingStage.GENERALISATION, "validation improves with training", trends
         if train_improves and train > self._first_train + 0.1 and not rises:
             return TrainingStage.MEMORISATION, "training improves and validation does not", trends
-        if train >= 0.8 and val_worsens and falls:
-            return TrainingStage.MEMORISATION, "training is fitted and validation worsens", trends
         if train_improves or val_improves:
             return TrainingStage.WARM_UP, "little is learned yet", trends
         return TrainingStage.PLATEAU, "neither training nor validation moves", trends
 
     def _judge_memorised(
-        self, train: float, val: float, val_worsens: bool, rises: bool, falls: bool, trends: dict[str, float]
+        self, train: float, val: float, val_worsens: bool, rises: bool, knew: bool, trends: dict[str, float]
     ) -> tuple[TrainingStage, str, dict[str, float]]:
         if not self._memorised:
             self._memorised, self._peak_val_loss, self._floor_val = True, -math.inf, val
@@ -194,7 +191,7 @@ class StageClassifier:
         self._floor_val = min(self._floor_val, val)
         below = 1 - math.exp(level - self._peak_val_loss) if math.isfinite(self._peak_val_loss) else 0.0
         trends |= {"val_loss_below_peak": below, "fell": float(self._fell)}
-        if val >= 0.5 * train and not falls:
+        if val >= 0.5 * train and (knew or val > self._floor_val + 0.1):  # from below, not on its way down
             return TrainingStage.GENERALISATION, "validation success has passed half of training success", trends
         if self._fell:
             return TrainingStage.ONSET, "the dimension of the last layer has fallen", trends

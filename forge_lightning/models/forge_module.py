@@ -131,12 +131,8 @@ class ForgeModule(LightningModule):
     def _new_model(self, options: dict[str, Any]) -> Any:
         from transformers import AutoModelForCausalLM
 
-        options = dict(options)
-        if self.tokenizer is not None:
-            known = {"vocab_size": len(self.tokenizer)}
-            known |= {f"{kind}_token_id": getattr(self.tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
-            options = known | options
-        elif "vocab_size" not in options:
+        options = _with_tokenizer(options, self.tokenizer)
+        if "vocab_size" not in options:
             raise MisconfigurationException("`ForgeModule(config=...)` needs 'vocab_size' where no tokenizer is known.")
         try:
             return AutoModelForCausalLM.from_config(hugging_face_config(options))
@@ -326,15 +322,28 @@ def hugging_face_config(options: dict[str, Any]) -> Any:
         raise MisconfigurationException(f"A {model_type} config of {options}: {error.__cause__ or error}") from error
 
 
-def refuse_config(options: dict[str, Any]) -> None:
+def _with_tokenizer(options: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """What a config leaves open and the tokenizer knows."""
+    if tokenizer is None:
+        return dict(options)
+    known = {"vocab_size": len(tokenizer)}
+    known |= {f"{kind}_token_id": getattr(tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+    return known | options
+
+
+def refuse_config(options: dict[str, Any], tokenizer: Any = None) -> None:
     """Raise what building the model would, without memory for its weights.
+
+    Args:
+        options: As of ``ForgeModule(config=...)``.
+        tokenizer: Of the data, where it is known.
 
     Raises:
         MisconfigurationException: If a setting is unknown, or the settings do not go together.
     """
     from transformers import AutoModelForCausalLM
 
-    config = hugging_face_config(options)
+    config = hugging_face_config(_with_tokenizer(options, tokenizer))
     try:
         with suppress(NotImplementedError, RuntimeError), torch.device("meta"):  # some models cannot be made so
             AutoModelForCausalLM.from_config(config)

@@ -162,7 +162,7 @@ def test_a_last_checkpoint_that_is_older_than_the_end_is_told(tmp_path, capsys):
     checkpoint = ModelCheckpoint(tmp_path, filename="kept", every_n_train_steps=3)
     fit([RunSummary(monitor="val_loss", mode="min"), checkpoint], LossOnly, enable_checkpointing=True, **kwargs)
     shown = capsys.readouterr().out
-    assert "kept.ckpt, of step 6: what came after is not kept" in shown
+    assert "kept.ckpt, 1 steps before the end" in shown
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["last_checkpoint_step"], summary["steps"]) == (6, 7)
     others = [checkpoint, ModelCheckpoint(tmp_path, filename="whole", every_n_train_steps=7)]

@@ -1,3 +1,5 @@
+from collections import UserDict
+
 import pytest
 import torch
 from torch import nn
@@ -192,13 +194,17 @@ def test_fingerprints_know_equal_examples_and_no_others():
     assert len(set(fingerprints({"x": x, "id": torch.arange(len(x))}))) == 8**4
     floats = torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
     again = fingerprints((floats[[2, 0, 2, 4]], torch.tensor(1.0), torch.eye(3)))
-    whole = fingerprints([floats, torch.zeros(6)])
+    whole = fingerprints([floats, torch.zeros(3)])
     assert again == [whole[2], whole[0], whole[2], whole[4]]
     assert len(set(whole)) == 5
     assert fingerprints({"x": floats.float(), "y": x[:5]}) != fingerprints({"x": floats.float(), "y": x[5:10]})
     assert fingerprints(torch.tensor([1, 2, 1])) != fingerprints(torch.tensor([1, 2, 3]))
     assert fingerprints((torch.ones(3, 2), torch.arange(3))) != fingerprints((torch.ones(3, 2), torch.arange(1, 4)))
     assert fingerprints([torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.complex64)]) == []
+    static = torch.arange(30).repeat(2, 1)
+    assert fingerprints([static, floats]) == fingerprints([floats])
+    encoding = UserDict({"x": floats})
+    assert fingerprints(encoding) == fingerprints({"x": floats})
     assert fingerprints({"text": ["a", "b"]}) == fingerprints(None) == []
 
 

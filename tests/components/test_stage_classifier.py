@@ -5,6 +5,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from benchmarks.phases import changes_of
@@ -123,10 +124,22 @@ def test_overfitting_is_memorisation():
 
 def test_overfitting_that_sinks_from_above_is_memorisation():
     """Validation success is still above half of training success, and on its way down."""
-    points = [(3.0, 0.2)] * 3 + [(0.05, min(0.9, 0.2 + 0.03 * t)) for t in range(30)]
-    classifier, found = run(points)
-    assert classifier.stage is TrainingStage.MEMORISATION
-    assert [t.after.label for t in found] == ["memorisation"]
+    by_loss = [(3.0, 0.2)] * 3 + [(0.05, min(0.6, 0.2 + 0.03 * t)) for t in range(60)]
+    sinks = [max(0.55, 0.9 - 0.02 * t) for t in range(60)]
+    by_success = [(0.05, 1.0 + 0.03 * t, 0.99, val) for t, val in enumerate(sinks)]
+    for points in (by_loss, by_success):
+        classifier, found = run(points)
+        assert "generalisation" not in [t.after.label for t in found]
+        assert classifier.stage is TrainingStage.MEMORISATION
+
+
+@pytest.mark.parametrize(("train", "val", "noise"), [(0.9, 0.85, 0.016), (0.85, 0.85, 0.02)])
+def test_noise_of_validation_is_no_memorisation(train, val, noise):
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        levels = rng.normal(val, noise, 60)
+        points = [(0.3, 0.4 - level + val, train, level) for level in levels]
+        assert TrainingStage.MEMORISATION not in [t.after for t in run(points)[1]]
 
 
 def test_without_validation_only_training_is_judged():
