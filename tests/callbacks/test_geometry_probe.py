@@ -116,6 +116,19 @@ def test_an_example_that_comes_again_after_a_step_makes_no_cloud_of_pairs(accumu
         assert 90 <= found["forge/geometry/net.0/num_points"] <= 128
 
 
+def test_a_tensor_that_all_batches_share_is_no_example_that_comes_again():
+    class Shared(LossOnly):
+        def training_step(self, batch, batch_idx):
+            return super().training_step(batch[1:], batch_idx)
+
+        def train_dataloader(self):
+            batches = [[torch.ones(2, 30), *batch] for batch in super().train_dataloader()]
+            return DataLoader(batches, batch_size=None)
+
+    logged, _, _ = probed(Shared, {"limit_val_batches": 0}, num_points=32, every_n_steps=5)
+    assert {found["forge/geometry/net.0/num_points"] for found in logged.values()} == {32.0}
+
+
 def test_a_set_of_fewer_examples_than_points_is_probed_once_through():
     logged, _, _ = probed(trainer={"max_epochs": 6}, num_points=1000, every_n_steps=10)
     points = [found["forge/geometry/net.0/num_points"] for found in logged.values()]

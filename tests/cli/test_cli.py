@@ -437,6 +437,24 @@ def test_a_pretrained_folder_needs_a_config_and_weights(capsys, small_mbpp, tmp_
     assert "folder that holds config.json" in explained(capsys, *arguments)
 
 
+class Elsewhere(models.ForgeModule):
+    """Knows another place for its weights."""
+
+    def _pretrained_model(self):
+        raise AssertionError("no check makes weights")
+
+
+def test_check_builds_as_fit_does_and_leaves_other_builds_alone(capsys):
+    Path("corpus.txt").write_text("some words, and some more. " * 40)
+    text = ["check", "grokfast_text", "--data.path=corpus.txt", "--trainer.callbacks=null"]
+    small = ["hidden_size=32", "intermediate_size=64", "num_attention_heads=4", "num_key_value_heads=4"]
+    phi = [f"--model.config.{setting}" for setting in ("model_type=phi3", "vocab_size=384", *small)]
+    assert main([*text, *phi]) == 0  # whose own padding is beyond this vocabulary: the tokenizer's is taken
+    other = ["--model=tests.cli.test_cli.Elsewhere", "--model.config=null", "--model.pretrained=no/such"]
+    assert main([*text, *other]) == 0
+    assert "valid. Elsewhere on TextData" in capsys.readouterr().out
+
+
 def test_a_checkpoint_of_another_shape_is_explained(capsys, tmp_path):
     assert small_modular(tmp_path, "--trainer.max_steps=1") == 0
     capsys.readouterr()
