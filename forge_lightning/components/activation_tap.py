@@ -225,7 +225,10 @@ class ActivationTap:
         candidates = self._candidates(shape)
         tokens = self._fields.tokens
         flattened = tokens is not None and len(tokens) == len(self._examples) and tokens.numel() == math.prod(shape)
-        if self._examples and (shape[0] == len(self._examples) or flattened):
+        alone = (
+            len(candidates) >= self._limit and not self.unique_tokens
+        )  # earlier rows are forgotten: `prefer_one_batch`
+        if self._examples and not alone and (shape[0] == len(self._examples) or flattened):
             each = math.prod(shape) // len(self._examples)
             candidates = candidates[torch.tensor(self._fresh)[candidates // each]]
             self.exhausted = 4 * sum(self._fresh) < len(self._fresh)

@@ -225,5 +225,8 @@ def test_an_example_that_comes_again_is_left_out():
     assert take(x[[6, 6, 7, 7]]) == (4 * T, False)  # those of one batch are equal, and no estimate counts them twice
     assert take(x[:8]) == (0, True)
     assert tap.num_rows() == 10 * T
+    assert take(x.repeat(2, 1, 1)) == (100, False)  # enough by itself, and of one step: the others go
+    tap.prefer_one_batch(100)
+    assert tap.num_rows() == 100
     tap.clear()
     assert take(x[:4]) == (4 * T, False)
