@@ -266,8 +266,9 @@ def check(argv: Sequence[str]) -> int:
     refuse_optimizer(cli.model)
     refuse_absent(cli.model, cli.datamodule)
     cli.refuse_checkpoint()
+    made = True
     if _builds(cli.model) and cli.model.config is not None:
-        refuse_config(cli.model.config, getattr(cli.datamodule, "tokenizer", None))
+        made = refuse_config(cli.model.config, getattr(cli.datamodule, "tokenizer", None))
     found = trainer.get("callbacks") or []
     found = found if isinstance(found, list) else [found]
     _refuse_trainer(trainer, [c for c in found if isinstance(c, pl.callbacks.Checkpoint)])
@@ -292,6 +293,8 @@ def check(argv: Sequence[str]) -> int:
     names = ", ".join(type(callback).__name__ for callback in found) or "none"
     config = argv[0] if not named else argv[0].partition("=")[2] or argv[1]
     print(f"{config}: valid. {type(cli.model).__name__} on {type(cli.datamodule).__name__}; callbacks: {names}.")
+    if not made:
+        print("Whether its model can be made is not known: it cannot be without memory for its weights.")
     if isinstance(cli.datamodule, data.CodeTasks):
         for split, what in (("train", "Its data comes"), ("test", "Its test data comes")):
             if (unset := cli.datamodule.from_hub(split)) is not None:

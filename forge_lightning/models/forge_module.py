@@ -1,7 +1,6 @@
 """ForgeModule: any Hugging Face causal language model as a LightningModule."""
 
 import math
-from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -331,12 +330,15 @@ def _with_tokenizer(options: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     return known | options
 
 
-def refuse_config(options: dict[str, Any], tokenizer: Any = None) -> None:
+def refuse_config(options: dict[str, Any], tokenizer: Any = None) -> bool:
     """Raise what building the model would, without memory for its weights.
 
     Args:
         options: As of ``ForgeModule(config=...)``.
         tokenizer: Of the data, where it is known.
+
+    Returns:
+        Whether the model could be made; of one that needs its weights for that, nothing more is known.
 
     Raises:
         MisconfigurationException: If a setting is unknown, or the settings do not go together.
@@ -345,10 +347,13 @@ def refuse_config(options: dict[str, Any], tokenizer: Any = None) -> None:
 
     config = hugging_face_config(_with_tokenizer(options, tokenizer))
     try:
-        with suppress(NotImplementedError, RuntimeError), torch.device("meta"):  # some models cannot be made so
+        with torch.device("meta"):
             AutoModelForCausalLM.from_config(config)
-    except (ValueError, TypeError, KeyError, AssertionError) as error:
+    except (ValueError, TypeError, KeyError, AssertionError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "meta" in str(error):
+            return False
         raise MisconfigurationException(f"`ForgeModule(config={options!r})`: {type(error).__name__}: {error}") from None
+    return True
 
 
 def refuse_pretrained(name: str) -> None:

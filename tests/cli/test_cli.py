@@ -449,10 +449,25 @@ def test_check_builds_as_fit_does_and_leaves_other_builds_alone(capsys):
     text = ["check", "grokfast_text", "--data.path=corpus.txt", "--trainer.callbacks=null"]
     small = ["hidden_size=32", "intermediate_size=64", "num_attention_heads=4", "num_key_value_heads=4"]
     phi = [f"--model.config.{setting}" for setting in ("model_type=phi3", "vocab_size=384", *small)]
+    assert "negative dimension" in explained(capsys, *text, "--model.config.intermediate_size=-8")
     assert main([*text, *phi]) == 0  # whose own padding is beyond this vocabulary: the tokenizer's is taken
     other = ["--model=tests.cli.test_cli.Elsewhere", "--model.config=null", "--model.pretrained=no/such"]
     assert main([*text, *other]) == 0
-    assert "valid. Elsewhere on TextData" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "valid. Elsewhere on TextData" in shown
+    assert "not known" not in shown
+
+
+def test_check_says_where_a_model_could_not_be_tried(capsys, monkeypatch):
+    from transformers import AutoModelForCausalLM
+
+    def needs_weights(config):
+        return torch.ones(1).item()
+
+    Path("corpus.txt").write_text("some words, and some more. " * 40)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", needs_weights)
+    assert main(["check", "grokfast_text", "--data.path=corpus.txt"]) == 0
+    assert "Whether its model can be made is not known" in capsys.readouterr().out
 
 
 def test_a_checkpoint_of_another_shape_is_explained(capsys, tmp_path):
