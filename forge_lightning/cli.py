@@ -207,9 +207,11 @@ def refuse_missing_files(datamodule: Any, *splits: str) -> None:
 
 def refuse_absent(model: Any, datamodule: Any) -> None:
     """Raise if what our modules name of Hugging Face is neither here nor on the hub: no weights are read."""
-    if _builds(model) and model.pretrained is not None:
-        refuse_pretrained(model.pretrained)
+    if _builds(model) and model.pretrained_tokenizer is not None:
+        name, options = model.pretrained_tokenizer
+        refuse_pretrained(name, **options)
     if isinstance(datamodule, TokenDataModule):
+        datamodule.serve(model)
         _ = datamodule.tokenizer
 
 
@@ -388,6 +390,8 @@ def _load_run(run: Path, ckpt_path: Path | None) -> tuple[Any, Any]:
         raise MisconfigurationException(
             f"`--run {run}` trained {type(module).__name__}, which does not continue text: only ForgeModule does."
         )
+    if isinstance(datamodule, TokenDataModule):
+        datamodule.serve(module)
     module.build(datamodule.tokenizer)
     checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
     print(f"Weights: {ckpt_path}, of step {checkpoint['global_step']:,}", file=sys.stderr)

@@ -27,6 +27,18 @@ class SupportsTokenizer(Protocol):
 
 
 @runtime_checkable
+class SupportsPretrained(Protocol):
+    """A module that goes on from pretrained weights."""
+
+    @property
+    def pretrained_tokenizer(self) -> tuple[str, dict[str, Any]] | None:
+        """Hub name or folder of the tokenizer that belongs to the weights, and options to load it with.
+
+        ``None`` where the weights are random.
+        """
+
+
+@runtime_checkable
 class SupportsProblems(Protocol):
     """A datamodule, or module, whose validation examples are programming problems with tests."""
 

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -25,7 +25,8 @@ class CodeEvaluation(ForgeCallback):
 
     Hook: the end of every ``every_n_validations``-th validation, and of testing; or every ``every_n_steps`` optimizer
     steps, on training problems in turn. Problems are split over the processes. Generated programs
-    are kept in ``programs.jsonl`` in the run directory. They run in `forge_lightning.sandbox.Sandbox`.
+    are kept in ``programs.jsonl`` in the run directory. They run in `forge_lightning.sandbox.Sandbox`. The reference
+    solutions of the problems are run once; a warning counts those that fail, as no program can solve such a problem.
 
     Reads: the problems of the datamodule (or module); the module's completions.
     Changes: nothing.
@@ -58,7 +59,8 @@ class CodeEvaluation(ForgeCallback):
         memory_mb: Memory of a program, in MiB.
         num_workers: Programs to run at a time. Default: the number of cores.
         allow_weaker: Run programs also where the system lacks a protection. Only for a model you trust.
-        seed: Seed of the sampling, and of the order of training problems.
+        seed: Random seed for the sampling, which does not depend on ``batch_size`` or the other problems, and for the
+            order of training problems.
         name: Tells two instances apart.
 
     Raises:
@@ -131,6 +133,7 @@ class CodeEvaluation(ForgeCallback):
         self._next_problem = 0  # in the order of training problems
         self._step_before = -1
         self._outcomes: list[dict[str, Any]] = []
+        self._checked: set[tuple[str, int]] = set()  # problems whose reference solution has run
 
     @property
     def outcomes(self) -> list[dict[str, Any]]:
@@ -221,18 +224,22 @@ class CodeEvaluation(ForgeCallback):
         temperature = self.temperature if compared is None else compared
         source = self._source(trainer, pl_module)
         assert source is not None, "`setup` refuses this"
-        end = math.inf if self.max_seconds is None or split == "test" else time.monotonic() + self.max_seconds
         mine = self._chosen(trainer, source, split)[trainer.global_rank :: trainer.world_size]
+        self._run_references(split, mine)
+        end = math.inf if self.max_seconds is None or split == "test" else time.monotonic() + self.max_seconds
         tasks = [problem for _, problem in mine for _ in range(self.num_samples)]
         completions: list[str] = []
         longest = 0.0
-        for start in range(0, len(tasks), self.batch_size):
+        for start, stop in self._batches(len(tasks)):
             began = time.monotonic()
             if start and began + longest > end:
                 break
-            prompts = [problem.prompt for problem in tasks[start : start + self.batch_size]]
+            prompts = [problem.prompt for problem in tasks[start:stop]]
             completions += pl_module.complete(
-                prompts, max_new_tokens=self.max_new_tokens, temperature=temperature, seed=self.seed + start
+                prompts,
+                max_new_tokens=self.max_new_tokens,
+                temperature=temperature,
+                seed=self.seed + start % self.num_samples,  # of the first; `complete` counts on for equal prompts
             )
             longest = max(longest, time.monotonic() - began)
         mine = mine[: len(completions) // self.num_samples]
@@ -255,6 +262,42 @@ class CodeEvaluation(ForgeCallback):
             facts = {"step": trainer.global_step, "split": split, "temperature": temperature}
             self._keep(folder, facts, tasks, completions, verdicts, append=again)
         return [{"temperature": temperature, **row} for row in rows]
+
+    def _batches(self, count: int) -> Iterator[tuple[int, int]]:
+        """Where batches begin and end: at the first sample of a problem, or within those of one problem.
+
+        So the seed of every sample is ``seed`` plus its number among those of its problem, whatever the batch.
+        """
+        size = self.num_samples
+        if size <= self.batch_size:
+            together = self.batch_size // size * size
+            return ((start, min(start + together, count)) for start in range(0, count, together))
+        return (
+            (start + first, start + min(first + self.batch_size, size))
+            for start in range(0, count, size)
+            for first in range(0, size, self.batch_size)
+        )
+
+    def _run_references(self, split: str, problems: Sequence[tuple[int, Any]]) -> None:
+        """Run the reference solution of each problem once, and warn of problems that it does not solve."""
+        new = [(place, problem) for place, problem in problems if (split, place) not in self._checked]
+        self._checked |= {(split, place) for place, _ in new}
+        given = [problem for _, problem in new if getattr(problem, "solution", None) is not None]
+        with self._sandbox() as sandbox:
+            verdicts = sandbox.run_many([problem.task(problem.solution) for problem in given])
+        failed = [(problem, verdict) for problem, verdict in zip(given, verdicts, strict=True) if not verdict.passed]
+        if failed:
+            first = "; ".join(f"{p.task_id}: {v.status}, {v.detail or 'no reason given'}" for p, v in failed[:3])
+            self.warn_once(
+                f"the reference solutions of {len(failed)} of {len(new)} {split} problems do not pass their own tests,"
+                f" which may be broken, or need what the sandbox does not have. No program solves them. {first}"
+                + (" ..." if len(failed) > 3 else "")
+            )
+        if len(given) < len(new):
+            self.warn_once(
+                f"{len(new) - len(given)} of {len(new)} {split} problems have no reference solution (`solution`), and"
+                " whether their tests can be passed is not known."
+            )
 
     def _measure(
         self, trainer: Trainer, pl_module: Any, split: str, mine: Sequence[tuple[int, Any]], verdicts: Sequence[Verdict]

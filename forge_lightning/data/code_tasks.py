@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from forge_lightning.components.tokens import pad_id
 from forge_lightning.data.difficulty import DifficultySampler
 from forge_lightning.data.records import read_jsonl
 from forge_lightning.data.stateful import StatefulDataLoader
@@ -64,17 +65,25 @@ class Problem:
     stops: tuple[str, ...] = ()
 
     def task(self, completion: str) -> Task:
-        """What a `Sandbox` runs."""
+        """What a `Sandbox` runs. A problem without tests is solved by no program."""
         ends = [end for stop in self.stops if (end := completion.find(stop)) >= 0]
         solution = f"{self.before}{completion[: min(ends, default=None)]}\n"
-        return Task(solution, self.tests, self.entry_point, self.setup)
+        tests = self.tests if self.has_tests else "raise AssertionError('the problem has no tests')"
+        return Task(solution, tests, self.entry_point, self.setup)
+
+    @property
+    def has_tests(self) -> bool:
+        """Whether there is a statement that a wrong program could fail."""
+        lines = (line.strip() for line in self.tests.splitlines())
+        return any(line and not line.startswith("#") for line in lines)
 
 
 def mbpp_problem(record: dict[str, Any], template: str = MBPP_PROMPT) -> Problem:
     """A record of MBPP, its line ends made Unix's."""
     tests = "\n".join(record["test_list"]).replace("\r", "")
     prompt = template.format(text=record["text"].strip(), tests=tests)
-    tests = f"{record['test_setup_code']}\n{tests}".replace("\r", "")
+    if tests.strip():  # a setup alone is no test
+        tests = f"{record['test_setup_code']}\n{tests}".replace("\r", "")
     code = record["code"].replace("\r", "")
     entry_point, imports = _used_by(tests, code)
     return Problem(str(record["task_id"]), prompt, code, "", tests, entry_point, imports, ('\n"""', "\nassert "))
@@ -97,12 +106,13 @@ def _used_by(tests: str, solution: str) -> tuple[tuple[str, ...], str]:
 
 
 def _parsed(source: str) -> ast.Module:
+    """The syntax tree; empty for text that is no Python, which will fail where it is run."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old escapes
             return ast.parse(source)
-    except SyntaxError:
-        return ast.Module([], [])  # it will fail where it is run
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return ast.Module([], [])
 
 
 def humaneval_problem(record: dict[str, Any]) -> Problem:
@@ -131,6 +141,7 @@ class CodeTasks(TokenDataModule):
         test_dataset: Another benchmark for ``forge-fit test``. Default: ``dataset``.
         test_path: Its file, as ``path``.
         tokenizer: Hub name or local folder of a Hugging Face tokenizer, or "bytes" (one token a byte, no file needed).
+            "auto": that of the model's ``pretrained``, else "bytes".
         batch_size: Examples a batch and process.
         max_length: Longest example in tokens, at least 8. Longer ones are left out, with a warning that counts them.
         prompt_template: MBPP's prompt, with ``{text}`` and ``{tests}``.
@@ -154,7 +165,7 @@ class CodeTasks(TokenDataModule):
         generated: bool = False,
         test_dataset: Benchmark | None = None,
         test_path: str | None = None,
-        tokenizer: str = "bytes",
+        tokenizer: str = "auto",
         batch_size: int = 8,
         max_length: int = 1024,
         prompt_template: str = MBPP_PROMPT,
@@ -228,9 +239,9 @@ class CodeTasks(TokenDataModule):
         return [problems[i] for i in self._kept[split]] if split == "train" and split in self._kept else problems
 
     def problem_of(self, row: Mapping[str, Tensor]) -> Problem | None:
-        """The problem that a training row was made of, by its ``sample_id``."""
+        """The problem that a training row was made of, by its ``sample_id``; ``None`` for one without tests."""
         if not self._by_id:
-            self._by_id = dict(enumerate(self._problems("train")))
+            self._by_id = {i: problem for i, problem in enumerate(self._problems("train")) if problem.has_tests}
         return self._by_id.get(int(row["sample_id"]))
 
     def row_of(self, prompt: str, completion: str) -> dict[str, Tensor] | None:
@@ -320,7 +331,7 @@ class CodeTasks(TokenDataModule):
                 raise MisconfigurationException(f"`CodeTasks`: {message}. Raise `max_length`.")
             rank_zero_warn(f"{message} and are left out.")
         self._kept[split] = [example.id for example in encoded]
-        return ExampleDataset(encoded, self.tokenizer.pad_token_id)
+        return ExampleDataset(encoded, pad_id(self.tokenizer))
 
     def test_dataloader(self) -> StatefulDataLoader:
         return self._loader("test")

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from forge_lightning.components.tokens import pad_id
 from forge_lightning.data.code_tasks import Problem
 from forge_lightning.data.difficulty import DifficultySampler
 from forge_lightning.data.stateful import StatefulDataLoader
@@ -104,7 +105,7 @@ class GeneratedDataset(Dataset[Any]):
     ) -> None:
         self.arms = [(family, level, width) for family in families for width in widths for level in levels]
         self.tokenizer, self.seed = tokenizer, seed
-        self._batches = ExampleDataset([], tokenizer.pad_token_id)
+        self._batches = ExampleDataset([], pad_id(tokenizer))
 
     def task(self, serial: int, arm: int) -> GeneratedTask:
         """The task itself."""
@@ -152,7 +153,8 @@ class GeneratedTasks(TokenDataModule):
         batch_size: Examples a batch and process.
         steps_per_epoch: Batches an epoch, of all processes together.
         num_val: Validation tasks of each level and family.
-        tokenizer: Hub name or local folder of a Hugging Face tokenizer, or "bytes".
+        tokenizer: Hub name or local folder of a Hugging Face tokenizer, or "bytes". "auto": that of the model's
+            ``pretrained``, else "bytes".
         order: Levels while nobody chooses: "uniform" draws from all; "easy_to_hard" raises the level evenly over
             ``ramp_steps`` and then draws from all: the usual curriculum, to compare with.
         ramp_steps: Batches until "easy_to_hard" has reached all levels.
@@ -171,7 +173,7 @@ class GeneratedTasks(TokenDataModule):
         batch_size: int = 32,
         steps_per_epoch: int = 200,
         num_val: int = 64,
-        tokenizer: str = "bytes",
+        tokenizer: str = "auto",
         order: Literal["uniform", "easy_to_hard"] = "uniform",
         ramp_steps: int = 1000,
         seed: int = 0,

@@ -2,6 +2,7 @@
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from forge_lightning.components.tokens import pad_id
 from forge_lightning.data.records import read_text
 from forge_lightning.data.stateful import StatefulDataLoader
 from forge_lightning.data.tokens import Example, ExampleDataset, TokenDataModule
@@ -17,6 +18,7 @@ class TextData(TokenDataModule):
         val_path: Validation file. Default: the last ``val_fraction`` of the training file.
         val_fraction: Share of the training file's blocks that validates, in (0, 1), where there is no ``val_path``.
         tokenizer: Hub name or local folder of a Hugging Face tokenizer, or "bytes" (one token a byte, no file needed).
+            "auto": that of the model's ``pretrained``, else "bytes".
         block_size: Tokens of a block, at least 2. A last, shorter piece is left out.
         batch_size: Blocks a batch and process.
         seed: Seed of the order of training blocks.
@@ -33,7 +35,7 @@ class TextData(TokenDataModule):
         path: str,
         val_path: str | None = None,
         val_fraction: float = 0.1,
-        tokenizer: str = "bytes",
+        tokenizer: str = "auto",
         block_size: int = 256,
         batch_size: int = 8,
         seed: int = 0,
@@ -67,7 +69,7 @@ class TextData(TokenDataModule):
                 raise MisconfigurationException(
                     f"`TextData`: {path} is too short for a {split} block of block_size={self.block_size} tokens."
                 )
-            self._sets[split] = ExampleDataset(blocks, self.tokenizer.pad_token_id)
+            self._sets[split] = ExampleDataset(blocks, pad_id(self.tokenizer))
 
     def _blocks(self, path: str) -> list[Example]:
         ids = self.tokenizer(read_text(path), add_special_tokens=False)["input_ids"]

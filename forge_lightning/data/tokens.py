@@ -11,12 +11,17 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from forge_lightning.components.tokens import IGNORED, prompt_ids
+from forge_lightning.components.tokens import IGNORED, completion_ids, pad_id, prompt_ids
 from forge_lightning.data.stateful import StatefulDataLoader
+from forge_lightning.protocols import SupportsPretrained
 
 
-def build_tokenizer(name: str) -> Any:
+def build_tokenizer(name: str, **options: Any) -> Any:
     """A Hugging Face tokenizer by hub name or local folder, or "bytes": one token a byte, without any file.
+
+    Args:
+        name: Hub name, folder, or "bytes".
+        **options: For ``AutoTokenizer.from_pretrained``, as ``revision``.
 
     Raises:
         MisconfigurationException: If it cannot be had, saying what can.
@@ -24,11 +29,11 @@ def build_tokenizer(name: str) -> Any:
     if name == "bytes":
         from transformers import ByT5Tokenizer
 
-        return ByT5Tokenizer()
+        return ByT5Tokenizer(split_special_tokens=True)  # `</s>` in a text is four bytes, not the end of it
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         reason = "the folder holds none" if Path(name).is_dir() else str(error).splitlines()[0]
         raise MisconfigurationException(
@@ -56,9 +61,18 @@ class Example:
 
 
 def encode_example(tokenizer: Any, id: int, prompt: str, completion: str) -> Example:
-    """Tokens of prompt, completion and the end token. Both are encoded apart, so that none straddles the seam."""
+    """Tokens of prompt, completion and the end token; no token lies across the seam.
+
+    Raises:
+        MisconfigurationException: If the tokenizer has no end token: the model would not learn to stop.
+    """
+    if tokenizer.eos_token_id is None:
+        raise MisconfigurationException(
+            f"The tokenizer {tokenizer.name_or_path!r} has no end token (`eos_token`), and a model cannot learn where a"
+            " completion ends. Set one in its tokenizer_config.json, or use another tokenizer."
+        )
     start = prompt_ids(tokenizer, prompt)
-    ids = [*start, *tokenizer(completion, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+    ids = [*start, *completion_ids(tokenizer, prompt, completion), tokenizer.eos_token_id]
     return Example(id, ids, len(start))
 
 
@@ -101,7 +115,8 @@ class TokenDataModule(LightningDataModule):
     """What datamodules over token examples share: a tokenizer built on first use, and loaders that resume.
 
     Args:
-        tokenizer: Hub name or local folder of a Hugging Face tokenizer, or "bytes".
+        tokenizer: Hub name or local folder of a Hugging Face tokenizer, or "bytes". "auto": that of the model's
+            ``pretrained``, else "bytes".
         batch_size: Examples a batch and process, at least 1.
         seed: Seed of the order of training examples.
         num_workers: Loader processes.
@@ -116,19 +131,30 @@ class TokenDataModule(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self._tokenizer: Any = None
+        self._model: Any = None
         self._sets: dict[str, ExampleDataset] = {}
 
     @property
     def tokenizer(self) -> Any:
         """The Hugging Face tokenizer, built on first use."""
         if self._tokenizer is None:
-            self._tokenizer = build_tokenizer(self.tokenizer_name)
+            name: str = self.tokenizer_name
+            options: dict[str, Any] = {}
+            if name == "auto":
+                model = self._model if self.trainer is None else self.trainer.lightning_module
+                found = model.pretrained_tokenizer if isinstance(model, SupportsPretrained) else None
+                name, options = ("bytes", {}) if found is None else found
+            self._tokenizer = build_tokenizer(name, **options)
         return self._tokenizer
+
+    def serve(self, model: Any) -> None:
+        """Name the model that this data is for, where no Trainer does, so that "auto" takes its tokenizer."""
+        self._model = model
 
     def _row_of(self, prompt: str, completion: str) -> dict[str, Tensor]:
         """A row of a batch, ``(1, T)`` each, without ``sample_id``."""
         example = encode_example(self.tokenizer, 0, prompt, completion)
-        row = ExampleDataset([], self.tokenizer.pad_token_id).collate([example])
+        row = ExampleDataset([], pad_id(self.tokenizer)).collate([example])
         del row["sample_id"]
         return row
 

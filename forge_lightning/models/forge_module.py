@@ -3,17 +3,17 @@
 import math
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
-from torchmetrics.text import Perplexity
 
 from forge_lightning.components.layers import block_list
 from forge_lightning.components.self_model import SelfModelHead
@@ -24,6 +24,8 @@ from forge_lightning.protocols import SupportsTokenizer
 
 _ALWAYS_KNOWN = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype"}
 _WEIGHTS = (".safetensors", ".bin")
+_OF_TOKENIZER = ("revision", "trust_remote_code", "token", "cache_dir", "subfolder", "local_files_only")
+"""Settings of ``model_kwargs`` that its tokenizer is loaded with too."""
 
 
 class ForgeModule(LightningModule):
@@ -35,13 +37,15 @@ class ForgeModule(LightningModule):
     Steps return ``loss`` (mean over the batch's labelled tokens; accumulated batches weigh alike, whatever they hold),
     and per example ``example_loss`` (mean over its own), ``example_success`` (1 where every labelled token is the
     likeliest one), ``example_token_accuracy`` and ``example_log_likelihood`` (of all labelled tokens together),
-    ``(B,)``, detached; with ``self_model`` also ``task_loss``, the loss without its error.
+    ``(B,)``, detached, NaN for an example without labels. With ``self_model`` also ``task_loss``, the loss without
+    its error.
     Logs ``train/loss`` (without that of ``self_model``, whose keys are those of the callback `SelfModel`),
     ``train/token_accuracy``; ``val/loss``, ``val/perplexity``, ``val/token_accuracy``,
     ``val/exact_match``; the same under ``test/``.
 
     Args:
-        pretrained: Hub name or local folder to take weights and config from.
+        pretrained: Hub name or local folder to take weights and config from. The data's ``tokenizer: auto`` is its
+            tokenizer; training with another one is refused.
         config: Instead: a config for random weights, as ``{"model_type": "gpt2", "n_layer": 2, "n_embd": 128}``. The
             vocabulary size is the tokenizer's unless given.
         optimizer: Optimizer, from parameter groups.
@@ -49,12 +53,18 @@ class ForgeModule(LightningModule):
         group_weight_decay: Leave norms, biases and embeddings out of weight decay.
         gradient_checkpointing: Recompute activations in the backward pass, to save memory.
         compile: Compile the model with ``torch.compile``.
+        dtype: Type of the weights of ``pretrained``: "float32", "bfloat16", "float16", or "auto" for that of the
+            checkpoint. Most checkpoints hold bfloat16, in which small steps of an optimizer are rounded to nothing;
+            train from float32 weights, and save time and memory by the Trainer's ``precision="bf16-mixed"``.
+        model_kwargs: More for ``from_pretrained``, or ``from_config``, of transformers: ``{"revision": ...,
+            "attn_implementation": ...}``.
         self_model: A head that predicts the model's own activations, whose error is added to the training loss. Off by
             default, and not exported. Its settings: ``forge-fit fit --model=ForgeModule
             --model.self_model.help=SelfModelHead``.
 
     Raises:
-        ValueError: If not exactly one of ``pretrained`` and ``config`` is given, or ``config`` has no ``model_type``.
+        ValueError: If not exactly one of ``pretrained`` and ``config`` is given, ``config`` has no ``model_type``,
+            or ``dtype`` is none of the four.
         MisconfigurationException: If the weights cannot be had, or model and tokenizer do not fit.
     """
 
@@ -67,9 +77,13 @@ class ForgeModule(LightningModule):
         group_weight_decay: bool = True,
         gradient_checkpointing: bool = False,
         compile: bool = False,
+        dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+        model_kwargs: dict[str, Any] | None = None,
         self_model: SelfModelHead | None = None,
     ) -> None:
         super().__init__()
+        if dtype not in ("float32", "bfloat16", "float16", "auto"):
+            raise ValueError(f"`ForgeModule(dtype={dtype!r})` must be 'float32', 'bfloat16', 'float16' or 'auto'.")
         if (pretrained is None) == (config is None):
             raise ValueError("`ForgeModule` takes either `pretrained` or `config`, and one of them.")
         if config is not None and "model_type" not in config:
@@ -80,10 +94,18 @@ class ForgeModule(LightningModule):
         self.group_weight_decay = group_weight_decay
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_model = compile
+        self.dtype_of_weights, self.model_kwargs = dtype, dict(model_kwargs or {})
         self.self_model = None if self_model is None or self_model.is_off else self_model
         self.fitted_temperature = math.nan
         self.model: Any = None
         self.tokenizer: Any = None
+
+    @property
+    def pretrained_tokenizer(self) -> tuple[str, dict[str, Any]] | None:
+        """Where the tokenizer of ``pretrained`` is, and options to load it with; ``None`` for a new model."""
+        if self.pretrained is None:
+            return None
+        return self.pretrained, {key: value for key, value in self.model_kwargs.items() if key in _OF_TOKENIZER}
 
     def configure_model(self) -> None:
         if self.model is not None:
@@ -105,6 +127,8 @@ class ForgeModule(LightningModule):
                 f"The tokenizer has {len(tokenizer)} tokens, but the model's vocabulary only {vocab_size}. Give the"
                 " model the tokenizer it was made with, or leave `vocab_size` out of `config`."
             )
+        if tokenizer is not None and self.pretrained is not None:
+            self._refuse_other_tokenizer(tokenizer)
         self.model.train()  # `from_pretrained` leaves evaluation mode, and Lightning keeps what it finds
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -123,9 +147,44 @@ class ForgeModule(LightningModule):
         from transformers import AutoModelForCausalLM
 
         try:
-            return AutoModelForCausalLM.from_pretrained(self.pretrained)
+            return AutoModelForCausalLM.from_pretrained(self.pretrained, **self._transformers_options())
         except (OSError, ValueError) as error:
             raise _no_model(self.pretrained, str(error).splitlines()[0]) from None
+
+    def _transformers_options(self) -> dict[str, Any]:
+        """What the model is made with; one from a config has the Trainer's precision unless a ``dtype`` is set."""
+        name = self.dtype_of_weights
+        if name == "float32" and self.pretrained is None:
+            return dict(self.model_kwargs)
+        return {"dtype": name if name == "auto" else getattr(torch, name), **self.model_kwargs}
+
+    def _refuse_other_tokenizer(self, tokenizer: Any) -> None:
+        """Raise if the data's tokens are not those that the weights know; warn where that may be meant.
+
+        A checkpoint without a tokenizer leaves the choice to the user.
+        """
+        from transformers import AutoTokenizer
+
+        assert self.pretrained_tokenizer is not None
+        name, options = self.pretrained_tokenizer
+        try:
+            own = AutoTokenizer.from_pretrained(name, **options)
+        except (OSError, ValueError, KeyError):
+            return
+        theirs, ours = own.get_vocab(), tokenizer.get_vocab()
+        kept = sum(ours.get(token) == number for token, number in theirs.items())
+        if kept == len(theirs):
+            return  # with more tokens, perhaps
+        found = (
+            f"`ForgeModule(pretrained={self.pretrained!r})` has a tokenizer of {len(theirs):,} tokens, and the data's"
+            f" ({tokenizer.name_or_path or type(tokenizer).__name__}) has {len(ours):,}, of which {kept:,} are the same"
+        )
+        if kept < 0.9 * len(theirs):
+            raise MisconfigurationException(
+                f"{found}. The weights would see tokens that mean something else to them. Set `tokenizer: auto` in the"
+                " data, which takes the model's own, or train a new model with `config`."
+            )
+        rank_zero_warn(f"{found}. Set `tokenizer: auto` in the data unless that is meant.")
 
     def _new_model(self, options: dict[str, Any]) -> Any:
         from transformers import AutoModelForCausalLM
@@ -134,7 +193,7 @@ class ForgeModule(LightningModule):
         if "vocab_size" not in options:
             raise MisconfigurationException("`ForgeModule(config=...)` needs 'vocab_size' where no tokenizer is known.")
         try:
-            return AutoModelForCausalLM.from_config(hugging_face_config(options))
+            return AutoModelForCausalLM.from_config(hugging_face_config(options), **self._transformers_options())
         except ValueError as error:
             raise MisconfigurationException(f"`ForgeModule(config={self.config!r})`: {error}") from None
 
@@ -160,9 +219,9 @@ class ForgeModule(LightningModule):
             count = labelled.sum(1)
             right = (logits.argmax(-1) == target) | ~labelled
             example_loss = torch.where(count > 0, token_loss.sum(1) / count, torch.nan)
-            success = (right.all(1) & (count > 0)).float()
+            success = torch.where(count > 0, right.all(1).float(), torch.nan)
         outputs = {
-            "loss": token_loss.sum() / labelled.sum(),
+            "loss": token_loss.sum() / labelled.sum().clamp(min=1),  # 0, and no gradient, without any label
             "example_loss": example_loss.detach(),
             "example_success": success,
             "example_token_accuracy": torch.where(count > 0, 1 - (~right).sum(1) / count, torch.nan),
@@ -178,7 +237,8 @@ class ForgeModule(LightningModule):
             outputs, logits, target = self._step(batch)
             labelled = target != IGNORED
             accuracy = (logits.argmax(-1) == target)[labelled].float().mean()
-            self.log("train/loss", outputs["loss"], prog_bar=True)  # of the task alone
+            loss = torch.where(labelled.any(), outputs["loss"].detach(), torch.nan)
+            self.log("train/loss", loss, prog_bar=True)  # of the task alone
             self.log("train/token_accuracy", accuracy)
             if head is not None:
                 outputs["task_loss"] = outputs["loss"]  # what is reported, and what callbacks mix with
@@ -227,10 +287,12 @@ class ForgeModule(LightningModule):
     def _evaluation_step(self, batch: dict[str, Tensor], split: str) -> dict[str, Tensor]:
         outputs, logits, target = self._step(batch)
         metrics: Any = self.metrics[f"{split}_metrics"]
-        metrics["loss"].update(outputs["loss"], (target != IGNORED).sum())
-        metrics["perplexity"].update(logits.float(), target)
+        num_labels = (target != IGNORED).sum()
+        metrics["loss"].update(outputs["loss"], num_labels)
+        metrics["perplexity"].update(outputs["loss"], num_labels)
         metrics["token_accuracy"].update(logits.argmax(-1), target)
-        metrics["exact_match"].update(outputs["example_success"])
+        success = outputs["example_success"]
+        metrics["exact_match"].update(success.nan_to_num(), success.isfinite())
         for name, metric in metrics.items():
             self.log(f"{split}/{name}", metric, on_step=False, on_epoch=True, prog_bar=name == "loss")
         return outputs
@@ -253,13 +315,17 @@ class ForgeModule(LightningModule):
     def complete(
         self, prompts: list[str], *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
     ) -> list[str]:
-        """Continue prompts. The global random stream is left as it was.
+        """Continue prompts, each as if it were alone. The global random stream is left as it was.
+
+        Settings of the model's ``generation_config``, as a repetition penalty, are left out; its end tokens end a text
+        beside the tokenizer's.
 
         Args:
             prompts: Texts to continue.
             max_new_tokens: Tokens to add at most; fewer where the model's context ends.
             temperature: 0 takes the likeliest token each time; otherwise samples.
-            seed: Seed of the sampling.
+            seed: Random seed for the sampling. Of equal prompts, the second is sampled as one alone with ``seed + 1``,
+                and so on.
 
         Returns:
             The texts after each prompt. Empty for a prompt that fills the model's context.
@@ -273,12 +339,13 @@ class ForgeModule(LightningModule):
             raise ValueError(f"`temperature={temperature}` must be at least 0.")
         from forge_lightning.models.generation import generate
 
-        was_training = self.model.training
+        modes = [(part, part.training) for part in self.model.modules()]  # a frozen part may be in evaluation mode
         self.model.eval()
         try:
             return generate(self.model, self.tokenizer, prompts, max_new_tokens, temperature, seed)
         finally:
-            self.model.train(was_training)
+            for part, mode in modes:
+                part.training = mode
 
     def export(self, folder: str | Path) -> None:
         """Write model and tokenizer as a Hugging Face folder, for ``from_pretrained``.
@@ -356,8 +423,12 @@ def refuse_config(options: dict[str, Any], tokenizer: Any = None) -> bool:
     return True
 
 
-def refuse_pretrained(name: str) -> None:
+def refuse_pretrained(name: str, **options: Any) -> None:
     """Raise what building the model would, if there is no config by a hub name, or no config or weights in a folder.
+
+    Args:
+        name: As of ``ForgeModule(pretrained=...)``.
+        **options: Of the checkpoint, as ``revision``.
 
     Raises:
         MisconfigurationException: As said.
@@ -367,10 +438,11 @@ def refuse_pretrained(name: str) -> None:
 
     try:
         if find_adapter_config_file(name) is None:  # of an adapter, transformers finds the model itself
-            AutoConfig.from_pretrained(name)
+            AutoConfig.from_pretrained(name, **options)
     except (OSError, ValueError) as error:
         raise _no_model(name, str(error).splitlines()[0]) from None
-    if Path(name).is_dir() and not any(path.suffix in _WEIGHTS for path in Path(name).iterdir()):
+    folder = Path(name, options.get("subfolder", ""))
+    if folder.is_dir() and not any(path.suffix in _WEIGHTS for path in folder.iterdir()):
         raise _no_model(name, f"no file in the folder ends in {' or '.join(_WEIGHTS)}")
 
 
@@ -406,11 +478,19 @@ def _shard(model: nn.Module, mesh: Any, head: nn.Module | None) -> None:
         fully_shard(head, mesh=mesh)
 
 
+class _Perplexity(MeanMetric):
+    """The exponential of a mean loss. torchmetrics' own takes the logarithm of probabilities, inf where one is 0."""
+
+    def compute(self) -> Tensor:
+        mean: Tensor = super().compute()
+        return mean.exp()
+
+
 def _metrics(vocab_size: int) -> nn.ModuleDict:
     return nn.ModuleDict(
         {
             "loss": MeanMetric(),
-            "perplexity": Perplexity(ignore_index=IGNORED),
+            "perplexity": _Perplexity(),
             "token_accuracy": MulticlassAccuracy(
                 vocab_size, average="micro", ignore_index=IGNORED, validate_args=False
             ),

@@ -39,7 +39,7 @@ class Verdict:
     Args:
         status: "passed" if all tests ran to their end; "failed" if one did not, or the program raised or ended itself;
             "timeout", "out of memory" or "killed" (by a signal) if a limit ended it; "could not run" if there was no
-            worker to run it.
+            worker to run it. Without any tests, a program passes that runs to its end.
         detail: The first error, and the line of the tests that it came from.
         seconds: Wall time in the worker.
         stdout: End of what the program printed, errors included, at most 2,000 bytes.
@@ -129,7 +129,11 @@ class Sandbox:
 
     One process holds the program and one the tests, which call it by message; so no object, exit code or forged message
     of a program can pass for a right answer. Arguments and results cross by value: what a program changes in place, its
-    tests do not see, and objects of its own classes can be called and read, but not compared.
+    tests do not see, and objects of its own classes can be called and read, but not compared. Iterators are read as far
+    as the tests read them. Exceptions arrive as the nearest class of Python's own, and as the program's own class.
+
+    Right programs fail whose tests hand them functions or decorators, use operators or ``with`` on objects of the
+    program's classes, ask ``isinstance`` of them, or ``send`` to its generators.
 
     Programs and tests have Python's own library, and no installed package; no file to write, no network, no other
     process, no further thread, an empty environment, no input, and limits on time, memory and output. Where there is no

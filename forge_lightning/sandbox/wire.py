@@ -61,17 +61,27 @@ def _read(fd: int, size: int, may_end: bool = False) -> bytes:
     return data
 
 
-def encode(value: Any, keep: Callable[[Any], int], depth: int = 0) -> Any:
-    """A value as JSON; ``keep`` gives the handle of an object that has to stay."""
+def encode(value: Any, keep: Callable[[Any], int], serves: bool = False, depth: int = 0) -> Any:
+    """Make JSON of a value.
+
+    Args:
+        value: What to send.
+        keep: Returns the handle of an object that has to stay.
+        serves: Whether this side answers for what stays: iterators then stay too, which may have no end, and so do
+            exception classes.
+        depth: Of nesting.
+    """
     if value is None or type(value) in (bool, str, float):
         return value
     if depth > _DEPTH:
         raise RecursionError("a value is nested too deeply to be compared")
     if isinstance(value, _Handle):
         return {"o": [value._handle, ""]}
+    if isinstance(value, type) and issubclass(value, BaseException) and (own := vars(value).get("_forge_handle")):
+        return {"o": [own[0], ""]}
 
     def each(values: Any) -> list[Any]:
-        return [encode(item, keep, depth + 1) for item in values]
+        return [encode(item, keep, serves, depth + 1) for item in values]
 
     def pairs(mapping: Any) -> list[Any]:
         return [each(pair) for pair in dict.items(mapping)]
@@ -88,7 +98,10 @@ def encode(value: Any, keep: Callable[[Any], int], depth: int = 0) -> Any:
     if isinstance(value, list):
         return each(list.__iter__(value))
     if isinstance(value, tuple):
-        return {"t": each(tuple.__iter__(value))}
+        items, names = each(tuple.__iter__(value)), getattr(type(value), "_fields", None)
+        if type(names) is tuple and len(names) == len(items) and all(type(name) is str for name in names):
+            return {"N": [type(value).__name__, list(names), items]}
+        return {"t": items}
     if isinstance(value, set):
         return {"s": each(set.__iter__(value))}
     if isinstance(value, frozenset):
@@ -96,6 +109,9 @@ def encode(value: Any, keep: Callable[[Any], int], depth: int = 0) -> Any:
     if isinstance(value, dict):
         tag = "C" if isinstance(value, collections.Counter) else "d"
         return {tag: pairs(value)}
+    for name, kind in _VIEWS.items():
+        if type(value) is kind:
+            return {"v": [name, each(value)]}
     if isinstance(value, collections.deque):
         return {"q": each(collections.deque.__iter__(value))}
     if isinstance(value, bytes | bytearray):
@@ -110,14 +126,32 @@ def encode(value: Any, keep: Callable[[Any], int], depth: int = 0) -> Any:
         name = str(type.__dict__["__name__"].__get__(value))
         if vars(builtins).get(name) is value:
             return {"T": name}
+        if serves and issubclass(value, BaseException):
+            return {"X": [keep(value), name, builtin_bases(value)]}
     if isinstance(value, Iterator):
+        if serves:
+            return {"g": keep(value)}
         items = []
         for item in value:
-            items.append(encode(item, keep, depth + 1))
+            items.append(encode(item, keep, serves, depth + 1))
             if len(items) > _MOST_ITEMS:
                 raise ValueError(f"an iterator goes on beyond {_MOST_ITEMS} items")
         return {"i": items}
     return {"o": [keep(value), type(value).__name__]}
+
+
+_VIEWS = {"keys": type({}.keys()), "values": type({}.values()), "items": type({}.items())}
+
+
+def _view(name: str, items: list[Any]) -> Any:
+    if name == "values":
+        return dict(enumerate(items)).values()
+    return dict(items).items() if name == "items" else dict.fromkeys(items).keys()
+
+
+def builtin_bases(kind: type) -> list[str]:
+    """Names of Python's own exceptions that a class comes from, nearest first."""
+    return [base.__name__ for base in kind.__mro__ if vars(builtins).get(base.__name__) is base and base is not object]
 
 
 def _from_iso(kind: Any, text: Any) -> Any:
@@ -141,8 +175,12 @@ class _Handle:
     _handle: int
 
 
-def decode(value: Any, find: Callable[[int, str], Any]) -> Any:
-    """What `encode` was given; ``find`` gives the object of a handle, or something that stands for it."""
+def decode(value: Any, find: Callable[..., Any]) -> Any:
+    """What `encode` was given; ``find`` gives the object of a handle, or something that stands for it.
+
+    ``find(handle, name)`` of an object, ``find(handle, name, bases)`` of an exception class whose bases among Python's
+    own have these names, ``find(handle)`` of an iterator.
+    """
     if isinstance(value, list):
         return [decode(item, find) for item in value]
     if not isinstance(value, dict):
@@ -152,6 +190,15 @@ def decode(value: Any, find: Callable[[int, str], Any]) -> Any:
         return int(content, 16)
     if tag == "o":
         return find(int(content[0]), str(content[1]))
+    if tag == "g":
+        return find(int(content))
+    if tag == "X":
+        return find(int(content[0]), str(content[1]), [str(name) for name in content[2]])
+    if tag == "N":
+        name, names, items = content
+        return collections.namedtuple(name, names, rename=True)(*(decode(item, find) for item in items))
+    if tag == "v":
+        return _view(content[0], [decode(item, find) for item in content[1]])
     if tag == "b":
         return bytes.fromhex(content)
     if tag == "B":

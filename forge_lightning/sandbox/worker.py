@@ -6,8 +6,11 @@ a verdict; nor does this process, whose later children would find them in their 
 """
 
 import builtins
+import collections
 import fcntl
 import gc
+import itertools
+import json
 import os
 import random
 import select
@@ -20,7 +23,7 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 from forge_lightning.sandbox import protection
-from forge_lightning.sandbox.wire import _Handle, decode, encode, read_frame, write_frame
+from forge_lightning.sandbox.wire import _Handle, builtin_bases, decode, encode, read_frame, write_frame
 
 OUTPUT_BYTES = 2000  # kept of what a program prints: the end
 _DETAIL = 500  # characters of a verdict's detail
@@ -249,23 +252,41 @@ def _answer(source: str, names: Sequence[str]) -> NoReturn:
             kept.append(value)
         return handles[id(value)]
 
-    def find(handle: int, name: str) -> Any:
+    def find(handle: int, name: str = "") -> Any:
         return kept[handle]
+
+    def told(error: BaseException) -> list[Any]:
+        """What the tests learn of an exception: its class, text and, of Python's own classes, arguments."""
+        kind, arguments = type(error), None
+        if vars(builtins).get(kind.__name__) is kind:
+            with suppress(Exception):  # of any object
+                arguments = encode(list(error.args), keep, serves=True)
+        return ["raise", [keep(kind), kind.__name__, builtin_bases(kind)], _text(error), arguments]
 
     def reply(make: Callable[[], Any]) -> None:
         try:
             answer = ["ok", make()]
         except MemoryError:
-            answer = ["raise", "MemoryError", ""]
+            answer = ["raise", [0, "MemoryError", ["MemoryError"]], "", None]
         except BaseException as error:  # whatever the program does is the tests' to judge
-            answer = ["raise", type(error).__name__, _text(error)]
+            answer = told(error)
         write_frame(4, answer)
+
+    def pull(iterator: Any, count: int) -> tuple[list[Any], Any]:
+        """Items of an iterator; fewer than asked for where it ends, or raises, which is told with those before."""
+        items: list[Any] = []
+        try:
+            for item in itertools.islice(iterator, count):
+                items.append(item)
+        except Exception as error:
+            return items, json.dumps(told(error))
+        return items, len(items) == count
 
     def run() -> dict[str, Any]:
         module = types.ModuleType("solution")
         sys.modules["solution"] = module
         exec(compile(source, "solution.py", "exec"), module.__dict__)
-        return {name: encode(module.__dict__[name], keep) for name in names if name in module.__dict__}
+        return {name: encode(module.__dict__[name], keep, True) for name in names if name in module.__dict__}
 
     operations: dict[str, Callable[..., Any]] = {
         "call": lambda target, args, kwargs: target(*args, **kwargs),
@@ -274,6 +295,7 @@ def _answer(source: str, names: Sequence[str]) -> NoReturn:
         "item": lambda target, key: target[key],
         "len": lambda target: len(target),
         "iter": lambda target: iter(target),
+        "pull": pull,
         "bool": lambda target: bool(target),
         "str": lambda target: str(target),
         "repr": lambda target: repr(target),
@@ -281,7 +303,7 @@ def _answer(source: str, names: Sequence[str]) -> NoReturn:
     reply(run)
     while (message := read_frame(3)) is not None:
         operation, arguments = message
-        reply(lambda: encode(operations[operation](*decode(arguments, find)), keep))  # noqa: B023  answered at once
+        reply(lambda: encode(operations[operation](*decode(arguments, find)), keep, True))  # noqa: B023  answered at once
     os._exit(0)
 
 
@@ -345,6 +367,52 @@ class _Remote(_Handle):
         return hash(self._handle)
 
 
+class _Pulled(_Handle):
+    """An iterator of the program's, read as far as the tests go; ahead of them by no more than they have read."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+        self._ready: collections.deque[Any] = collections.deque()
+        self._count = 1  # items to ask for next
+        self._rest: Any = True  # whether there are more, or the exception that it ended with, as JSON
+
+    def __iter__(self) -> "_Pulled":
+        return self
+
+    def __next__(self) -> Any:
+        if not self._ready and self._rest is True:
+            items, self._rest = _ask("pull", _Remote(self._handle, "iterator"), self._count)
+            self._ready.extend(items)
+            self._count = min(2 * self._count, 1024)
+        if self._ready:
+            return self._ready.popleft()
+        if self._rest:
+            rest, self._rest = self._rest, False
+            _answer_of(json.loads(rest))
+        raise StopIteration
+
+
+_classes: dict[int, type[BaseException]] = {}
+
+
+def _exception_class(handle: int, name: str, bases: Sequence[str]) -> type[BaseException]:
+    """A class that stands for one of the program's, which tests can name in ``except``."""
+    own = [vars(builtins).get(base) for base in bases]
+    found = [kind for kind in own if isinstance(kind, type) and issubclass(kind, Exception)]
+    found = [kind for kind in found if not issubclass(kind, StopIteration | StopAsyncIteration)]
+    if handle not in _classes:
+        base = found[0] if found else RuntimeError
+        _classes[handle] = type(name, (base,), {"_forge_handle": (handle,), "__init__": Exception.__init__})
+    return _classes[handle]
+
+
+def _stand_in(handle: int, name: str = "", bases: Sequence[str] | None = None) -> Any:
+    """What stands for an object, an exception class, or an iterator of the program's."""
+    if bases is not None:
+        return _exception_class(handle, name, bases)
+    return _Remote(handle, name) if name else _Pulled(handle)
+
+
 def _ask(operation: str, *arguments: Any) -> Any:
     def keep(value: Any) -> int:
         raise TypeError(f"the tests give the program a {type(value).__name__}, which cannot be sent")
@@ -361,14 +429,23 @@ def _ask(operation: str, *arguments: Any) -> Any:
 
 def _answer_of(answer: Any) -> Any:
     if answer[0] == "ok":
-        return decode(answer[1], _Remote)
-    kind, text = getattr(builtins, str(answer[1]), None), str(answer[2])
-    error: Exception = RuntimeError(f"{answer[1]}: {text}")
+        return decode(answer[1], _stand_in)
+    (handle, name, bases), text, arguments = answer[1], str(answer[2]), answer[3]
+    kind = vars(builtins).get(str(name))
+    own = isinstance(kind, type) and issubclass(kind, Exception) and bases[:1] == [name]
     ends_a_loop = kind in (StopIteration, StopAsyncIteration)  # of the tests, and with it what they still had to ask
-    if isinstance(kind, type) and issubclass(kind, Exception) and not ends_a_loop:
-        with suppress(TypeError):  # of those that need more than a text
-            error = kind(text)
-    raise error
+    if ends_a_loop or not any(base in ("Exception", "MemoryError") for base in bases):
+        raise RuntimeError(f"{name}: {text}")
+    if own:
+        assert isinstance(kind, type)
+        for given in ([text] if arguments is None else arguments, [text]):
+            with suppress(TypeError):  # of those that need more than a text
+                error = kind(*decode(given, _stand_in))
+                break
+        else:
+            error = RuntimeError(f"{name}: {text}")
+        raise error
+    raise _exception_class(int(handle), str(name), bases)(text)
 
 
 def _test(setup: str, tests: str, names: Sequence[str]) -> NoReturn:
@@ -385,7 +462,7 @@ def _test(setup: str, tests: str, names: Sequence[str]) -> NoReturn:
         for name in names:
             namespace.pop(name, None)  # the program's own, or none
         found = first[1] if first[0] == "ok" else _answer_of(first)
-        namespace |= {name: decode(value, _Remote) for name, value in found.items() if name in names}
+        namespace |= {name: decode(value, _stand_in) for name, value in found.items() if name in names}
         try:
             compiled = compile(tests, "tests.py", "exec")
         except SyntaxError as error:

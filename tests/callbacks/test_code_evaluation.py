@@ -154,3 +154,40 @@ def test_a_system_that_cannot_confine_is_refused_at_start(monkeypatch):
         MisconfigurationException, match=r"`CodeEvaluation`: .* Missing: landlock .*`allow_weaker: true`"
     ):
         fit([CodeEvaluation()], Answers)
+
+
+def test_samples_have_the_same_seeds_whatever_the_batch():
+    """A module that writes down which seed each sample gets: that of the call, counted on for equal prompts."""
+
+    class Seeds(Answers):
+        def complete(self, prompts, seed, **options):
+            for place, prompt in enumerate(prompts):
+                self.given.setdefault(prompt, []).append(seed + prompts[:place].count(prompt))
+            return ["epoch = 1"] * len(prompts)
+
+    found = []
+    for batch_size in (1, 3, 5, 7, 100):
+        model = Seeds()
+        model.given = {}
+        fit([CodeEvaluation(num_samples=5, temperature=1.0, batch_size=batch_size, seed=9)], model)
+        found.append({prompt: seeds[:5] for prompt, seeds in model.given.items()})
+    assert all(given == {prompt: [9, 10, 11, 12, 13] for prompt in "abcd"} for given in found)
+
+
+def test_reference_solutions_that_fail_are_counted_in_a_warning():
+    class Broken(Answers):
+        def problems(self, split):
+            return [Problem("a"), Problem("b", solution="epoch = 0"), Problem("c", solution="import no_such_module")]
+
+        def complete(self, prompts, **options):
+            return ["epoch = 1"] * len(prompts)
+
+    with pytest.warns(UserWarning, match=r"solutions of 2 of 3 val problems do not pass .* b: failed, AssertionError"):
+        fit([CodeEvaluation()], Broken, max_epochs=2)
+
+    class Without(Broken):
+        def problems(self, split):
+            return [Problem("a", solution=None)]
+
+    with pytest.warns(UserWarning, match="1 of 1 val problems have no reference solution"):
+        fit([CodeEvaluation()], Without)

@@ -25,6 +25,7 @@ class Problem:
 
     task_id: str
     prompt: str = ""
+    solution: str = "epoch = 1"
 
     def task(self, completion):
         return Task(completion, "assert epoch > 0", "epoch")

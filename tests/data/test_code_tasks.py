@@ -249,3 +249,15 @@ def test_data_is_loaded_ahead_of_a_run_unless_a_subclass_has_its_own(monkeypatch
     with pytest.warns(UserWarning, match="generated functions take MBPP's place"):
         data.load("train")
     assert len(data.problems("train")) == 180
+
+
+@pytest.mark.parametrize("setup", ["", "import math"])
+def test_a_problem_without_tests_is_solved_by_no_program(tmp_path, setup):
+    record = {"task_id": 511, "text": "Add two.", "code": "def add(a, b):\n    return a + b"}
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps(record | {"test_list": [], "test_setup_code": setup}) + "\n")
+    problem = CodeTasks(path=str(path)).problems("val")[0]
+    with Sandbox(num_workers=1) as sandbox:
+        verdicts = sandbox.run_many([problem.task(text) for text in ("", "x = 1", problem.solution)])
+    assert [verdict.passed for verdict in verdicts] == [False] * 3
+    assert "the problem has no tests" in verdicts[0].detail

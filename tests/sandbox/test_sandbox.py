@@ -75,7 +75,65 @@ def test_exceptions_keep_their_type(box):
         tests = f"try: f()\nexcept {kind}: pass\nelse: assert False"
         assert box.run(f"def f(): raise {kind}('x')", tests, "f").passed
     own = "class Mine(ValueError): pass\ndef f(x): raise Mine('text')"
-    assert "RuntimeError: Mine: text" in box.run(own, "f(0)", "f").detail
+    assert "Mine: text" in box.run(own, "f(0)", "f").detail
+
+
+MINE = "class Mine(KeyError): pass\ndef f(): raise Mine('text')"
+
+
+@pytest.mark.parametrize(
+    ("solution", "raised", "text"),
+    [
+        ("import json\ndef f(): return json.loads('{')", "ValueError", "Expecting property name"),
+        ("def f(): return b'\\xff'.decode()", "UnicodeDecodeError", "invalid start byte"),
+        ("def f(): return {}['a']", "KeyError", "'a'"),
+        ("def f(): raise TypeError('no number')", "TypeError", "no number"),
+        ("def f(): open('/nothing/there')", "OSError", ""),
+        (MINE, "Mine", "text"),
+        (MINE, "LookupError", "text"),
+    ],
+)
+def test_exceptions_are_caught_by_class_and_by_base(box, solution, raised, text):
+    tests = f"try: f()\nexcept {raised} as error: assert {text!r} in str(error), str(error)\nelse: assert False"
+    verdict = box.run(solution, tests, ["f", "Mine"])
+    assert verdict.passed, verdict.detail
+    assert not box.run(solution, "try: f()\nexcept ZeroDivisionError: pass", ["f", "Mine"]).passed
+
+
+def test_endless_generators_are_read_as_far_as_the_tests_go(box):
+    solution = """
+def count():
+    n = 0
+    while True:
+        yield n
+        n += 1
+def three():
+    yield from "abc"
+    raise ValueError("a fourth")
+"""
+    tests = """
+from itertools import islice
+assert list(islice(count(), 100)) == list(range(100))
+found = three()
+assert [next(found) for _ in range(3)] == ["a", "b", "c"]
+try: next(found)
+except ValueError as error: assert str(error) == "a fourth"
+else: assert False
+assert list(found) == []
+"""
+    verdict = box.run(solution, tests, ["count", "three"])
+    assert verdict.passed, verdict.detail
+    with Sandbox(timeout_seconds=1.0, num_workers=1) as one:
+        assert one.run(solution, "sum(count())", ["count"]).status == "timeout"
+
+
+def test_named_tuples_and_dict_views_keep_what_they_are(box):
+    solution = "from collections import namedtuple\nP = namedtuple('P', 'x y')\ndef f(): return P(1, 2)\n"
+    solution += "def g(): return {1: 2}"
+    tests = "assert f().x == 1 and f() == (1, 2)\nassert g().keys() == {1} and list(g().values()) == [2]"
+    solution += "\ndef keys(): return {1: 2}.keys()"
+    verdict = box.run(solution, tests + "\nassert keys() == {1}", ["f", "g", "keys"])
+    assert verdict.passed, verdict.detail
 
 
 def test_iterators_and_keywords_and_lambdas(box):
@@ -83,7 +141,8 @@ def test_iterators_and_keywords_and_lambdas(box):
     tests = "assert list(f(3)) == [0, 1, 2]\nassert sum(f(3, by=2)) == 6\nassert g(2) == 6\nassert factor == 3"
     verdict = box.run(solution, tests, ["f", "g", "factor"])
     assert verdict.passed, verdict.detail
-    assert "goes on beyond" in box.run("import itertools\ndef f(): return itertools.count()", "f()", "f").detail
+    endless = "import itertools\nfor _ in f(itertools.count()): pass"
+    assert "goes on beyond" in box.run("def f(x): return x", endless, "f").detail
 
 
 def test_objects_of_the_programs_classes_can_be_built_called_and_read(box):
