@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -35,6 +35,9 @@ class ForgeCallback(Callback):
         self.name = name
         self._said: set[str] = set()
         self._metric_names: dict[str, str] = {}
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        restore_loaders(trainer)
 
     @property
     def state_key(self) -> str:
@@ -82,6 +85,17 @@ class ForgeCallback(Callback):
     def refuse(self, what: str, why: str, instead: str) -> MisconfigurationException:
         """The error for a trainer, module or wiring that this callback cannot serve; to be raised at start."""
         return MisconfigurationException(f"`{type(self).__name__}` cannot work with {what}: {why}. {instead}")
+
+
+def restore_loaders(trainer: Trainer) -> None:
+    """Hand the training loaders their saved state, where Lightning has made them before it read the checkpoint.
+
+    It does so if ``configure_optimizers`` asks for ``trainer.estimated_stepping_batches``, as for `OneCycleLR`, and then
+    forgets the state: a resume inside an epoch would train on other batches.
+    """
+    fit_loop: Any = trainer.fit_loop
+    if getattr(fit_loop, "_combined_loader_states_to_load", None):
+        fit_loop._load_combined_loader_states()
 
 
 def run_directory(trainer: Trainer) -> Path | None:

@@ -305,6 +305,7 @@ class DreamReplay(ForgeCallback):
         add_loss_term(pl_module, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         if self._off:
             return
         mixers = [

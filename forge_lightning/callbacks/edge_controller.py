@@ -132,6 +132,7 @@ class EdgeController(ForgeCallback):
         return self._rate / self._weight if self._weight else math.nan
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         sampler = self._find_sampler(trainer)
         self._sampler = sampler
         self._tracker = self._new_tracker(trainer, sampler)

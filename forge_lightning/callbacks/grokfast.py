@@ -136,6 +136,7 @@ class Grokfast(ForgeCallback):
             )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         if self._off:
             return
         scaler = getattr(trainer.precision_plugin, "scaler", None)

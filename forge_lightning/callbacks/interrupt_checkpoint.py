@@ -44,6 +44,7 @@ class InterruptCheckpoint(ForgeCallback):
         self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._received, self._last_step = None, trainer.global_step
         # A new list, because the trainer is walking the old one. Behind `ModelCheckpoint`, whose state is kept as well.
         others = [callback for callback in getattr(trainer, "callbacks", []) if callback is not self]

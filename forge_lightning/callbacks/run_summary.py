@@ -71,6 +71,7 @@ class RunSummary(ForgeCallback):
         self._started = (time.monotonic(), time.process_time())
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._began_at, self._trained = trainer.global_step, True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -98,6 +98,7 @@ class StageClassifier(ForgeCallback):
         return list(self._events)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         if not self._resumed:
             self._means.clear()
         self._resumed = False

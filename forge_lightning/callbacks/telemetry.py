@@ -105,6 +105,7 @@ class Telemetry(ForgeCallback):
         self._known: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         self._leave(trainer)
         self._begin_fit()
         timed: Any = trainer

@@ -192,6 +192,7 @@ class TemperatureCurriculum(ForgeCallback):
         add_loss_term(pl_module, self)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
         if self._teacher is None:
             return
         try:

@@ -83,6 +83,11 @@ class DifficultySampler(ResumableSampler):
         self._pending: list[tuple[int, list[int]]] = []
         self._by_difficulty = None if self.difficulty is None else np.argsort(self.difficulty, kind="stable")
 
+    @property
+    def num_examples(self) -> int:
+        """Number of examples of an epoch, over all processes."""
+        return self.epoch_size
+
     def bind(self) -> None:
         """Take the shape of the running process group, if there is one."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 
@@ -32,6 +33,11 @@ class ResumableSampler(DistributedSampler[Any]):
         """Choose the order of the next epoch begun."""
         super().set_epoch(epoch)
         self.num_told += 1
+
+    @property
+    def num_examples(self) -> int:
+        """Number of examples of an epoch, over all processes."""
+        return len(self.dataset)  # type: ignore[arg-type]
 
     def bind(self) -> None:
         """Take the shape of the running process group, if there is one."""
@@ -67,7 +73,11 @@ class StatefulDataLoader(DataLoader[Any]):
     that the stopped run did not, with any number of workers.
 
     Counts batches handed out, not batches prefetched. Keeps the place in the order, not the random state of
-    augmentations inside workers.
+    augmentations inside workers. A resume inside an epoch needs the same data, order and global batch size (examples of
+    all processes together); with other ones it is refused.
+
+    Lightning forgets the state if ``configure_optimizers`` reads ``trainer.estimated_stepping_batches``. Any callback of
+    this package, as `RNGState`, restores it.
 
     Args:
         dataset: A map-style dataset.
@@ -116,7 +126,8 @@ class StatefulDataLoader(DataLoader[Any]):
         sampler: ResumableSampler = self.sampler  # type: ignore[assignment]
         if not resume.get("delivered"):
             return 0
-        if resume["delivered"] < len(self) and sampler.num_told <= 1:
+        if resume["delivered"] < resume.get("num_batches", len(self)) and sampler.num_told <= 1:
+            self._refuse_another_epoch(resume)
             sampler.shift = sampler.epoch - resume["epoch"]
             sampler.start = resume["delivered"] * (self.batch_size or 1)
             return int(resume["delivered"])
@@ -129,7 +140,33 @@ class StatefulDataLoader(DataLoader[Any]):
         if not isinstance(sampler, ResumableSampler):
             return {}
         state: dict[str, Any] = {"epoch": sampler.epoch - sampler.shift, "delivered": self._delivered}
+        state |= {"num_batches": len(self), "shape": self._shape()}
         return state | {"sampler": sampler.state_dict(self._delivered)}
+
+    def _shape(self) -> dict[str, Any]:
+        """What batches of an epoch depend on, by the words of an error."""
+        sampler: ResumableSampler = self.sampler  # type: ignore[assignment]
+        sampler.bind()
+        return {
+            "examples": sampler.num_examples,
+            "examples of a batch, over all processes": (self.batch_size or 1) * sampler.num_replicas,
+            "shuffle": bool(sampler.shuffle),
+            "seed": sampler.seed if sampler.shuffle else None,
+            "drop_last": bool(self.drop_last),
+        }
+
+    def _refuse_another_epoch(self, state: Mapping[str, Any]) -> None:
+        here = self._shape()
+        before: Mapping[str, Any] = state.get("shape", here)
+        changed = [
+            f"{name}: {before.get(name)}, now {value}" for name, value in here.items() if before.get(name) != value
+        ]
+        if changed:
+            raise MisconfigurationException(
+                f"The checkpoint was written inside epoch {state['epoch']}, after {state['delivered']} batches, of another"
+                f" order of the data ({'; '.join(changed)}): going on would repeat or drop examples. Resume with the"
+                " data and batch size as they were, or from a checkpoint of an epoch's end."
+            )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """In the next epoch begun, skip the batches that were handed out; after a complete one, begin the one after."""

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from forge_lightning.data import StatefulDataLoader
 from forge_lightning.data.stateful import ResumableSampler
@@ -84,3 +85,46 @@ def test_processes_share_an_epoch(monkeypatch):
         assert len(sampler) == 5
         seen.append(list(sampler))
     assert sorted(seen[0] + seen[1]) == list(range(10))
+
+
+def stopped_after(count, **kwargs):
+    made = StatefulDataLoader(list(range(24)), **{"batch_size": 4, "shuffle": True, "seed": 1} | kwargs)
+    made.sampler.set_epoch(0)
+    iterator = iter(made)
+    for _ in range(count):
+        next(iterator)
+    return made.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"batch_size": 8}, "examples of a batch, over all processes: 4, now 8"),
+        ({"batch_size": 2}, "examples of a batch, over all processes: 4, now 2"),
+        ({"seed": 2}, "seed: 1, now 2"),
+        ({"shuffle": False}, "shuffle: True, now False"),
+    ],
+)
+def test_resume_inside_an_epoch_of_another_order_is_refused(change, named):
+    resumed = StatefulDataLoader(list(range(24)), **{"batch_size": 4, "shuffle": True, "seed": 1} | change)
+    resumed.load_state_dict(stopped_after(2))
+    resumed.sampler.set_epoch(0)
+    with pytest.raises(MisconfigurationException, match=named):
+        next(iter(resumed))
+    resumed.load_state_dict(stopped_after(6))  # at an epoch's end nothing is left of it
+    seen = [number for batch in epoch(resumed, 1) for number in batch]
+    assert sorted(seen) == list(range(24))
+
+
+def test_resume_on_more_processes_with_smaller_batches_goes_on_exactly(monkeypatch):
+    straight = StatefulDataLoader(list(range(24)), batch_size=4, shuffle=True, seed=1)
+    expected = [sorted(batch) for batch in epoch(straight, 0)[2:]]
+    state, parts = stopped_after(2), []
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        half = StatefulDataLoader(list(range(24)), batch_size=2, shuffle=True, seed=1)
+        half.load_state_dict(state)
+        parts.append(epoch(half, 0))
+    assert [sorted(one + other) for one, other in zip(*parts, strict=True)] == expected
