@@ -1,5 +1,6 @@
 """DreamReplay: training again on what was trained on before."""
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from copy import copy
@@ -28,7 +29,7 @@ from forge_lightning.sandbox import Sandbox, SandboxError, Task, Verdict
 _USUAL_LABELS = ("labels", "target", "targets", "label", "y")
 _COUNTERS = (
     *("steps", "last_sleep", "remaining", "cycles", "extra_steps", "carry", "dream_carry", "size", "most_rows"),
-    *("offered", "probe_closed", "computed", "before", "lowest", "stage", "replayed"),
+    *("offered", "probe_closed", "computed", "before", "lowest", "stage", "replayed", "fits"),
 )
 """What is saved beside the rows, each an attribute with an underscore."""
 _NUM_WATCHED = 64  # stored rows that are measured before and after a sleep
@@ -84,7 +85,7 @@ class DreamReplay(ForgeCallback):
         strategy: How rows are drawn: "uniform", "balanced" over families, "near_threshold", "edge_cases" or "priority".
         capacity: Rows stored at most, on each process.
         frontier: Share of the capacity for what is near the threshold, in [0, 1).
-        max_bytes: Bytes of stored rows at most, on each process.
+        max_bytes: Memory of stored rows at most, on each process, with about 400 bytes of bookkeeping for each.
         memory_map: Folder for a file that holds the rows, in place of memory.
         batch_size: Rows of a step in a sleep. Default: as in training.
         distillation: Weight of keeping to the logits that a row had when it was stored, for rows that were right then;
@@ -112,7 +113,8 @@ class DreamReplay(ForgeCallback):
         family: Key or position in the batch of whole numbers that tell families apart, which share the reservoir alike;
             "auto" for "family", "arm" or "level"; ``None`` for one family.
         sample_id: Key or position of numbers that tell examples apart; "auto" for "sample_id", otherwise their
-            content does; ``None`` for content.
+            content does; ``None`` for content. Where the same callback is used for another fit, an example whose number
+            is known from an earlier one is the same only if its content is.
         labels: Key or position of the labels; "auto" for the usual names, or the last of a tuple; of a causal language
             model whose batch has none of these, the tokens of "input_ids" that ``mask`` calls real.
         mask: Key of the attention mask: rows are stored up to its last 1.
@@ -233,6 +235,7 @@ class DreamReplay(ForgeCallback):
         self._carry, self._dream_carry, self._size = 0.0, 0.0, 0
         self._most_rows = 1  # of a batch, on any process, when the sleep began
         self._offered, self._probe_closed = 0, self.probe_size == 0
+        self._fits = 0  # earlier ones, whose rows are kept
         self._computed = [0, 0]  # entries of batches: fresh, replayed
         self._before = [math.nan, math.nan]
         self._lowest = math.nan
@@ -291,6 +294,8 @@ class DreamReplay(ForgeCallback):
             return
         if not self._offered:
             self._clear(trainer.global_rank)
+        elif not self._restored:
+            self._fits += 1
         self._begin_fit()
         self._trainer = trainer
         network = None
@@ -539,7 +544,7 @@ class DreamReplay(ForgeCallback):
         rows = {name: tensor.detach().cpu() for name, tensor in rows.items()}
         ids = numbers["sample_id"]
         try:
-            ids = self.probe.ids_of(rows) if ids is None else ids.cpu()
+            ids = self.probe.ids_of(rows) if ids is None else self._ids_of_this_fit(ids.cpu(), rows)
             for i, id in enumerate(ids.tolist()):
                 self._offered += 1
                 if not self._probe_closed and self._offered % 4 == 1 and id not in self.buffer:
@@ -561,6 +566,17 @@ class DreamReplay(ForgeCallback):
                 )
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
+
+    def _ids_of_this_fit(self, ids: Tensor, rows: Mapping[str, Tensor]) -> Tensor:
+        """Numbers of examples that an earlier fit's other examples do not have: data sets all number from 0."""
+        if not self._fits:
+            return ids
+        contents, found = self.probe.ids_of(rows).tolist(), []
+        for id, content in zip(ids.tolist(), contents, strict=True):
+            numbers = [_number_in_fit(id, fit) for fit in range(self._fits + 1)]
+            earlier = (n for n in numbers[:-1] for store in (self.buffer, self.probe) if store.content_of(n) == content)
+            found.append(next(earlier, numbers[-1]))
+        return torch.tensor(found)
 
     def _numbers(self, argument: str, rows: Mapping[str, Tensor], usual: tuple[str, ...]) -> Tensor | None:
         key: Any = getattr(self, argument)
@@ -843,6 +859,14 @@ class _AfterAll(Callback):
 def _source_of_programs(trainer: Trainer, pl_module: LightningModule) -> SupportsAugmentation | None:
     sources = (getattr(trainer, "datamodule", None), pl_module)
     return next((source for source in sources if isinstance(source, SupportsAugmentation)), None)
+
+
+def _number_in_fit(id: int, fit: int) -> int:
+    """Another number for an example in each later fit; its own in the first."""
+    if fit == 0:
+        return id
+    digest = hashlib.blake2b(f"{fit}/{id}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 2
 
 
 def _row(rows: Mapping[str, Tensor], i: int, keep: bool = False) -> dict[str, Tensor]:

@@ -32,6 +32,7 @@ _COLUMNS: dict[str, torch.dtype] = {
     "priority": torch.float32,
     "category": torch.int64,
     "in_reservoir": torch.bool,
+    "content": torch.int64,
 }
 _MOST_FAMILIES = 4096  # counted apart; beyond them all are one
 _WINDOW = 512  # losses that quantiles are of
@@ -39,6 +40,8 @@ _FEWEST = 24  # losses that make a quantile
 _REFRESH = 32  # rows between computations of the quantiles
 _MOST_TOUCHED = 256  # rows whose priority waits to be computed anew
 _RIVALS = 16  # of which the least important leaves the frontier
+_ROW_OVERHEAD = 400
+"""Bytes that a row takes beside its data: scores, places and the objects that hold it. Measured with tracemalloc."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,8 @@ class ReplayBuffer:
     Args:
         capacity: Rows at most.
         frontier: Share of the capacity for the frontier, in [0, 1).
-        max_bytes: Bytes of row data at most, shared out as the capacity is. A row larger than its part is not kept.
+        max_bytes: Memory at most, with about 400 bytes for the bookkeeping of each row; shared out as the capacity is.
+            A row larger than its part is not kept.
         mask: Field that is 0 where sequences are padded.
         labels: Fields that get -100 where shorter rows are filled up.
         alpha: How much priority decides in strategy "priority"; 0 is uniform.
@@ -175,8 +179,11 @@ class ReplayBuffer:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of row data."""
-        return self._store.num_bytes
+        """Memory of the rows, with their bookkeeping."""
+        return self._store.num_bytes + _ROW_OVERHEAD * len(self)
+
+    def _bytes_of(self, slot: int) -> int:
+        return self._store.length(slot) + _ROW_OVERHEAD
 
     @property
     def num_in_reservoir(self) -> int:
@@ -245,11 +252,12 @@ class ReplayBuffer:
         """
         rows = rows_of(rows)
         size = len(next(iter(rows.values())))
-        bytes_before = self.num_bytes
+        bytes_before = self._store.num_bytes
         packed = self._store.pack(rows, extras or {})
-        if self.num_bytes != bytes_before:  # numbers came that no longer fit into half the bits
+        if self._store.num_bytes != bytes_before:  # numbers came that no longer fit into half the bits
             self._count_bytes()
-        ids = _listed(sample_id, size, "sample_id", whole=True) if sample_id is not None else packed.ids()
+        contents = packed.ids()
+        ids = _listed(sample_id, size, "sample_id", whole=True) if sample_id is not None else contents
         losses = _listed(loss, size, "loss") if loss is not None else [math.nan] * size
         successes = _listed(success, size, "success") if success is not None else [math.nan] * size
         families = _listed(family, size, "family", whole=True) if family is not None else [0] * size
@@ -270,7 +278,7 @@ class ReplayBuffer:
                 self._rescore(slot, losses[i], successes[i], priorities[i])
                 kept.append(slot if ids[i] in self._slot_of else -1)
                 continue
-            length = packed.length(i)
+            length = packed.length(i) + _ROW_OVERHEAD
             self._lengths = [self._lengths[0] + length, self._lengths[1] + 1]
             category = self._category(losses[i], successes[i])
             if category and not self._makes_room_in(category, priorities[i], length):
@@ -282,7 +290,7 @@ class ReplayBuffer:
             slot = self._free.pop()
             self._slot_of[ids[i]] = slot
             scores = (losses[i], losses[i], successes[i], successes[i])
-            values = (ids[i], one_family, *scores, stage, step, 0, priorities[i], 0, False)
+            values = (ids[i], one_family, *scores, stage, step, 0, priorities[i], 0, False, contents[i])
             for name, value in zip(_COLUMNS, values, strict=True):
                 self._c[name][slot] = value
             self._store.put(slot, packed, i)
@@ -292,6 +300,11 @@ class ReplayBuffer:
                 self._join_frontier(slot, category)
             kept.append(slot)
         return kept
+
+    def content_of(self, sample_id: int) -> int | None:
+        """The number made of a stored row's content, as `ids_of` makes it; ``None`` if it is not stored."""
+        slot = self._slot_of.get(sample_id)
+        return None if slot is None else int(self._c["content"][slot])
 
     def ids_of(self, rows: Mapping[str, Tensor]) -> Tensor:
         """Numbers made of each row's content, ``(B,)``, whatever its padding: its ``sample_id`` where it has none."""
@@ -442,7 +455,7 @@ class ReplayBuffer:
             *self._lengths, self._was_full = state["lengths"]
 
     def _take_over(self, rows: Mapping[str, Any], i: int, row: dict[str, Any]) -> None:
-        length, category = int(rows["lengths"][i]), row["category"]
+        length, category = int(rows["lengths"][i]) + _ROW_OVERHEAD, row["category"]
         if row["sample_id"] in self._slot_of:
             return
         budget = self.max_bytes - self._byte_quota * len(CATEGORIES)
@@ -495,8 +508,8 @@ class ReplayBuffer:
         return True
 
     def _count_bytes(self) -> None:
-        self._held_bytes = sum(self._store.length(slot) for held in self._held.values() for slot in held)
-        self._frontier_bytes = [sum(map(self._store.length, part)) for part in self._frontier]
+        self._held_bytes = sum(self._bytes_of(slot) for held in self._held.values() for slot in held)
+        self._frontier_bytes = [sum(map(self._bytes_of, part)) for part in self._frontier]
 
     def _any_held(self, place: float) -> list[int]:
         """The members of a family, drawn in proportion to their number."""
@@ -526,20 +539,20 @@ class ReplayBuffer:
         held.append(slot)
         self._c["in_reservoir"][slot] = True
         self._num_held += 1
-        self._held_bytes += self._store.length(slot)
+        self._held_bytes += self._bytes_of(slot)
 
     def _leave_reservoir(self, slot: int) -> None:
         self._swap_out(self._held[int(self._c["family"][slot])], 0, slot)
         self._c["in_reservoir"][slot] = False
         self._num_held -= 1
-        self._held_bytes -= self._store.length(slot)
+        self._held_bytes -= self._bytes_of(slot)
         self._drop_if_unused(slot)
 
     def _join_frontier(self, slot: int, category: int) -> None:
         part = self._frontier[category - 1]
         self._place[1, slot] = len(part)
         part.append(slot)
-        self._frontier_bytes[category - 1] += self._store.length(slot)
+        self._frontier_bytes[category - 1] += self._bytes_of(slot)
         self._c["category"][slot] = category
 
     def _leave_frontier(self, slot: int) -> None:
@@ -549,7 +562,7 @@ class ReplayBuffer:
     def _pull_from_frontier(self, slot: int) -> None:
         place = int(self._c["category"][slot]) - 1
         self._swap_out(self._frontier[place], 1, slot)
-        self._frontier_bytes[place] -= self._store.length(slot)
+        self._frontier_bytes[place] -= self._bytes_of(slot)
         self._c["category"][slot] = 0
 
     def _swap_out(self, members: list[int], row: int, slot: int) -> None:
@@ -577,7 +590,7 @@ class ReplayBuffer:
         if before == now:
             return
         c["priority"][slot] = priority
-        if now and not self._makes_room_in(now, priority, self._store.length(slot)):
+        if now and not self._makes_room_in(now, priority, self._bytes_of(slot)):
             now = 0
         if before:
             self._pull_from_frontier(slot)

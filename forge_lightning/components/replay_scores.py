@@ -19,6 +19,8 @@ from forge_lightning.functional.replay import stored_logit_loss, top_logits
 
 KEPT = ("stored_values", "stored_classes", "stored_total")
 """Names of what is kept of a row's logits."""
+_LEAST = -60_000.0
+"""Log-probability that is kept of the least likely: 16 bits end at 65,504."""
 
 
 class RowScores:
@@ -108,7 +110,7 @@ class RowScores:
         return scores_of_rows(logits.detach(), labels, self.shifted)
 
     def logits_to_keep(self, right: Tensor, top_k: int) -> list[list[Tensor]]:
-        """Of each row that was right the largest logits of each label, their classes, and the log-sum-exp of all.
+        """Of each row that was right `top_logits` of each label: log-probabilities in 16 bits, classes, log-sum-exps.
 
         Raises:
             ValueError: If labels and logits do not fit.
@@ -120,7 +122,9 @@ class RowScores:
             raise ValueError("the batch has no labels.")
         values, classes, total = (t.cpu() for t in top_logits(rows, top_k))
         counts = self._counts().tolist()
-        pieces = zip(right.tolist(), *(t.split(counts) for t in (values.half(), classes, total)), strict=True)
+        pieces = zip(
+            right.tolist(), *(t.split(counts) for t in (values.clamp(min=_LEAST).half(), classes, total)), strict=True
+        )
         return [[t.clone() if keep else t[:0].clone() for t in parts] for keep, *parts in pieces]
 
     def distance(self, kept: Mapping[str, Sequence[Tensor]], count: int) -> Tensor | None:

@@ -92,11 +92,14 @@ def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         k: How many of each row.
 
     Returns:
-        The largest, ``(N, min(k, V))``; their classes, int32; and the log-sum-exp of all, ``(N,)``. All finite in fp32.
+        Log-probabilities of the largest, ``(N, min(k, V))``; their classes, int32; and the log-sum-exp of all logits,
+        ``(N,)``. Log-probabilities of likely classes are small numbers, which 16 bits hold well; raw logits may lie
+        around a large offset.
     """
     logits = logits.detach().float()
     values, classes = logits.topk(min(k, logits.shape[-1]), dim=-1)
-    return values, classes.int(), logits.logsumexp(-1)
+    total = logits.logsumexp(-1)
+    return values - total.unsqueeze(-1), classes.int(), total
 
 
 def stored_logit_loss(logits: Tensor, values: Tensor, classes: Tensor, total: Tensor) -> Tensor:
@@ -107,7 +110,7 @@ def stored_logit_loss(logits: Tensor, values: Tensor, classes: Tensor, total: Te
 
     Args:
         logits: ``(N, V)``, with gradient.
-        values: Stored logits, ``(N, K)``.
+        values: Stored log-probabilities, ``(N, K)``.
         classes: Their classes, ``(N, K)``.
         total: Log-sum-exp of all stored logits, ``(N,)``.
 
@@ -119,11 +122,10 @@ def stored_logit_loss(logits: Tensor, values: Tensor, classes: Tensor, total: Te
     """
     logits, values, classes = logits.float(), values.float(), classes.long()
     if classes.shape[-1] == logits.shape[-1]:
-        return (logits.gather(-1, classes) - values).square().mean(-1)
+        return (logits.gather(-1, classes) - total.float().unsqueeze(-1) - values).square().mean(-1)
     now = logits.log_softmax(-1)
     others = now.scatter(-1, classes, -torch.inf).logsumexp(-1, keepdim=True)
-    stored = values - total.float().unsqueeze(-1)
-    rest = torch.log1p(-stored.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
-    goal = torch.cat([stored, rest], -1)
+    rest = torch.log1p(-values.exp().sum(-1, keepdim=True).clamp(max=1 - 1e-6))
+    goal = torch.cat([values, rest], -1)
     mine = torch.cat([now.gather(-1, classes), others], -1)
     return F.kl_div(mine, goal, reduction="none", log_target=True).sum(-1)

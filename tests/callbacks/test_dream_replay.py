@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import DeepSpeedStrategy
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from forge_lightning.callbacks import DreamReplay, EdgeController, Grokfast, InterruptCheckpoint, RNGState
 from forge_lightning.components import DreamAugmenter
 from forge_lightning.components.code_augmentation import CodeExample
-from forge_lightning.data import CodeTasks, GeneratedTasks
+from forge_lightning.data import CodeTasks, GeneratedTasks, TextData
 from forge_lightning.models import ForgeModule
 from forge_lightning.sandbox import Sandbox
 from tests.cli.test_full_suite import StopsInSleep
@@ -843,3 +843,19 @@ def test_examples_of_problems_carry_everything_that_is_needed_to_run_them(offlin
     example = CodeExample.of(problem)
     assert example.program.strip() == problem.solution.strip()
     assert example.entry_point == problem.entry_point
+
+
+def test_second_fit_knows_examples_by_number_and_content(tmp_path):
+    """Data sets all number their examples from 0: those of another one are others, those of the same are the same."""
+    for letter in "ab":
+        (tmp_path / f"{letter}.txt").write_text(letter * 16 * 60)
+    module = ForgeModule(config={"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32})
+    callback, stored = DreamReplay(probe_size=0, capacity=1000), []
+    for letter in "aba":
+        data = TextData(str(tmp_path / f"{letter}.txt"), block_size=16, batch_size=6)
+        options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+        options |= {"enable_model_summary": False, "limit_val_batches": 0, "accelerator": "cpu", "max_epochs": 1}
+        Trainer(callbacks=[callback], **options).fit(module, datamodule=data)
+        first = callback.buffer.read(callback.buffer.slots()).rows["input_ids"][:, 0]
+        stored.append([int((first == ord(letter) + 3).sum()) for letter in "ab"])
+    assert stored == [[54, 0], [54, 54], [54, 54]]

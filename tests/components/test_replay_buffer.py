@@ -1,4 +1,5 @@
 import math
+import tracemalloc
 
 import pytest
 import torch
@@ -46,7 +47,9 @@ def test_what_is_read_is_what_was_pushed():
         expected = tensor[:, :longest] if name in ("input_ids", "attention_mask", "labels") else tensor
         assert torch.equal(found[name], expected), name
         assert found[name].dtype == tensor.dtype
-    assert buffer.num_bytes < sum(t.nbytes for t in rows.values()), "padding and halves of whole numbers are left out"
+    assert buffer._store.num_bytes < sum(t.nbytes for t in rows.values()), (
+        "padding and halves of whole numbers are left out"
+    )
 
 
 def test_numbers_too_large_for_half_the_bits_are_kept_whole():
@@ -54,7 +57,7 @@ def test_numbers_too_large_for_half_the_bits_are_kept_whole():
     buffer.push({"x": torch.tensor([[1, 2], [3, 4]])}, sample_id=torch.tensor([0, 1]))
     slots = buffer.push({"x": torch.tensor([[1 << 40, -5]])}, sample_id=torch.tensor([2]))
     assert buffer.read([0, 1, *slots]).rows["x"].tolist() == [[1, 2], [3, 4], [1 << 40, -5]]
-    assert buffer.num_bytes == buffer._held_bytes == 3 * 2 * 8
+    assert buffer.num_bytes == buffer._held_bytes == 3 * (2 * 8 + 400)
 
 
 def test_extras_keep_their_own_lengths():
@@ -236,6 +239,25 @@ def test_a_row_that_was_replayed_often_gives_way_to_others():
     assert counts.min() >= 5, "nothing is left out for ever"
 
 
+def test_max_bytes_bounds_the_memory_that_is_used():
+    tracemalloc.start()
+    buffer = ReplayBuffer(100_000, max_bytes=8_000_000)
+    for start in range(0, 40_000, 1000):
+        loss = torch.rand(1000)
+        buffer.push({"x": torch.randint(0, 9, (1000, 4))}, loss, loss.round(), torch.arange(start, start + 1000))
+    used = tracemalloc.get_traced_memory()[0] - 100_000 * 60  # columns that are there from the start
+    tracemalloc.stop()
+    assert 6_000_000 < buffer.num_bytes <= 8_000_000
+    assert 0.7 * buffer.num_bytes < used < 1.2 * buffer.num_bytes
+
+
+@pytest.fixture
+def only_data(monkeypatch):
+    """Count the rows' own bytes alone, so that a test can say what fits."""
+    monkeypatch.setattr("forge_lightning.components.replay_buffer._ROW_OVERHEAD", 0)
+
+
+@pytest.mark.usefixtures("only_data")
 def test_bytes_are_bounded_and_the_rest_stays_a_fair_sample():
     buffer = ReplayBuffer(1000, frontier=0.3, max_bytes=4000)
     for start in range(0, 5000, 10):
@@ -254,6 +276,7 @@ def test_bytes_are_bounded_and_the_rest_stays_a_fair_sample():
     assert 150 < torch.cat(ages).mean() < 250
 
 
+@pytest.mark.usefixtures("only_data")
 def test_bytes_are_shared_out_as_rows_are():
     """Neither part takes the other's room, where bytes are what is short."""
     buffer = ReplayBuffer(10_000, frontier=0.3, max_bytes=300 * 8)
@@ -264,6 +287,7 @@ def test_bytes_are_shared_out_as_rows_are():
     assert 50 <= in_frontier <= 180
 
 
+@pytest.mark.usefixtures("only_data")
 def test_rows_of_different_lengths_stay_a_fair_sample_where_bytes_are_short():
     counts, lengths = torch.zeros(4), []
     for seed in range(30):
