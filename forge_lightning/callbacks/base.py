@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from forge_lightning.components.loss_terms import own_loss
+from forge_lightning.components.loss_terms import TASK_LOSS, own_loss
 from forge_lightning.components.step_log import is_dev_run as is_dev_run
 from forge_lightning.components.step_log import is_logging_step as is_logging_step
 from forge_lightning.components.step_log import last_logged as last_logged
@@ -76,10 +76,13 @@ class ForgeCallback(Callback):
             )
         return metrics[monitor]
 
-    def warn_once(self, message: str) -> None:
-        """Warn on the first process, with the callback's name in front; the same words only once."""
-        if message not in self._said:
-            self._said.add(message)
+    def warn_once(self, message: str, key: str | None = None) -> None:
+        """Warn on rank 0, prefixed with the class name.
+
+        Each distinct message is shown once; with a ``key``, one message of that key, whatever numbers it holds.
+        """
+        if (key or message) not in self._said:
+            self._said.add(key or message)
             rank_zero_warn(f"{type(self).__name__}: {message}", stacklevel=5)  # the line that found it
 
     def refuse(self, what: str, why: str, instead: str) -> MisconfigurationException:
@@ -90,7 +93,7 @@ class ForgeCallback(Callback):
 def restore_loaders(trainer: Trainer) -> None:
     """Hand the training loaders their saved state, where Lightning has made them before it read the checkpoint.
 
-    It does so if ``configure_optimizers`` asks for ``trainer.estimated_stepping_batches``, as for `OneCycleLR`, and then
+    It does so if ``configure_optimizers`` reads ``trainer.estimated_stepping_batches``, as for `OneCycleLR`, and then
     forgets the state: a resume inside an epoch would train on other batches.
     """
     fit_loop: Any = trainer.fit_loop
@@ -141,7 +144,7 @@ def loss_of_step(trainer: Trainer, outputs: Any) -> Tensor | None:
         return None
     automatic = trainer.lightning_module.automatic_optimization
     own = own_loss(trainer.lightning_module) if automatic else None
-    task = outputs.get("task_loss", own) if isinstance(outputs, Mapping) else own
+    task = outputs.get(TASK_LOSS, own) if isinstance(outputs, Mapping) else own
     if isinstance(task, Tensor):
         return task.detach().float().mean()
     loss = loss.detach().float()

@@ -9,15 +9,17 @@ from lightning.pytorch import LightningModule, Trainer
 
 from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, run_directory
 from forge_lightning.components.calibration import CalibrationMetric, FittedTemperature
+from forge_lightning.components.labels import LabelReader, NoClassesError, loss_doubt
 from forge_lightning.components.logit_tap import (
     SHIFT_DOUBT,
     LogitTap,
     find_network,
     fits_better_shifted,
+    given_labels,
     is_shifted,
-    labels_of,
     predicted_rows,
 )
+from forge_lightning.components.stage_classifier import VAL_LOSS
 
 
 class Calibration(ForgeCallback):
@@ -28,7 +30,8 @@ class Calibration(ForgeCallback):
     checkpoints, and handed to a module with an attribute ``fitted_temperature``, as `ForgeModule` has, which exports
     it. The bins of the reliability diagram are kept in ``calibration.json`` in the run directory.
 
-    Reads: logits and labels.
+    Reads: logits and labels; probabilities in place of logits, and one logit for two classes, are taken for what they
+    are. A warning says where the cross-entropy is far from the logged validation loss.
     Changes: nothing.
     Logs: after validation and testing ``forge/calibration/nll`` (nats), ``forge/calibration/ece`` (expected calibration
     error), ``forge/calibration/brier``, ``forge/calibration/accuracy``, ``forge/calibration/entropy`` (nats),
@@ -50,13 +53,14 @@ class Calibration(ForgeCallback):
             real.
         shift: Whether the label of a position is what the position before it predicts, as where the labels are the
             tokens themselves. Default: true for causal language models of Hugging Face, else false.
+        ignore_index: Label that the loss ignores, beside -100 and a number that is no class, as -1 or 255: 0 where that
+            is padding.
         name: Tells two instances apart.
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: At start, if the network is not found; at the first batch of validation, that of
-            the sanity check too, if it puts out no logits or the batch has no such labels. A training batch without
-            the labels that were named gives a warning before that.
+        MisconfigurationException: At start, if the network is not found; in the sanity check, if the network returns no
+            logits or the batch has no such labels. Later these are warnings, and nothing is measured.
 
     References:
         Guo et al., `On Calibration of Modern Neural Networks <https://arxiv.org/abs/1706.04599>`_, 2017.
@@ -71,6 +75,7 @@ class Calibration(ForgeCallback):
         network: str | None = None,
         labels: str | int = "auto",
         shift: bool | None = None,
+        ignore_index: int | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
@@ -79,10 +84,12 @@ class Calibration(ForgeCallback):
         if max_rows is not None and max_rows < 1:
             raise ValueError(f"`Calibration(max_rows={max_rows})` must be at least 1, or None.")
         self.num_bins, self.max_rows = num_bins, max_rows
-        self.network, self.labels, self.shift = network, labels, shift
+        self.network, self.labels, self.shift, self.ignore_index = network, labels, shift, ignore_index
         self.fitted_temperature = math.nan
         self._seen_batch = False
         self._tap: LogitTap | None = None
+        self._reader = LabelReader()
+        self._why_not = ""  # why nothing is measured
         self._shifted = False
         self._plain: CalibrationMetric | None = None
         self._fitted: CalibrationMetric | None = None
@@ -97,9 +104,9 @@ class Calibration(ForgeCallback):
             return
         self._seen_batch = True
         try:
-            labels_of(batch, self.labels)
+            given_labels(batch, self.labels)
         except ValueError as error:
-            self.warn_once(f"{error} That is a training batch; if those of validation are alike, `fit` stops there.")
+            self.warn_once(f"{error} That is a training batch; if those of validation are alike, nothing is measured.")
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -127,28 +134,32 @@ class Calibration(ForgeCallback):
     ) -> None:
         if self._tap is None or (self._plain is None and not trainer.sanity_checking):
             return
-        try:
-            call = self._tap.take()
-        except ValueError as error:
-            raise MisconfigurationException(f"`Calibration`: {error}") from None
-        finally:
-            self._tap.stop()
-        if call is None:
-            return
         measures = self._plain is not None  # a sanity check only looks whether it could
         try:
-            labels = labels_of(batch, self.labels, self._shifted)
-            if (
-                measures
-                and batch_idx == 0
-                and not self._shifted
-                and self.shift is None
-                and fits_better_shifted(call[2], labels)
-            ):
-                self.warn_once(SHIFT_DOUBT)
-            rows, labels = predicted_rows(call[2], labels, None, self._shifted)
+            call = self._tap.take()
+            if call is None:
+                self._why_not = (
+                    f"{type(self._tap.network).__name__} was not called itself, as `self.net(x)`, but perhaps one of"
+                    " its methods or parts, whose outputs are not seen"
+                )
+                return
+            logits, labels = self._reader.read(batch, call[2])
+            doubtful = measures and batch_idx == 0 and self.shift is None and not self._shifted
+            if doubtful and fits_better_shifted(logits, labels):
+                self.warn_once(SHIFT_DOUBT, key="loss")
+            rows, labels = predicted_rows(logits, labels, None, self._shifted)
+        except NoClassesError as error:
+            self._why_not = str(error).rstrip(".")
+            return
         except ValueError as error:
-            raise MisconfigurationException(f"`Calibration`: {error}") from None
+            if not measures:
+                raise MisconfigurationException(f"`Calibration`: {error}") from None
+            self._why_not = str(error).rstrip(".")  # what only reports does not end a fit
+            return
+        finally:
+            self._tap.stop()
+        if labels is None:
+            self._why_not = "the batch has no labels of the usual names, or not one class for each"
         if labels is None or self._plain is None:
             return
         assert self._fit is not None
@@ -163,6 +174,9 @@ class Calibration(ForgeCallback):
         metrics = self._finish(trainer, "val")
         if metrics is None:
             return
+        logged = next((float(trainer.callback_metrics[n]) for n in VAL_LOSS if n in trainer.callback_metrics), math.nan)
+        if doubt := loss_doubt(metrics["nll"], logged, "the logged validation loss is"):
+            self.warn_once(doubt, key="loss")
         module: Any = pl_module
         if hasattr(module, "fitted_temperature"):
             module.fitted_temperature = self.fitted_temperature
@@ -198,6 +212,8 @@ class Calibration(ForgeCallback):
         except ValueError as error:
             raise MisconfigurationException(f"`Calibration(network={self.network!r})`: {error}") from None
         self._shifted = is_shifted(network) if self.shift is None else self.shift
+        self._reader = LabelReader(self.labels, shifted=self._shifted, ignore_index=self.ignore_index)
+        self._why_not = "no batch came"
         self._tap = LogitTap(network)
 
     def _begin(self, pl_module: LightningModule) -> None:
@@ -220,9 +236,10 @@ class Calibration(ForgeCallback):
             for metric in (plain, fit, *(() if fitted is None else (fitted,))):
                 metric.sum_over_processes(lambda t: trainer.strategy.reduce(t, reduce_op="sum"))
         if plain.is_empty:
+            why = self._why_not or "no label counts"
             self.warn_once(
-                f"no labels of the {split} data fit the logits, and nothing is measured. Name them with `labels`"
-                ' ("input_ids" where all tokens are text to learn), and the part that puts out logits with `network`.'
+                f'nothing is measured on {split} data: {why}. Name the labels with `labels` ("input_ids" where all'
+                " tokens are text to learn), and the part that returns logits with `network`."
             )
             return None
         values = {name: float(value) for name, value in plain.compute().items()}

@@ -122,6 +122,8 @@ class DreamReplay(ForgeCallback):
             "network".
         shift: Whether the label of a position is what the position before it predicts. Default: true for causal
             language models of Hugging Face, else false.
+        ignore_index: Label that the loss ignores, beside -100 and a number that is no class, as -1 or 255: 0 where that
+            is padding.
         save_buffer: Keep stored rows in checkpoints. Otherwise a resumed run begins with an empty buffer.
         seed: Of what is stored and drawn.
         name: Tells two instances apart.
@@ -171,6 +173,7 @@ class DreamReplay(ForgeCallback):
         mask: str | None = "attention_mask",
         network: str | None = None,
         shift: bool | None = None,
+        ignore_index: int | None = None,
         save_buffer: bool = True,
         seed: int = 0,
         name: str | None = None,
@@ -213,6 +216,7 @@ class DreamReplay(ForgeCallback):
         self.probe_size, self.every_n_steps_by_stage, self.stage_monitor = probe_size, by_stage, stage_monitor
         self.family, self.sample_id, self.labels, self.mask = family, sample_id, labels, mask
         self.network, self.shift, self.save_buffer, self.seed = network, shift, save_buffer, seed
+        self.ignore_index = ignore_index
         self._off = fraction == 0 if mode == "mix" else num_steps == 0
         self._restored: dict[str, Any] = {}
         self._trainer: Trainer | None = None
@@ -304,7 +308,7 @@ class DreamReplay(ForgeCallback):
         except ValueError as error:
             if self.distillation or self.network is not None:
                 raise MisconfigurationException(f"`DreamReplay(network={self.network!r})`: {error}") from None
-        self._scores = RowScores(network, self.labels, self.shift, self.mask)
+        self._scores = RowScores(network, self.labels, self.shift, self.mask, self.ignore_index)
         if self._restored:
             self._take_restored()
         add_loss_term(pl_module, self)

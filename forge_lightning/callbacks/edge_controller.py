@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from forge_lightning.callbacks.base import ForgeCallback, is_logging_step
@@ -16,6 +15,7 @@ from forge_lightning.components.edge_controller import ItemTracker, SkillTracker
 from forge_lightning.protocols import SupportsChoice, SupportsDifficulty, SupportsOutcomes
 
 _SMOOTHING = 128  # outcomes that the logged success rate is a mean of, about
+_IMPOSSIBLE = -1e4  # log-likelihood of an answer whose probability is 0
 
 
 class EdgeController(ForgeCallback):
@@ -42,6 +42,9 @@ class EdgeController(ForgeCallback):
 
     When to use: examples differ much in difficulty, the hard ones teach nothing yet and the easy ones nothing more, and
     no ramp from easy to hard has been tuned.
+
+    Examples of a data set come again. With "skill", one is drawn three times at most in as many draws as there are
+    examples. Where none is at the edge, all are drawn alike, and a warning says so.
 
     When it does not help: where an easy-to-hard ramp of the right length is known (`benchmarks/edge.md`), and on a
     small data set that is soon mastered whole: ``forge/edge/mastered`` says so. Success of one batch of 32 wavers by
@@ -122,7 +125,6 @@ class EdgeController(ForgeCallback):
         self._rate, self._weight = 0.0, 0.0
         self._steps_in_band, self._steps_counted = 0, 0
         self._seen, self._batches = 0, 0
-        self._warned: set[str] = set()
         self._last_outcomes: list[dict[str, Any]] = []
         self._told = False
 
@@ -141,8 +143,7 @@ class EdgeController(ForgeCallback):
             self._take_up(self._restored)
             self._restored = None
         sampler.restored = False
-        if self.steer:
-            sampler.policy = self._tracker
+        self._steer()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._sampler is None or any(self._sampler is sampler for sampler, _ in _samplers(trainer)):
@@ -150,8 +151,7 @@ class EdgeController(ForgeCallback):
         before, self._sampler = self._sampler, self._find_sampler(trainer)  # the loader was made anew
         self._sampler.load_state_dict(before.state_dict())
         self._sampler.restored, before.policy, self._iteration = False, None, -1
-        if self.steer:
-            self._sampler.policy = self._tracker
+        self._steer()
 
     def _find_sampler(self, trainer: Trainer) -> SupportsChoice:
         found = next(iter(_samplers(trainer)), None)
@@ -200,6 +200,7 @@ class EdgeController(ForgeCallback):
         expected = self._expected(np.array(self._arms)) if logs else math.nan  # before it knows
         if len(arms):
             self._learn(arms, success)
+            self._steer()
         if logs:
             self.log_metrics(trainer, {"expected_success": expected, **self._quantities(np.array(self._arms))})
 
@@ -316,7 +317,9 @@ class EdgeController(ForgeCallback):
             assert sampler.difficulty is not None
             tracker.update(sampler.difficulty[arms], success)
         else:
-            tracker.update(arms, success, self.soft)
+            is_log = self.soft and self.signal != "outcomes"
+            tracker.update(arms, success, self.soft, is_log)
+            success = np.exp(success) if is_log else success
         there = success[np.isfinite(success)]
         if not len(there):
             return
@@ -344,8 +347,9 @@ class EdgeController(ForgeCallback):
         if mine is not None:
             values = mine.detach().float().flatten().cpu().double().numpy()
             if self.soft:
-                self._require(values, (values <= 1e-4).all(), "log-likelihoods are at most 0")
-                values = np.exp(values)
+                possible = (values <= 1e-4) | np.isnan(values)  # NaN: an example without labels
+                self._require(values, possible.all(), "log-likelihoods are at most 0")
+                values = np.where(np.isneginf(values), _IMPOSSIBLE, values)
             elif self.loss_threshold is None:
                 right = ((values > -1e-4) & (values < 1 + 1e-4))[np.isfinite(values)].all()
                 self._require(values, right, "success is in [0, 1]; for a loss set `loss_threshold`")
@@ -373,7 +377,7 @@ class EdgeController(ForgeCallback):
         if key == "loss" and trainer.lightning_module.automatic_optimization:
             value = value * trainer.accumulate_grad_batches  # Lightning has divided it
         if self.loss_threshold is not None:
-            return torch.where(value.isfinite(), (value <= self.loss_threshold).float(), 0.0)
+            return torch.where(value.isnan(), torch.nan, (value <= self.loss_threshold).float())
         return value
 
     def _require(self, values: Any, ok: Any, allowed: str) -> None:
@@ -439,32 +443,43 @@ class EdgeController(ForgeCallback):
             every = tracker.expected(np.arange(sampler.num_arms))
             metrics["mastered"] = float((every > self.target_range[1]).mean())
             if metrics["mastered"] > 0.8:
-                self._warn_once(
+                self.warn_once(
                     f"{100 * metrics['mastered']:.0f} % of the examples are mastered; there is little left to choose"
-                    " from. Add data, or augment it."
+                    " from. Add data, or augment it.",
+                    key="mastered",
                 )
-        self._warn_where_there_is_no_edge(tracker, sampler)
+        if self._seen == 0 and self._batches >= 20 and self.signal != "outcomes":
+            self.warn_once(f"no outcome so far is a number: `signal={self.signal!r}` is NaN. Nothing is steered by it.")
         return metrics
 
-    def _warn_where_there_is_no_edge(self, tracker: SkillTracker | ItemTracker, sampler: SupportsChoice) -> None:
-        if self._seen == 0 and self._batches >= 20 and self.signal != "outcomes":
-            self._warn_once(
-                f"no outcome so far is a number: `signal={self.signal!r}` is NaN. Nothing is steered by it."
-            )
+    def _steer(self) -> None:
+        """Let the tracker choose where some examples are at the edge; otherwise draw all alike."""
+        tracker, sampler = self._tracker, self._sampler
+        assert tracker is not None
+        assert sampler is not None
+        if not self.steer:
+            return
+        sampler.policy = tracker
         if self._seen < (_SMOOTHING // 4 if self.signal == "outcomes" else 4 * _SMOOTHING):
             return  # programs that were run are dear, and few
-        arms = sampler.difficulty if isinstance(tracker, SkillTracker) else np.arange(sampler.num_arms)
+        arms: Any = np.arange(sampler.num_arms)
+        if isinstance(tracker, SkillTracker):
+            assert sampler.difficulty is not None
+            arms = [sampler.difficulty.min(), sampler.difficulty.max()]  # the chance falls with difficulty
         chance, (low, high) = tracker.expected(arms), self.target_range
-        told = isinstance(tracker, ItemTracker) and not tracker.replace  # by "mastered"
-        if chance.min() > high and self.success_rate > high and not told:
-            self._warn_once("even the hardest examples are mastered, and success is above the band. Add harder ones.")
-        if chance.max() < low and self.success_rate < low:
-            self._warn_once("even the easiest examples fail, and success is below the band. Add easier ones.")
-
-    def _warn_once(self, message: str) -> None:
-        if message[:12] not in self._warned:
-            self._warned.add(message[:12])
-            rank_zero_warn(f"EdgeController: {message}")
+        # Examples of a data set come again: those nearest to an edge that is out of reach would come all the time.
+        alike = "" if sampler.makes_examples else " Until then, all are drawn alike."
+        if chance.min() > high and self.success_rate > high:
+            if not (isinstance(tracker, ItemTracker) and not tracker.replace):  # "mastered" says so there
+                self.warn_once(
+                    f"even the hardest examples are mastered, and success is above the band. Add harder ones.{alike}"
+                )
+        elif chance.max() < low and self.success_rate < low:
+            self.warn_once(f"even the easiest examples fail, and success is below the band. Add easier ones.{alike}")
+        else:
+            return
+        if not sampler.makes_examples:
+            sampler.policy = None
 
 
 def _samplers(trainer: Trainer) -> list[tuple[SupportsChoice, Any]]:

@@ -10,11 +10,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
+from torch.nn import functional as F
 
 from forge_lightning.callbacks.base import ForgeCallback, is_logging_step
-from forge_lightning.components.activation_tap import field_of
 from forge_lightning.components.calibration import CalibrationMetric
 from forge_lightning.components.ema_teacher import EMATeacher
+from forge_lightning.components.labels import LabelReader, NoClassesError, loss_doubt
 from forge_lightning.components.layers import network_modules
 from forge_lightning.components.logit_tap import (
     SHIFT_DOUBT,
@@ -22,7 +23,6 @@ from forge_lightning.components.logit_tap import (
     find_network,
     fits_better_shifted,
     is_shifted,
-    labels_of,
     logits_of,
     predicted_places,
     predicted_rows,
@@ -83,6 +83,8 @@ class TemperatureCurriculum(ForgeCallback):
         mask: Key or position of the attention mask, for batches without a label for each token.
         shift: Whether the label of a position is what the position before it predicts, as where the labels are the
             tokens themselves. Default: true for causal language models of Hugging Face, else false.
+        ignore_index: Label that the loss ignores, beside -100 and a number that is no class, as -1 or 255: 0 where that
+            is padding.
         seed: Of the temperatures.
         name: Tells two instances apart.
 
@@ -111,6 +113,7 @@ class TemperatureCurriculum(ForgeCallback):
         labels: str | int | None = "auto",
         mask: str | int | None = "attention_mask",
         shift: bool | None = None,
+        ignore_index: int | None = None,
         seed: int = 0,
         name: str | None = None,
     ) -> None:
@@ -132,6 +135,10 @@ class TemperatureCurriculum(ForgeCallback):
         self.weight, self.teacher_decay, self.warmup_steps = weight, teacher_decay, warmup_steps
         self.max_steps_per_bin = max_steps_per_bin
         self.network, self.labels, self.mask, self.shift = network, labels, mask, shift
+        self.ignore_index = ignore_index
+        self._reader = LabelReader()
+        self._shifted = False
+        self._losses: tuple[Tensor, Tensor] | None = None  # cross-entropy and the module's own loss, to compare
         self._keys = [f"{low:g}-{high:g}" for low, high in self._schedule.bins]
         self._restored: dict[str, Any] = {}
         self._teacher: EMATeacher | None = None
@@ -185,6 +192,7 @@ class TemperatureCurriculum(ForgeCallback):
             )
         self._trainer, self._acted = trainer, False
         self._shifted = is_shifted(network) if self.shift is None else self.shift
+        self._reader = LabelReader(self.labels, self.mask, self._shifted, self.ignore_index)
         self._teacher = EMATeacher(network, self.teacher_decay)
         self._tap = LogitTap(network)
         self._schedule = self._new_schedule(max_steps_per_bin=self.max_steps_per_bin)
@@ -218,16 +226,22 @@ class TemperatureCurriculum(ForgeCallback):
             if call is None:
                 return None
             self._acted = True
-            labels, mask, shifted = self._wanted(self._batch)
+            logits, labels = self._read(self._batch, call[2])
+            mask = self._reader.mask(self._batch)
+            call = (*call[:2], logits)
             if self.fraction < 1:
                 call, labels, mask = share_of_rows(call, labels, mask, self.fraction, self._step())
             args, kwargs, logits = call
-            taught = logits_of(self._teacher(*args, **kwargs))
-            places, _ = predicted_places(logits, labels, mask, shifted)
+            taught = self._reader.logits(logits_of(self._teacher(*args, **kwargs)))
+            places, targets = predicted_places(logits, labels, mask, self._shifted)
         except ValueError as error:
             raise MisconfigurationException(f"`TemperatureCurriculum`: {error}") from None
         if len(places) == 0:
             return None
+        if targets is not None and self._trainer is not None and is_logging_step(self._trainer):
+            with torch.no_grad():
+                rows = logits.detach().flatten(0, -2)[places].float()
+                self._losses = F.cross_entropy(rows, targets), loss.detach()
         divergence = temperature_kl(logits, taught, self.temperature, places).mean()
         self._divergences.append(divergence.detach())
         return self._weight_at(self._step()) * (divergence - loss)
@@ -260,7 +274,7 @@ class TemperatureCurriculum(ForgeCallback):
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._metrics = []
-        if self._tap is not None and not trainer.sanity_checking:
+        if self._tap is not None:  # in the sanity check too, which only looks whether it could
             self._metrics = [self._metric(t).to(pl_module.device) for t in self._schedule.middles]
 
     def on_validation_batch_start(
@@ -284,10 +298,11 @@ class TemperatureCurriculum(ForgeCallback):
             call = self._tap.take()
             if call is None:
                 return
-            rows, labels = predicted_rows(call[2], *self._wanted(batch))
+            logits, labels = self._read(batch, call[2])
             doubtful = batch_idx == 0 and not self._shifted and self.shift is None
-            if doubtful and fits_better_shifted(call[2], labels_of(batch, self.labels)):
+            if doubtful and fits_better_shifted(logits, labels):
                 self.warn_once(SHIFT_DOUBT)
+            rows, labels = predicted_rows(logits, labels, self._reader.mask(batch), self._shifted)
         except ValueError as error:
             raise MisconfigurationException(f"`TemperatureCurriculum`: {error}") from None
         finally:
@@ -309,6 +324,8 @@ class TemperatureCurriculum(ForgeCallback):
                 ' `labels` ("input_ids" where all tokens are text to learn), and the part that puts out logits with'
                 " `network`."
             )
+            return
+        if trainer.sanity_checking:
             return
         measured = [metric.compute() for metric in metrics_of_bins]
         self._schedule.observe([float(values["nll"]) for values in measured])
@@ -359,10 +376,21 @@ class TemperatureCurriculum(ForgeCallback):
         ramp = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return self.weight * ramp
 
-    def _wanted(self, batch: Any) -> tuple[Tensor | None, Tensor | None, bool]:
-        return labels_of(batch, self.labels, self._shifted, self.mask), field_of(batch, self.mask), self._shifted
+    def _read(self, batch: Any, outputs: Tensor) -> tuple[Tensor, Tensor | None]:
+        try:
+            return self._reader.read(batch, outputs)
+        except NoClassesError as error:
+            raise ValueError(
+                f"{error} It compares distributions over classes, and does nothing sensible on a regression. If the"
+                " outputs are logits all the same, set `labels` to their labels, or to null."
+            ) from None
 
     def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._losses is not None:
+            nll, loss = (float(value) for value in self._losses)
+            if doubt := loss_doubt(nll, loss, "the loss of the step is"):
+                self.warn_once(doubt, key="loss")
+            self._losses = None
         mean = torch.stack(self._divergences).mean() if self._divergences else torch.tensor(torch.nan)
         if trainer.world_size > 1:
             mean = trainer.strategy.reduce(mean.to(pl_module.device), reduce_op="mean")

@@ -15,6 +15,8 @@ Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
 
 _LEAST_LOG_SLOPE = -1.2  # flatter, and slips on easy examples would make hard ones look within reach
+_MOST_AIMED = 4096  # items that the aim is computed from
+_WIDEST_AIM = 6.0  # logits that the aim may be away from the target
 _UNITS = 10.0  # a range of difficulties is ten units wide, whatever it is called outside
 
 
@@ -201,7 +203,8 @@ class ItemTracker:
     ``x_i`` are features that predict difficulty, with learned weights ``w``; ``u_i`` is what is left, an item's own,
     and grows uncertain again while the item is not seen. Outcomes enter by an extended Kalman filter: as 0 or 1, or,
     much better, as the probability that the model gives to the right answer. Items are drawn by how near a draw from
-    their posterior comes to ``target``; a share ``epsilon`` is drawn from all.
+    their posterior comes to an aim; a share ``epsilon`` is drawn from all. The aim is moved until the believed mean
+    success of what is drawn is ``target``: items are more numerous on one side of it, and pull the mean there.
 
     With ``replace``, items are arms of a bandit that may be drawn again and again, as families of generated tasks are;
     without, a batch holds an item once.
@@ -280,7 +283,7 @@ class ItemTracker:
         steered = int(count - anywhere.sum())
         shape = (steered, total) if self.replace else (1, total)
         noise = 0.5 * np.sqrt(self._own_variance + self._cov[0, 0]) * self._rng.standard_normal(shape)
-        score = -((self._logits() + noise - _logit(self.target)) ** 2) / (2 * self.temperature**2)
+        score = -((self._logits() + noise - self._aim()) ** 2) / (2 * self.temperature**2)
         score = score + self._rng.gumbel(size=shape)
         if self.replace:
             chosen = np.empty(count, dtype=np.int64)
@@ -292,21 +295,42 @@ class ItemTracker:
         chosen = np.concatenate([best[:steered], rest]).astype(np.int64)
         return self._rng.permutation(chosen)
 
+    def _aim(self) -> float:
+        """The logit to draw around, so that the believed mean success of a batch is the target: by bisection."""
+        every = max(1, len(self._own) // _MOST_AIMED)  # of many items a part tells
+        logits = self._logits()[::every]
+        variance = 0.25 * (self._own_variance[::every] + self._cov[0, 0]) + self.temperature**2
+        chance = _sigmoid(logits)
+        wanted = self.target
+        if self.epsilon < 1:  # what is drawn from all items has a mean of its own
+            wanted = (self.target - self.epsilon * float(chance.mean())) / (1 - self.epsilon)
+        low, high = _logit(self.target) - _WIDEST_AIM, _logit(self.target) + _WIDEST_AIM
+        for _ in range(20):
+            middle = (low + high) / 2
+            exponent = -((logits - middle) ** 2) / (2 * variance)
+            weight = np.exp(exponent - exponent.max())
+            below = float((weight * chance).sum() / weight.sum()) < wanted
+            low, high = (middle, high) if below else (low, middle)
+        return (low + high) / 2
+
     def expected(self, arms: Any) -> Floats:
         """Chance of success at each item."""
         return _sigmoid(self._logits()[np.asarray(arms, dtype=np.int64)])
 
-    def update(self, arms: Any, success: Any, soft: bool = False) -> None:
-        """Learn from outcomes in [0, 1]; those that are not finite are left out.
+    def update(self, arms: Any, success: Any, soft: bool = False, is_log: bool = False) -> None:
+        """Learn from outcomes; those that are not finite are left out.
 
         Args:
             arms: Items, ``(B,)``.
             success: 0 or 1 for each, or, with ``soft``, the probability of the right answer.
             soft: Take logits of ``success`` as observed, with noise of variance 1.
+            is_log: With ``soft``, ``success`` holds logarithms of probabilities, at most 0.
         """
         i, y = np.asarray(arms, dtype=np.int64), np.asarray(success, dtype=float)
         there = np.isfinite(y)
-        i, y = i[there], np.clip(y[there], 1e-6, 1 - 1e-6)
+        i, y = i[there], y[there]
+        if soft:
+            y = _logit_of_log(y if is_log else np.log(np.maximum(y, np.finfo(float).tiny)))
         self._own_variance = np.minimum(self._own_variance + self.item_drift, self.item_variance)
         if not len(i):
             return
@@ -316,11 +340,11 @@ class ItemTracker:
         design = np.concatenate([np.ones((len(i), 1)), self._x[i]], 1)
         predicted = design @ self._mean + self._own[i]
         if soft:
-            noise, residual = np.ones(len(i)) / counts, np.log(y / (1 - y)) - predicted
+            noise, residual = np.ones(len(i)) / counts, y - predicted
         else:
             p = _sigmoid(predicted)
             weight = np.maximum(p * (1 - p), 0.02)
-            noise, residual = 1 / (weight * counts), (y - p) / weight
+            noise, residual = 1 / (weight * counts), (np.clip(y, 1e-6, 1 - 1e-6) - p) / weight
         own = noise + self._own_variance[i]
         unit = 1 / own
         toward = design.T @ unit
@@ -329,10 +353,11 @@ class ItemTracker:
         # In the form of the few shared numbers, not of the many items.
         cov = np.linalg.inv(np.linalg.inv(cov) + (design.T * unit) @ design)
         step = cov @ (design.T @ (unit * residual))
-        self._mean = self._mean + np.clip(step, -2, 2)
+        longest = math.inf if soft else 2.0  # a linearised outcome tells little far from where it was linearised
+        self._mean = self._mean + np.clip(step, -longest, longest)
         self._cov = (cov + cov.T) / 2
         share = self._own_variance[i] / own
-        self._own[i] += np.clip(share * (residual - design @ step), -2, 2)
+        self._own[i] += np.clip(share * (residual - design @ step), -longest, longest)
         self._own_variance[i] *= 1 - share
 
     def _logits(self) -> Floats:
@@ -376,6 +401,13 @@ def _inverse(a: float, b: float, c: float) -> tuple[float, float, float]:
 
 def _sigmoid(x: Any) -> Floats:
     found: Floats = 1 / (1 + np.exp(-np.minimum(np.maximum(x, -30.0), 30.0)))
+    return found
+
+
+def _logit_of_log(log_p: Floats) -> Floats:
+    """``log(p / (1 - p))`` of a logarithm; at most that of ``1 - 1e-6``."""
+    log_p = np.minimum(log_p, -1e-6)
+    found: Floats = log_p - np.log(-np.expm1(log_p))
     return found
 
 

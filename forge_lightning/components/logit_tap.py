@@ -1,7 +1,7 @@
 """What a network was last called with, and the logits it gave."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,9 +59,11 @@ def logits_of(output: Any) -> Tensor:
         found = output.logits
     elif isinstance(output, tuple | list):
         found = next((value for value in output if isinstance(value, Tensor)), None)
+    if isinstance(found, Tensor) and found.is_floating_point() and found.ndim == 1:
+        return found.unsqueeze(-1)  # of a head with one output
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim not in (2, 3):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
-        raise ValueError(f"the network puts out {shape}; logits are (B, V) or (B, T, V). Name the part: `network`.")
+        raise ValueError(f"the network returns {shape}; logits are (B, V) or (B, T, V). Name the part: `network`.")
     return found
 
 
@@ -110,10 +112,10 @@ class LogitTap:
         return args, kwargs, logits_of(output)
 
 
-def labels_of(
+def given_labels(
     batch: Any, key: str | int | None, shifted: bool = False, mask: str | int | None = "attention_mask"
 ) -> Tensor | None:
-    """A batch's labels by key or position; "auto" takes the usual keys, and the last of a tuple. Integers only.
+    """A batch's labels by key or position, as they are; "auto" takes the usual keys, and the last of a tuple.
 
     Args:
         batch: Of a step.
@@ -130,16 +132,15 @@ def labels_of(
         if found is None and key is not None:
             there = list(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
             raise ValueError(f"`labels={key!r}`: the batch has no such entry. It is {there}.")
-    elif isinstance(batch, Mapping):
+        return found
+    if isinstance(batch, Mapping):
         found = next((field_of(batch, name) for name in _LABELS if name in batch), None)
         if found is None and shifted:
             tokens, real = field_of(batch, "input_ids"), field_of(batch, mask)
             if tokens is not None and real is not None and real.shape == tokens.shape:
                 found = tokens.long().masked_fill(real == 0, IGNORED)
-    else:
-        found = field_of(batch, -1)
-    integers = found is not None and not found.is_floating_point() and not found.is_complex()
-    return found if integers else None
+        return found
+    return field_of(batch, -1) if not isinstance(batch, Sequence) or len(batch) > 1 else None
 
 
 def by_position(logits: Tensor, places: Tensor) -> Tensor:

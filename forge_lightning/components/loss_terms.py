@@ -7,6 +7,8 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
+TASK_LOSS = "forge_task_loss"
+"""Entry of what a step returns: its loss without what a head has added. A name that no module has by chance."""
 _STEP, _BACKWARD, _KEPT = "training_step", "manual_backward", "_forge_loss_terms"
 
 
@@ -89,9 +91,9 @@ class LossTerms:
         loss = returned.get("loss")
         if loss is None:
             return returned
-        task = returned.get("task_loss", loss)  # without what the module itself has added to it
+        task = returned.get(TASK_LOSS, loss)  # without what the module itself has added to it
         self.own_loss = task.detach()
-        return {**returned, "loss": sum(self._added(task), loss), "task_loss": self.own_loss}
+        return {**returned, "loss": sum(self._added(task), loss), TASK_LOSS: self.own_loss}
 
     def _added(self, loss: Tensor) -> list[Tensor]:
         return [added for term in self.terms if (added := term.added(loss)) is not None]

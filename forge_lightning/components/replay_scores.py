@@ -6,14 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from forge_lightning.components.logit_tap import (
-    LogitTap,
-    by_position,
-    is_shifted,
-    labels_of,
-    predicted_rows,
-    scores_of_rows,
-)
+from forge_lightning.components.labels import LabelReader
+from forge_lightning.components.logit_tap import LogitTap, by_position, is_shifted, predicted_rows, scores_of_rows
 from forge_lightning.components.tokens import IGNORED
 from forge_lightning.functional.replay import stored_logit_loss, top_logits
 
@@ -31,13 +25,21 @@ class RowScores:
         labels: Key or position of the labels; "auto" for the usual ones.
         shift: Whether the label of a position is what the position before it predicts. Default: as the network says.
         mask: Key of the mask of real tokens.
+        ignore_index: Label that the loss ignores, beside -100.
     """
 
     def __init__(
-        self, network: nn.Module | None, labels: str | int | None, shift: bool | None, mask: str | None = None
+        self,
+        network: nn.Module | None,
+        labels: str | int | None,
+        shift: bool | None,
+        mask: str | None = None,
+        ignore_index: int | None = None,
     ) -> None:
-        self.network, self.labels, self.mask = network, labels, mask
+        self.network = network
         self.shifted = shift if shift is not None else network is not None and is_shifted(network)
+        self._reader = LabelReader(labels, mask, self.shifted, ignore_index)
+        self._known: Tensor | None = None
         self._tap = None if network is None else LogitTap(network)
         self._batch: Any = None
         self._logits: Tensor | None = None
@@ -49,7 +51,7 @@ class RowScores:
 
     def begin(self, batch: Any) -> None:
         """Before a step; of the calls of the network the last one with a gradient counts, where there are gradients."""
-        self._batch, self._logits = batch, None
+        self._batch, self._logits, self._known = batch, None, None
         if self._tap is not None:
             self._tap.start(with_gradient=torch.is_grad_enabled())
 
@@ -64,13 +66,13 @@ class RowScores:
         call = self._tap.take()
         if call is None:
             return False
-        labels = self._labels()
-        self._logits = call[2] if labels is None else by_position(call[2], labels)
+        logits, self._known = self._reader.read(self._batch, call[2])
+        self._logits = logits if self._known is None else by_position(logits, self._known)
         return True
 
     def end(self) -> None:
         """Forget the step."""
-        self._batch = self._logits = None
+        self._batch = self._logits = self._known = None
         if self._tap is not None:
             self._tap.stop()
 
@@ -104,9 +106,6 @@ class RowScores:
         if labels is None or labels.shape != logits.shape[:-1]:
             shape = None if labels is None else tuple(labels.shape)
             raise ValueError(f"labels {shape} do not fit logits {tuple(logits.shape)}.")
-        classes, known_labels = logits.shape[-1], labels[labels != IGNORED]
-        if classes < 2 or (len(known_labels) and not 0 <= int(known_labels.min()) <= int(known_labels.max()) < classes):
-            raise ValueError(f"labels are no classes below {classes}.")
         return scores_of_rows(logits.detach(), labels, self.shifted)
 
     def logits_to_keep(self, right: Tensor, top_k: int) -> list[list[Tensor]]:
@@ -151,7 +150,7 @@ class RowScores:
             return stored_logit_loss(rows[chosen], *stored).sum() / counts.sum()
 
     def _labels(self) -> Tensor | None:
-        return labels_of(self._batch, self.labels, self.shifted, self.mask)
+        return self._known
 
     def _counts(self) -> Tensor:
         """Labels of each row that a prediction is for, ``(B,)``."""

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, IterableDataset
 from forge_lightning.components.edge_controller import SkillTracker
 from forge_lightning.data.stateful import ResumableSampler
 
+_MOST_TIMES = 3  # that one example is drawn by its difficulty in as many draws as there are examples
 _MOST_BLOCKS = 512  # drawn batches that are remembered where nobody asks for them
 
 
@@ -82,6 +83,8 @@ class DifficultySampler(ResumableSampler):
         self._drawn: deque[tuple[int, int, list[int]]] = deque(maxlen=_MOST_BLOCKS)  # batch of the epoch, serial, arms
         self._pending: list[tuple[int, list[int]]] = []
         self._by_difficulty = None if self.difficulty is None else np.argsort(self.difficulty, kind="stable")
+        self._times = np.zeros(0 if self.makes_examples else length, np.int8)
+        """How often each was drawn, in the order of difficulty, since as many were drawn as there are."""
 
     @property
     def num_examples(self) -> int:
@@ -144,11 +147,29 @@ class DifficultySampler(ResumableSampler):
         value = np.where(self._rng.random(len(wanted)) < share, high, low)
         first = np.searchsorted(ordered, value, side="left")
         last = np.searchsorted(ordered, value, side="right")
-        if not self.makes_examples:  # among neighbours, so that the same few examples do not come again and again
-            room = max(1, min(7, len(ordered) // 10), len(ordered) // 50)  # of few, fifteen and at most a fifth
-            first, last = np.maximum(0, first - room), np.minimum(len(ordered), last + room)
+        if not self.makes_examples:
+            return [self._neighbour(int(low), int(high)) for low, high in zip(first, last, strict=True)]
         places = first + (self._rng.random(len(wanted)) * (last - first)).astype(np.int64)
         return [int(arm) for arm in self._by_difficulty[places]]
+
+    def _neighbour(self, first: int, last: int) -> int:
+        """An example near these places in the order of difficulty.
+
+        Among neighbours, and none too often: the same few examples would be memorised.
+        """
+        assert self._by_difficulty is not None
+        total = len(self._by_difficulty)
+        if self._times.sum() >= total:
+            self._times[:] = 0
+        room = max(1, min(7, total // 10), total // 50)  # of few, fifteen and at most a fifth
+        while True:
+            low, high = max(0, first - room), min(total, last + room)
+            places = low + np.flatnonzero(self._times[low:high] < _MOST_TIMES)
+            if len(places):
+                place = int(places[int(self._rng.random() * len(places))])
+                self._times[place] += 1
+                return int(self._by_difficulty[place])
+            room *= 2
 
     def arms_of(self, batch: int) -> list[int] | None:
         """What was drawn for a batch of the epoch, over all processes: the ``i``-th is that of process ``i mod W``.
@@ -164,7 +185,8 @@ class DifficultySampler(ResumableSampler):
             delivered: Batches of the running epoch that were handed out; those drawn beyond are kept.
         """
         pending = [[s, list(arms)] for block, s, arms in self._drawn if delivered is not None and block >= delivered]
-        return {"serial": self._serial, "rng": self._rng.bit_generator.state, "pending": pending}
+        generator, times = self._rng.bit_generator.state, self._times.tolist()
+        return {"serial": self._serial, "rng": generator, "pending": pending, "times": times}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from `state_dict`."""
@@ -172,6 +194,8 @@ class DifficultySampler(ResumableSampler):
         self._serial = state["serial"]
         self._rng.bit_generator.state = state["rng"]
         self._pending = [(serial, list(arms)) for serial, arms in state["pending"]]
+        if len(state["times"]) == len(self._times):
+            self._times[:] = state["times"]
 
     def __len__(self) -> int:
         self.bind()

@@ -76,8 +76,8 @@ class StatefulDataLoader(DataLoader[Any]):
     augmentations inside workers. A resume inside an epoch needs the same data, order and global batch size (examples of
     all processes together); with other ones it is refused.
 
-    Lightning forgets the state if ``configure_optimizers`` reads ``trainer.estimated_stepping_batches``. Any callback of
-    this package, as `RNGState`, restores it.
+    Lightning forgets the state if ``configure_optimizers`` reads ``trainer.estimated_stepping_batches``. Any callback
+    of this package, as `RNGState`, restores it.
 
     Args:
         dataset: A map-style dataset.
@@ -163,9 +163,9 @@ class StatefulDataLoader(DataLoader[Any]):
         ]
         if changed:
             raise MisconfigurationException(
-                f"The checkpoint was written inside epoch {state['epoch']}, after {state['delivered']} batches, of another"
-                f" order of the data ({'; '.join(changed)}): going on would repeat or drop examples. Resume with the"
-                " data and batch size as they were, or from a checkpoint of an epoch's end."
+                f"The checkpoint was written inside epoch {state['epoch']}, after {state['delivered']} batches of"
+                f" another order of the data ({'; '.join(changed)}): going on would repeat or drop examples. Resume"
+                " with the data and batch size as they were, or from a checkpoint of an epoch's end."
             )
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

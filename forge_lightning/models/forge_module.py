@@ -16,6 +16,7 @@ from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
 from forge_lightning.components.layers import block_list
+from forge_lightning.components.loss_terms import TASK_LOSS
 from forge_lightning.components.self_model import SelfModelHead
 from forge_lightning.components.step_log import is_logging_step, log_at_this_step
 from forge_lightning.components.tokens import IGNORED
@@ -37,8 +38,8 @@ class ForgeModule(LightningModule):
     Steps return ``loss`` (mean over the batch's labelled tokens; accumulated batches weigh alike, whatever they hold),
     and per example ``example_loss`` (mean over its own), ``example_success`` (1 where every labelled token is the
     likeliest one), ``example_token_accuracy`` and ``example_log_likelihood`` (of all labelled tokens together),
-    ``(B,)``, detached, NaN for an example without labels. With ``self_model`` also ``task_loss``, the loss without
-    its error.
+    ``(B,)``, detached, NaN for an example without labels. With ``self_model`` also ``forge_task_loss``, the
+    loss without its error.
     Logs ``train/loss`` (without that of ``self_model``, whose keys are those of the callback `SelfModel`),
     ``train/token_accuracy``; ``val/loss``, ``val/perplexity``, ``val/token_accuracy``,
     ``val/exact_match``; the same under ``test/``.
@@ -241,7 +242,7 @@ class ForgeModule(LightningModule):
             self.log("train/loss", loss, prog_bar=True)  # of the task alone
             self.log("train/token_accuracy", accuracy)
             if head is not None:
-                outputs["task_loss"] = outputs["loss"]  # what is reported, and what callbacks mix with
+                outputs[TASK_LOSS] = outputs["loss"]  # what is reported, and what callbacks mix with
                 outputs["loss"] = outputs["loss"] + self._self_model_loss(head, batch["attention_mask"])
         finally:
             if head is not None:

@@ -185,11 +185,13 @@ def test_temperature_at_the_end_of_its_range_is_told():
 
 
 def test_label_that_the_batch_has_not():
+    """Without a sanity check, the fit goes on: what only reports does not end it."""
     with (
-        pytest.raises(MisconfigurationException, match=r"`labels='label'`: the batch has no such entry. It is a list"),
+        pytest.warns(UserWarning, match="nothing is measured on val data: `labels='label'`: the batch"),
         pytest.warns(UserWarning, match="It is a list. That is a training batch; if those of validation are alike"),
     ):
-        fit([Calibration(labels="label")])
+        _, trainer = fit([Calibration(labels="label")])
+    assert trainer.state.finished
 
 
 def test_label_that_the_batch_has_not_stops_the_sanity_check():
@@ -211,7 +213,7 @@ def test_a_sanity_check_measures_nothing():
 
 
 def test_no_labels_that_fit():
-    with pytest.warns(UserWarning, match="no labels of the val data fit the logits, and nothing is measured"):
+    with pytest.warns(UserWarning, match="nothing is measured on val data: the labels are float32 numbers: no classes"):
         _, trainer = fit([Calibration(labels=0)])
     assert not any("calibration" in key for key in trainer.callback_metrics)
 
@@ -232,5 +234,5 @@ def test_bad_arguments_and_networks():
         def loss(self, batch):
             return self.net(batch[0]).square().mean()
 
-    with pytest.raises(MisconfigurationException, match=r"`Calibration`: the network puts out \(16,\)"):
-        fit([Calibration()], Flat)
+    with pytest.raises(MisconfigurationException, match=r"`Calibration`: the network returns \(16,\) for labels"):
+        fit([Calibration()], Flat, num_sanity_val_steps=1)

@@ -606,12 +606,21 @@ class OneLogit(Plain):
         return nn.functional.binary_cross_entropy_with_logits(self.net(x)[:, 0], y.float())
 
 
-@pytest.mark.parametrize("module", [Indexed, OneLogit])
-def test_labels_that_are_no_classes_are_not_scored(module):
+def test_labels_that_are_no_classes_are_not_scored():
     replay = DreamReplay(fraction=0.5, probe_size=0)
-    with pytest.warns(UserWarning, match="nothing tells how single examples do .labels are no classes below"):
-        fit([replay], module)
+    with pytest.warns(UserWarning, match="nothing tells how single examples do .the labels are no classes below"):
+        fit([replay], Indexed)
     assert replay.buffer.column("loss").isnan().all()
+
+
+def test_one_logit_is_scored_as_two_classes():
+    replay = DreamReplay(fraction=0.0001, probe_size=8)
+    model, _ = fit([replay], OneLogit, max_epochs=4)
+    rows = replay.probe.read(replay.probe.slots()).rows
+    assert replay.buffer.column("success").unique().tolist() == [0, 1]
+    with torch.no_grad():
+        loss = model.eval().loss((rows["0"], rows["1"]))
+    assert replay.buffer.column("loss").mean() == pytest.approx(float(loss), rel=0.5)
 
 
 @pytest.mark.parametrize("mode", ["mix", "cycle"])

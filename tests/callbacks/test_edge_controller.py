@@ -1,11 +1,12 @@
 import csv
+import math
 
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from forge_lightning.callbacks import EdgeController
 from forge_lightning.data import DifficultySampler, GeneratedTasks
@@ -303,7 +304,7 @@ def test_a_signal_may_be_a_list_and_one_that_is_never_a_number_is_told():
 @pytest.mark.parametrize(
     ("skill", "says"), [(30.0, "even the hardest examples are mastered"), (-20.0, "even the easiest")]
 )
-def test_where_there_is_no_edge_it_says_so_and_stays_at_the_end(skill, says):
+def test_where_there_is_no_edge_it_says_so_and_draws_all_alike(skill, says):
     """Also where one in twenty fails for no reason, as wrong labels do: that makes no hard example easy."""
 
     class Beyond(Learner):
@@ -319,7 +320,54 @@ def test_where_there_is_no_edge_it_says_so_and_stays_at_the_end(skill, says):
     with pytest.warns(UserWarning, match=says):
         fit([EdgeController(policy="skill"), collects], Beyond, max_epochs=8, log_every_n_steps=5)
     end = sum(collects.difficulty[-50:]) / 50
-    assert end > 9 if skill > 0 else end < 1
+    assert 4 < end < 6
+
+
+@pytest.mark.parametrize("policy", ["skill", "item"])
+def test_a_data_set_without_edge_is_drawn_alike(policy):
+    """Not the same few examples, over and over, that are nearest to an edge out of reach."""
+
+    class Knows(LossOnly):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
+
+        def training_step(self, batch, batch_idx):
+            self.seen += batch[0][:, 0].tolist()
+            loss = self.net(batch[0].expand(-1, 8)).square().mean()
+            return {"loss": loss, "example_success": torch.ones(len(batch[0]))}
+
+        def train_dataloader(self):
+            x = torch.arange(1000.0)[:, None]
+            sampler = DifficultySampler(TensorDataset(x), x[:, 0], batch_size=20)
+            return DataLoader(TensorDataset(x), batch_size=20, sampler=sampler)
+
+    model = Knows()
+    with pytest.warns(UserWarning, match="all are drawn alike" if policy == "skill" else "are mastered") as told:
+        fit([EdgeController(policy=policy)], model, max_epochs=3, limit_val_batches=0, log_every_n_steps=1)
+    assert len([w for w in told if "EdgeController" in str(w.message)]) == 1
+    times = torch.bincount(torch.tensor(model.seen[-1000:]).long(), minlength=1000)
+    assert times.max() <= 2
+    assert (times > 0).sum() > 900
+
+
+def test_an_example_without_labels_is_no_outcome():
+    class Blank(LossOnly):
+        def training_step(self, batch, batch_idx):
+            values = torch.full((len(batch[0]),), -0.1)
+            values[0] = torch.nan
+            values[1] = -torch.inf
+            return {"loss": super().training_step(batch, batch_idx), "log_likelihood": values}
+
+    soft, loss = (
+        EdgeController(policy="item", signal="log_likelihood", **more)
+        for more in ({"soft": True}, {"loss_threshold": 0.0})
+    )
+    for controller in (soft, loss):
+        fit([controller], with_choices(Blank), limit_val_batches=0)
+    assert soft._seen == loss._seen == 7 * len(list(with_choices(Blank)().train_dataloader()))
+    assert soft.success_rate == pytest.approx(6 / 7 * math.exp(-0.1), abs=0.01)
+    assert loss.success_rate == pytest.approx(1.0)
 
 
 def test_a_loader_that_is_made_anew_is_steered_too():

@@ -8,13 +8,14 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
 
 from forge_lightning.callbacks import SelfModel, TemperatureCurriculum
 from forge_lightning.functional.calibration import temperature_kl
 from forge_lightning.models import ForgeModule
 from tests.callbacks.test_self_model import GPT2, train
 from tests.callbacks.test_self_model import text as text  # a fixture
-from tests.contract.modules import LossOnly, Plain, Stateful
+from tests.contract.modules import LossOnly, Plain, Stateful, examples
 from tests.contract.rows import fit, weights
 
 FIXED = {"bins": [(2.0, 2.0001)], "overlap": 0.0, "warmup_steps": 0}
@@ -182,7 +183,37 @@ def test_measures_are_those_of_the_whole_validation_set():
 
 def test_labels_that_do_not_fit_are_told():
     with pytest.warns(UserWarning, match="validation gave no labels that fit the logits, and the bins go on by steps"):
-        fit([TemperatureCurriculum(labels=0)])
+        fit([TemperatureCurriculum(labels=None)])
+
+
+@pytest.mark.parametrize("outputs", [1, 4])
+@pytest.mark.parametrize("sanity", [0, 1])
+def test_regressions_are_refused(outputs, sanity):
+    class Regression(LossOnly):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(8, outputs)
+
+        def loss(self, batch):
+            return nn.functional.mse_loss(self.net(batch[0]), 3 * batch[1])
+
+        def train_dataloader(self):
+            x, _ = examples().tensors
+            return DataLoader(TensorDataset(x, x[:, :outputs]), batch_size=8)
+
+        val_dataloader = train_dataloader
+
+    with pytest.raises(MisconfigurationException, match="no classes. It compares distributions over classes"):
+        fit([TemperatureCurriculum()], Regression, num_sanity_val_steps=sanity)
+
+
+def test_a_loss_that_is_no_cross_entropy_is_doubted():
+    class Squares(LossOnly):
+        def loss(self, batch):
+            return nn.functional.mse_loss(self.net(batch[0]).mean(1), 9.0 * batch[1])
+
+    with pytest.warns(UserWarning, match="the cross-entropy of its logits and labels is .*the loss of the step is"):
+        fit([TemperatureCurriculum()], Squares, log_every_n_steps=1)
 
 
 def test_network_that_is_not_called_is_refused_and_one_by_name_acts():
@@ -296,7 +327,7 @@ def test_what_it_cannot_serve():
         def loss(self, batch):
             return self.net(batch[0]).square().mean()
 
-    with pytest.raises(MisconfigurationException, match=r"`TemperatureCurriculum`: the network puts out \(16,\)"):
+    with pytest.raises(MisconfigurationException, match=r"`TemperatureCurriculum`: the network returns \(16,\)"):
         fit([TemperatureCurriculum()], Sums)
 
     from lightning.pytorch.strategies import FSDPStrategy

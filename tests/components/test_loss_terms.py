@@ -59,7 +59,7 @@ def test_terms_add_to_the_modules_own_loss_in_any_order():
         for term in terms:
             add_loss_term(module, term)
         assert module.training_step(x, 0) == 6.0 * 3.5
-        assert module.training_step(x, 1) == {"loss": 21.0, "task_loss": 6.0, "kept": "as it was"}
+        assert module.training_step(x, 1) == {"loss": 21.0, "forge_task_loss": 6.0, "kept": "as it was"}
         assert own_loss(module) == 6.0
         assert module.training_step(x, 2) is None
         with pytest.raises(RuntimeError, match="on purpose"):
@@ -73,11 +73,11 @@ def test_terms_add_to_the_modules_own_loss_in_any_order():
 def test_terms_see_the_task_where_the_module_says_what_it_is():
     class Adds(Module):
         def training_step(self, batch, batch_idx):
-            return {"loss": batch + 10.0, "task_loss": batch}
+            return {"loss": batch + 10.0, "forge_task_loss": batch}
 
     module = Adds()
     add_loss_term(module, Term(0.5))
-    assert module.training_step(torch.tensor(3.0), 0) == {"loss": 13.0 + 1.5, "task_loss": 3.0}
+    assert module.training_step(torch.tensor(3.0), 0) == {"loss": 13.0 + 1.5, "forge_task_loss": 3.0}
 
 
 def test_manual_backward_gets_the_sum():

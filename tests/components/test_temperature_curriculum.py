@@ -11,8 +11,8 @@ from forge_lightning.components.ema_teacher import EMATeacher
 from forge_lightning.components.logit_tap import (
     LogitTap,
     find_network,
+    given_labels,
     is_shifted,
-    labels_of,
     logits_of,
     predicted_rows,
     share_of_rows,
@@ -262,9 +262,11 @@ def test_logits_are_found(wrap):
     assert logits_of(wrap(x)) is x
 
 
-@pytest.mark.parametrize("output", [torch.zeros(2), torch.zeros(2, 3, dtype=torch.long), {"loss": torch.zeros(1)}, 3])
+@pytest.mark.parametrize(
+    "output", [torch.zeros(2, 3, 4, 5), torch.zeros(2, 3, dtype=torch.long), {"loss": torch.zeros(1)}, 3]
+)
 def test_what_are_no_logits(output):
-    with pytest.raises(ValueError, match=r"the network puts out .*; logits are \(B, V\) or \(B, T, V\)"):
+    with pytest.raises(ValueError, match=r"the network returns .*; logits are \(B, V\) or \(B, T, V\)"):
         logits_of(output)
 
 
@@ -313,12 +315,12 @@ def test_labels_are_found():
     y = torch.tensor([1, 2])
     x = torch.randn(2, 3)
     for batch in ({"labels": y}, {"x": x, "target": y}, (x, y), [x, y]):
-        assert labels_of(batch, "auto") is y
-    assert labels_of({"mine": y}, "auto") is None
-    assert labels_of({"mine": y}, "mine") is y
-    assert labels_of((y, x), "auto") is None  # no integers
-    assert labels_of((y, x), 0) is y
-    assert labels_of(x, "auto") is None
+        assert given_labels(batch, "auto") is y
+    assert given_labels({"mine": y}, "auto") is None
+    assert given_labels({"mine": y}, "mine") is y
+    assert given_labels((y, x), "auto") is x
+    assert given_labels((y, x), 0) is y
+    assert given_labels(x, "auto") is None
 
 
 def test_rows_that_count():

@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import subprocess
@@ -68,10 +69,28 @@ def test_difficulties_are_drawn_as_the_policy_asks():
             return np.full(count, 1234.0)
 
     sampler.policy = Asks(0, 4999)
-    drawn = difficulty[list(sampler)]
+    drawn = difficulty[list(itertools.islice(sampler, 200))]
     assert drawn.mean() == pytest.approx(1234, abs=15)
     assert drawn.unique().numel() > 50  # and not the same few again and again
     assert (drawn - 1234).abs().max() < 5000 / 25
+
+
+@pytest.mark.parametrize("examples", [4000, 100, 10])
+def test_no_example_is_drawn_more_than_three_times_an_epoch(examples):
+    """Also where all draws ask for the hardest, as a skill beyond the data does."""
+    difficulty = torch.randperm(examples, generator=torch.Generator().manual_seed(0)).float()
+    sampler = DifficultySampler(TensorDataset(difficulty), difficulty, batch_size=10)
+
+    class Asks(SkillTracker):
+        def propose(self, count):
+            return np.full(count, examples - 1.0)
+
+    sampler.policy = Asks(0, examples - 1)
+    for _ in range(3):
+        times = torch.bincount(torch.tensor(list(sampler)), minlength=examples)
+        assert times.max() == 3
+        nearest = times[difficulty.argsort(descending=True)]
+        assert nearest[: examples // 4].float().mean() > 2.5
 
 
 @pytest.mark.parametrize(("examples", "different"), [(100, 15), (50, 11), (10, 3)])
@@ -84,8 +103,9 @@ def test_of_few_examples_no_few_fill_a_batch(examples, different):
             return np.full(count, examples / 2)
 
     sampler.policy = Asks(0, examples - 1)
-    drawn = difficulty[list(sampler)]
-    assert drawn.unique().numel() == different
+    drawn = difficulty[list(itertools.islice(sampler, different))]
+    assert (drawn - examples / 2).abs().max() <= different / 2 + 0.5
+    assert drawn.unique().numel() > different / 2
     assert drawn.mean() == pytest.approx(examples / 2, abs=0.02 * examples)
 
 
