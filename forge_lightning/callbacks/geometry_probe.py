@@ -7,7 +7,7 @@ import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import median
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -15,7 +15,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import (
+    DataLoader,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, loss_of_step
 from forge_lightning.components.activation_tap import ActivationTap, BatchFields, Positions, field_of
@@ -26,14 +34,17 @@ from forge_lightning.protocols import SupportsProbe
 
 _MOST_EVENTS = 1000
 _MOST_BATCHES = 64  # of a held-out probe
+_MOST_SHORT = 4  # steps to wait for one that has enough points
+_SOURCES = ("auto", "batch", "train", "val")
 
 
 class GeometryProbe(ForgeCallback):
     """Measure the intrinsic dimension of layers while training, and find its phase transitions.
 
-    Hooks: forward hooks on the layers copy ``num_points`` sampled rows of a training batch (no extra forward pass); the
-    estimates are made after the optimizer step. Where a batch has fewer rows, those of the following ones are added, or
-    the next one that has enough is taken; examples that were there already are left out.
+    Hooks: forward hooks on the layers copy ``num_points`` sampled rows of a training step (no extra forward pass); the
+    estimates are made after the optimizer step. All points are of the same weights: points of several steps lie on
+    clouds that the steps have moved apart. Where the batches of a step have fewer points, examples of the training data
+    are run in evaluation mode, the same each time, once four steps in a row had too few.
     On several ranks each gives its share of the rows; the layers are shared out among the ranks; all ranks log the
     estimates of all rows. A compiled module stays whole; the step that is probed runs uncompiled.
 
@@ -59,11 +70,13 @@ class GeometryProbe(ForgeCallback):
         num_points: Rows of each layer, over all ranks. Estimates compare only at the same number.
         estimators: "two_nn", "levina_bickel", "gride" (six scales), "correlation", "participation_ratio", "pca", or
             "skdim:MLE" and the like for an estimator of scikit-dimension.
-        source: "batch" taps the training batches. "train" and "val" take examples drawn once from that data set, and
-            run them in evaluation mode: an extra forward pass.
+        source: "batch" taps the training batches of one optimizer step, and takes the points that they have. "train"
+            and "val" take examples drawn once from that data set, and run them in evaluation mode: an extra forward
+            pass. "auto" is "batch" where a step has ``num_points``, else "train" where the module has a ``forward`` and
+            its loader draws from a data set; else "batch", with a warning.
         positions: Which tokens count: "labelled" those with a label, "last" the last one, "all"; "auto" is "labelled"
             where the batch has labels for each token. Padding never counts.
-        unique_tokens: Take each token at most once.
+        unique_tokens: Take each token at most once in a probe.
         mask: Key or position in the batch of the attention mask, ``(B, T)``; ``None`` for no mask.
         labels: Key or position of the labels.
         tokens: Key or position of the token numbers, for ``unique_tokens``.
@@ -94,7 +107,7 @@ class GeometryProbe(ForgeCallback):
         every_n_steps: int = 50,
         num_points: int = 1024,
         estimators: Sequence[str] = ("two_nn", "levina_bickel", "correlation", "participation_ratio"),
-        source: Literal["batch", "train", "val"] = "batch",
+        source: Literal["auto", "batch", "train", "val"] = "auto",
         positions: Positions = "auto",
         unique_tokens: bool = False,
         mask: str | int | None = "attention_mask",
@@ -111,6 +124,9 @@ class GeometryProbe(ForgeCallback):
         for argument, value, least in (("every_n_steps", every_n_steps, 1), ("num_points", num_points, 3)):
             if value < least:
                 raise ValueError(f"`GeometryProbe({argument}={value})` must be at least {least}.")
+        for argument, chosen, allowed in (("source", source, _SOURCES), ("positions", positions, get_args(Positions))):
+            if chosen not in allowed:
+                raise ValueError(f"`GeometryProbe({argument}={chosen!r})` must be one of {list(allowed)}.")
         if max_overhead is not None and not max_overhead > 0:
             raise ValueError(f"`GeometryProbe(max_overhead={max_overhead})` must be above 0, or None.")
         if not estimators:
@@ -137,7 +153,9 @@ class GeometryProbe(ForgeCallback):
         self._events: list[dict[str, Any]] = []
         self._tap: ActivationTap | None = None
         self._last_loss: Tensor | None
-        self._warned: set[str] = set()
+        self._taps_batches = source in ("auto", "batch")
+        self._resumed_taps: tuple[bool, int] | None = None
+        self._steps_short = 0  # steps in a row that had too few points
         self._reset_clock()
 
     @property
@@ -162,14 +180,22 @@ class GeometryProbe(ForgeCallback):
         self._tap.attach()
         self._reset_clock()
 
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        taps, short = self._resumed_taps or (True, 0)
+        self._taps_batches = self.source == "batch" or (self.source == "auto" and taps)
+        self._steps_short, self._resumed_taps = short, None
+        if self._next_due > trainer.global_step + self._interval:  # a second fit counts its steps from 0 again
+            self._next_due = trainer.global_step + self.every_n_steps
+
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self._step_before = trainer.global_step
-        if self._tap is None or self.source != "batch" or not self._is_due(trainer):
+        if self._tap is None or not self._taps_batches or not self._is_due(trainer):
             return
         self._collecting = True
-        if self._has_enough(trainer):
+        if self._tap.num_rows() >= self._share(trainer):
             return  # from this step's earlier batches
-        self._tap.start(self._fields(batch), self._share(trainer), self._seed_of(trainer, batch_idx), batch)
+        self._tap.start(self._fields(batch), self._share(trainer), self._seed_of(trainer, batch_idx))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         if self._tap is not None:
@@ -182,30 +208,74 @@ class GeometryProbe(ForgeCallback):
             return
         self._tap.stop()
         self._refuse_what_cannot_be_tapped()
-        self._tap.prefer_one_batch(self._share(trainer))
         loss = loss_of_step(trainer, outputs)
         if loss is not None:
             self._last_loss = loss
         if trainer.global_step == self._step_before:
             return  # accumulating
         self._measure_step()
-        if self.source != "batch":
+        if not self._taps_batches:
             if not self._is_due(trainer):
                 return
             self._collecting = True
-            start = time.perf_counter()
             self._run_held_out(trainer, pl_module)
-            self._tap.seconds = time.perf_counter() - start
         if not self._collecting:
             return
-        over = trainer.global_step + 1 >= self._next_due + self._interval or is_dev_run(trainer)
-        if self.source == "batch" and not over:
-            enough = self._has_enough(trainer)
-            if trainer.world_size > 1:
-                enough = trainer.strategy.reduce_boolean_decision(enough, all=True)
-            if not enough:
+        if self._taps_batches and not self._has_enough(trainer) and not is_dev_run(trainer):
+            self._steps_short += 1
+            if self._steps_short < _MOST_SHORT:
+                self._tap.clear()  # another step may have more, as behind the last of an epoch
                 return
+            if self.source == "auto":
+                self._run_for_more(trainer, pl_module)
+        self._steps_short = 0
         self._probe(trainer, pl_module)
+
+    def _has_enough(self, trainer: Trainer) -> bool:
+        """Whether the step has as many points as were asked for, on all ranks."""
+        assert self._tap is not None
+        enough = self._tap.num_rows() >= self._share(trainer)
+        return trainer.strategy.reduce_boolean_decision(enough, all=True) if trainer.world_size > 1 else enough
+
+    def _run_for_more(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Take examples of the data set in place of the step's points, from now on, where they can be run."""
+        assert self._tap is not None
+        tapped, seconds = self._tap.rows, self._tap.seconds
+        self._tap.clear()
+        why = self._why_not_run(trainer, pl_module)
+        if not why:
+            try:
+                self._run_held_out(trainer, pl_module)
+            except MisconfigurationException as error:
+                why = str(error)
+        missing = [name for name, parts in tapped.items() if parts and not self._tap.rows[name]]
+        if not why and not missing:
+            self._taps_batches = False
+            return
+        self._tap.clear()
+        self._tap.error = None
+        self._tap.rows, self._tap.seconds = tapped, seconds
+        self.warn_once(
+            f"a step has {self._tap.num_rows()} points on this process, and {self._share(trainer)} were asked for;"
+            " estimates of few points read low, and compare only with those of as many. Examples of the training data"
+            f" cannot be run for more: {why or f'`forward` does not call {missing[0]!r}'} To silence this, set"
+            " `source='batch'` or a smaller `num_points`.",
+            key="few points",
+        )
+
+    def _why_not_run(self, trainer: Trainer, pl_module: LightningModule) -> str:
+        """Why examples of the training data cannot be run; empty where they can."""
+        loader: Any = trainer.train_dataloader
+        loader = loader[0] if isinstance(loader, list | tuple) and loader else loader
+        sampler = getattr(loader, "sampler", None)
+        usual = (RandomSampler, SequentialSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+        if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
+            return f"the training data is {type(loader).__name__}, which does not draw from a data set."
+        if not isinstance(sampler, usual) or getattr(sampler, "makes_examples", False):
+            return f"its sampler, {type(sampler).__name__}, may not draw by number."
+        if not isinstance(pl_module, SupportsProbe) and type(pl_module).forward is LightningModule.forward:
+            return f"{type(pl_module).__name__} has no `forward` or `probe_forward(batch)`."
+        return ""
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._leave()
@@ -220,6 +290,8 @@ class GeometryProbe(ForgeCallback):
         return {
             "next_due": self._next_due,
             "interval": self._interval,
+            "taps_batches": self._taps_batches,
+            "steps_short": self._steps_short,
             "health": self._health.state_dict(),
             "detectors": {layer: detector.state_dict() for layer, detector in self._detectors.items()},
             "events": [dict(event) for event in self._events],
@@ -227,6 +299,7 @@ class GeometryProbe(ForgeCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._next_due, self._interval = state_dict["next_due"], state_dict["interval"]
+        self._resumed_taps = (state_dict["taps_batches"], state_dict["steps_short"])
         self._health.load_state_dict(state_dict["health"])
         self._detectors = {}
         for layer, saved in state_dict["detectors"].items():
@@ -254,17 +327,12 @@ class GeometryProbe(ForgeCallback):
         self._probe_seconds: deque[float] = deque(maxlen=3)
 
     def _is_due(self, trainer: Trainer) -> bool:
-        done = trainer.global_step + (self.source == "batch")  # the step under way counts
+        done = trainer.global_step + self._taps_batches  # the step under way counts
         return self._collecting or done >= self._next_due or is_dev_run(trainer)
 
     def _share(self, trainer: Trainer) -> int:
         """Rows that this rank gives."""
         return math.ceil(self.num_points / trainer.world_size)
-
-    def _has_enough(self, trainer: Trainer) -> bool:
-        """Whether there are rows enough, or what comes now has all been there."""
-        assert self._tap is not None
-        return self._tap.exhausted or self._tap.num_rows() >= self._share(trainer)
 
     def _seed_of(self, trainer: Trainer, batch_idx: int) -> int:
         parts = (self.seed, trainer.global_step, batch_idx, trainer.global_rank)
@@ -307,9 +375,9 @@ class GeometryProbe(ForgeCallback):
         table = torch.zeros(len(rows), width, dtype=torch.float64)
         gathered = [r if r is None else r.float() for r in rows] if world == 1 else self._gather(trainer, rows, device)
         for index in range(rank, len(rows), world):
-            points = gathered[index]
+            points, name = gathered[index], self.layer_names[index]
             if points is None:
-                self._warn_once(f"layer {self.layer_names[index]!r} was not called in the step that was probed")
+                self._warn_here(f"layer {name!r} was not called in the step that was probed", "uncalled")
                 table[index] = math.nan
                 continue
             found = estimate(points, self.estimators)
@@ -317,7 +385,7 @@ class GeometryProbe(ForgeCallback):
                 result = found[quantity]
                 table[index, column], table[index, len(self._quantities) + column] = result[:2]
                 if result.reason:
-                    self._warn_once(f"no {quantity} of layer {self.layer_names[index]!r}: {result.reason}")
+                    self._warn_here(f"no {quantity} of layer {name!r}: {result.reason}", quantity)
                 table[index, -1] = result.num_points
         if world > 1:
             table = trainer.strategy.reduce(table.float().to(device), reduce_op="sum").cpu().double()
@@ -415,15 +483,16 @@ class GeometryProbe(ForgeCallback):
         self._interval = interval
         self._next_due = (trainer.global_step // self.every_n_steps) * self.every_n_steps + interval
 
-    def _warn_once(self, message: str) -> None:
-        key = message.split(" of layer")[0]
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(f"GeometryProbe: {message}. NaN is logged. This is said once.", stacklevel=2)  # on its rank
+    def _warn_here(self, message: str, key: str) -> None:
+        """Warn on the rank that measured, once for each key: the layers are shared out among the ranks."""
+        if key not in self._said:
+            self._said.add(key)
+            warnings.warn(f"GeometryProbe: {message}. NaN is logged. This is said once.", stacklevel=2)
 
     def _run_held_out(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Examples drawn once, in evaluation mode: activations are the only thing that comes of it."""
         assert self._tap is not None
+        begun = time.perf_counter()
         was_training = [(module, module.training) for module in pl_module.modules()]
         share = self._share(trainer)
         with isolate_rng(), torch.no_grad():
@@ -445,9 +514,10 @@ class GeometryProbe(ForgeCallback):
                 self._tap.stop()
                 for module, training in was_training:
                     module.training = training
+        self._tap.seconds = time.perf_counter() - begun
 
     def _held_out_batches(self, trainer: Trainer) -> Iterator[Any]:
-        loader: Any = trainer.train_dataloader if self.source == "train" else trainer.val_dataloaders
+        loader: Any = trainer.val_dataloaders if self.source == "val" else trainer.train_dataloader
         if loader is None and self.source == "val":  # before the first validation
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
             loader = trainer.val_dataloaders
@@ -477,8 +547,19 @@ class GeometryProbe(ForgeCallback):
                 f"`GeometryProbe(source={self.source!r})` runs the module on a batch, and {type(pl_module).__name__}"
                 " has no `forward`. Give it one, or `probe_forward(batch)`, or use `source='batch'`."
             )
+        signature = inspect.signature(pl_module.forward)
+        args: tuple[Any, ...] = ()
+        kwargs: dict[str, Any] = {}
         if isinstance(batch, Mapping):
-            takes = inspect.signature(pl_module.forward).parameters
-            pl_module(**{key: value for key, value in batch.items() if key in takes})
+            kwargs = {key: value for key, value in batch.items() if key in signature.parameters}
         else:
-            pl_module(batch[0] if isinstance(batch, list | tuple) else batch)
+            args = (batch[0] if isinstance(batch, list | tuple) else batch,)
+        try:
+            signature.bind(*args, **kwargs)
+        except TypeError as error:
+            has = list(batch) if isinstance(batch, Mapping) else type(batch).__name__
+            raise MisconfigurationException(
+                f"`GeometryProbe(source={self.source!r})` calls `{type(pl_module).__name__}.forward{signature}` with a"
+                f" batch ({has}): {error}. Give the module a `probe_forward(batch)`, or use `source='batch'`."
+            ) from None
+        pl_module(*args, **kwargs)

@@ -3,16 +3,15 @@
 import math
 import sys
 import time
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from forge_lightning.components.tokens import IGNORED
+from forge_lightning.components.hooks import Hook
 
 Positions = Literal["auto", "labelled", "all", "last"]
 
@@ -36,35 +35,6 @@ def field_of(batch: Any, key: str | int | None) -> Tensor | None:
     elif isinstance(key, int) and isinstance(batch, Sequence) and -len(batch) <= key < len(batch):
         value = batch[key]
     return value if isinstance(value, Tensor) else None
-
-
-def fingerprints(batch: Any) -> list[int]:
-    """A number for each example of a batch, the same for the same contents; none where there are no plain tensors.
-
-    All tensors are read whose first dimension is the batch: the size that most of them have, of as many the largest.
-    """
-    batch = dict(batch) if isinstance(batch, Mapping) else batch
-    leaves = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.layout == torch.strided]
-    tensors = [leaf.detach() for leaf in leaves if leaf.ndim and not leaf.is_nested and not leaf.is_complex()]
-    sizes = Counter(len(t) for t in tensors)
-    size = max(sizes, key=lambda size: (sizes[size], size), default=0)
-    found: Tensor | None = None
-    for tensor in (t for t in tensors if len(t) == size):
-        rows = tensor.flatten(1) if tensor.ndim > 1 else tensor[:, None]
-        if rows.is_floating_point():
-            rows = rows.float().contiguous().view(torch.int32)
-        places = _scrambled(torch.arange(1, rows.shape[1] + 1, device=rows.device))
-        chunks = rows.split(max(1, 1_000_000 // max(1, rows.shape[1])))
-        sums = torch.cat([(chunk.long() * places).sum(1) for chunk in chunks]).cpu()
-        found = sums if found is None else _scrambled(found) + sums
-    return [] if found is None else found.tolist()
-
-
-def _scrambled(numbers: Tensor) -> Tensor:
-    """Other 64-bit numbers, in no order: sums of products with them differ where the factors do."""
-    numbers = numbers * -7046029254386353131
-    numbers = (numbers ^ (numbers >> 30)) * -4658895280553007687
-    return numbers ^ (numbers >> 27)
 
 
 def activation_of(output: Any, name: str, key: str | None = None) -> Tensor:
@@ -116,17 +86,15 @@ class ActivationTap:
         self.rows: dict[str, list[Tensor]] = {name: [] for name in self.modules}
         self.seconds = 0.0
         self.error: ValueError | None = None
-        self.exhausted = False
-        """Whether the last batch brought next to no example that is not there already."""
-        self._known: set[int] = set()
-        self._examples: list[int] = []
+        self._tokens_taken: set[int] = set()  # of earlier batches, for `unique_tokens`
+        self._tokens_now: set[int] = set()
         self._handles: list[Any] = []
         self._active = False
         self._eager: Any = None
 
     def attach(self) -> None:
         """Register the hooks; off until `start`."""
-        hooks = {name: self._hook(name) for name in self.modules}
+        hooks = {name: Hook(partial(self._copy_rows, name)) for name in self.modules}
         self._handles = [module.register_forward_hook(hooks[name]) for name, module in self.modules.items()]
 
     def detach(self) -> None:
@@ -137,22 +105,15 @@ class ActivationTap:
         self.stop()
         self.clear()
 
-    def start(self, fields: BatchFields, limit: int, seed: int, batch: Any = None) -> None:
+    def start(self, fields: BatchFields, limit: int, seed: int) -> None:
         """Copy at most ``limit`` rows of each layer from the next forward pass.
 
         Args:
             fields: What of the batch says which positions count.
             limit: Rows.
-            seed: Of their choice.
-            batch: Where given, examples that an earlier batch since the last `clear` held are left out: after a step
-                they are nearly, not quite, the points that they were, and a cloud of such pairs looks flat.
+            seed: Random seed for their choice.
         """
         self._fields, self._limit, self._seed = fields, limit, seed
-        begun = time.perf_counter()
-        self._examples = fingerprints(batch)
-        self._fresh = [number not in self._known for number in self._examples]
-        self.exhausted = False
-        self.seconds += time.perf_counter() - begun
         self._seen: set[str] = set()
         self._index: dict[tuple[int, ...], Tensor] = {}
         self._active = True
@@ -167,42 +128,30 @@ class ActivationTap:
             self._eager.__exit__(None, None, None)
             self._eager = None
         self._fields, self._index = BatchFields(), {}
-        self._known.update(self._examples)
-        self._examples = []
+        self._tokens_taken |= self._tokens_now
+        self._tokens_now = set()
 
     def clear(self) -> None:
         """Forget the rows."""
         self.rows = {name: [] for name in self.modules}
-        self.seconds, self.exhausted = 0.0, False
-        self._known.clear()
-
-    def prefer_one_batch(self, enough: int) -> None:
-        """Forget earlier rows where the last batch alone has ``enough``.
-
-        Rows of two steps lie on two clouds, and an example that comes twice is nearly a duplicate.
-        """
-        for parts in self.rows.values():
-            if len(parts) > 1 and len(parts[-1]) >= enough:
-                del parts[:-1]
+        self.seconds = 0.0
+        self._tokens_taken.clear()
 
     def num_rows(self) -> int:
         """Rows of the layer that has most: one that is never called must not keep the others waiting."""
         return max((sum(len(part) for part in parts) for parts in self.rows.values()), default=0)
 
-    def _hook(self, name: str) -> Any:
-        def copy_rows(module: nn.Module, args: Any, output: Any) -> None:
-            if not self._active:  # all that a compiled module's graph holds of this hook
-                return
-            if name not in self._seen:
-                start = time.perf_counter()
-                self._seen.add(name)  # gradient checkpointing comes by twice
-                try:
-                    self._copy(name, output)
-                except ValueError as error:  # kept for the one who started the tap
-                    self.error = self.error or error
-                self.seconds += time.perf_counter() - start
-
-        return copy_rows
+    def _copy_rows(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._active:  # all that a compiled module's graph holds of this hook
+            return
+        if name not in self._seen:
+            start = time.perf_counter()
+            self._seen.add(name)  # gradient checkpointing comes by twice
+            try:
+                self._copy(name, output)
+            except ValueError as error:  # kept for the one who started the tap
+                self.error = self.error or error
+            self.seconds += time.perf_counter() - start
 
     @torch.no_grad()
     def _copy(self, name: str, output: Any) -> None:
@@ -224,22 +173,17 @@ class ActivationTap:
         """Indices of the rows to keep, in the flattened activations."""
         candidates = self._candidates(shape)
         tokens = self._fields.tokens
-        flattened = tokens is not None and len(tokens) == len(self._examples) and tokens.numel() == math.prod(shape)
-        alone = (
-            len(candidates) >= self._limit and not self.unique_tokens
-        )  # earlier rows are forgotten: `prefer_one_batch`
-        if self._examples and not alone and (shape[0] == len(self._examples) or flattened):
-            each = math.prod(shape) // len(self._examples)
-            candidates = candidates[torch.tensor(self._fresh)[candidates // each]]
-            self.exhausted = 4 * sum(self._fresh) < len(self._fresh)
         generator = torch.Generator().manual_seed(self._seed)
         order = candidates[torch.randperm(len(candidates), generator=generator)]
         if self.unique_tokens and tokens is not None and tokens.numel() == math.prod(shape):
             ids = tokens.detach().cpu().flatten()[order]
             first: dict[int, int] = {}
             for position, token in enumerate(ids.tolist()):
-                first.setdefault(token, position)
-            order = order[list(first.values())]
+                if token not in self._tokens_taken:
+                    first.setdefault(token, position)
+            places = list(first.values())[: self._limit]
+            self._tokens_now.update(ids[places].tolist())
+            order = order[places]
         return order[: self._limit].to(device)
 
     def _candidates(self, shape: tuple[int, ...]) -> Tensor:
@@ -269,7 +213,7 @@ class ActivationTap:
         if self.positions == "all" or not per_token:
             return everything[valid.flatten()]
         assert labels is not None
-        labelled = valid & (labels != IGNORED)
+        labelled = valid & (labels >= 0)  # what is no token gets no loss: -100, or -1
         later = labelled.clone()
         later[:, 0] = False
         return everything[(later if bool(later.any()) else labelled).flatten()]

@@ -33,8 +33,11 @@ def network_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
 
 
 def block_list(model: nn.Module) -> nn.ModuleList | None:
-    """The stack of blocks of a transformer: the module list that holds the most parameters."""
-    lists = [m for _, m in network_modules(model) if isinstance(m, nn.ModuleList)]
+    """The stack of blocks of a transformer: the module list that holds the most parameters.
+
+    A list without any, as of metrics, is none.
+    """
+    lists = [m for _, m in network_modules(model) if isinstance(m, nn.ModuleList) and any(True for _ in m.parameters())]
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=None)
 
 

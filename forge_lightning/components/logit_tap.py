@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
 from forge_lightning.components.activation_tap import field_of
+from forge_lightning.components.hooks import Hook
 from forge_lightning.components.layers import plain_name
 from forge_lightning.components.tokens import IGNORED
 
@@ -80,7 +81,7 @@ class LogitTap:
         self.network = network
         self._calls: list[tuple[Any, Any, Any]] = []  # a list: a compiler follows what is put into it
         self._active = self._with_gradient = False
-        self._handle = network.register_forward_hook(self._remember, with_kwargs=True)
+        self._handle = network.register_forward_hook(Hook(self._remember), with_kwargs=True)
 
     def _remember(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         if self._active and (torch.is_grad_enabled() or not self._with_gradient):

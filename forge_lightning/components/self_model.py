@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from forge_lightning.components.activation_tap import BatchFields, activation_of, is_positions_first
+from forge_lightning.components.hooks import Hook
 from forge_lightning.components.layers import network_modules, output_layer, output_width, select_layers
 from forge_lightning.functional.intrinsic_dimension import participation_ratio
 from forge_lightning.functional.self_model import (
@@ -176,11 +177,11 @@ class SelfModelHead(nn.Module):
         if not self.targets:
             self._plan(chosen, {name: int(found or 0) for name, found in widths.items()})
         # Bound methods: a copy of network and head has hooks of the copy.
-        self._handles = [m.register_forward_hook(partial(self._keep_output, name)) for name, m in chosen.items()]
+        self._handles = [m.register_forward_hook(Hook(partial(self._keep_output, name))) for name, m in chosen.items()]
         if self.form != "forward":
-            self._handles.append(reader.register_forward_pre_hook(self._features_hook, with_kwargs=True))
+            self._handles.append(reader.register_forward_pre_hook(Hook(self._features_hook), with_kwargs=True))
         if embedding is not None:
-            self._handles.append(embedding.register_forward_hook(partial(self._keep_output, "embedding")))
+            self._handles.append(embedding.register_forward_hook(Hook(partial(self._keep_output, "embedding"))))
 
     def detach(self) -> None:
         """Remove the hooks; the predictors stay."""

@@ -2,8 +2,10 @@
 
 Every estimator takes ``(N, D)`` points of any floating type on any device, or a `PointCloud` of them, and returns a
 `DimensionEstimate`. All local estimators read too low above ten dimensions, and by an amount that depends on ``N`` and
-on the number of neighbours: compare values only at the same two numbers. Exact and near duplicates (closer than 1e-6 of
-the median distance from the mean) are removed first.
+on the number of neighbours: compare values only at the same two numbers. Standard errors are those of points drawn
+independently: of points in clusters, as tokens of few texts, they can be several times too small. Exact and near
+duplicates (closer than 1e-6 of the median distance from the mean) are removed first. Where many neighbours are equally
+far, as on a lattice, there is no estimate.
 """
 
 import math
@@ -20,6 +22,7 @@ _NEAR = 1e-6  # duplicates, in median distances from the mean
 _CANCELLED = 1e-3  # a squared distance this small against the squared norms has lost its digits in a Gram matrix
 _BLOCK = 256  # rows of the Gram matrix at a time
 _WHOLE = 4096  # up to as many points all squared distances are kept, 64 MiB
+_MOST_TIED, _MOST_TIED_OF_TWO = 0.5, 0.1  # share of neighbours that may be equally far
 _OVERLAP = 1.2  # neighbourhoods overlap: standard errors of independent ones are too small by about this factor
 
 
@@ -205,6 +208,22 @@ class _TooManyCancelled(Exception):
     """So many distances are small against the norms that fp64 throughout is cheaper."""
 
 
+def _tie_reason(nearest: Tensor) -> str:
+    """Why distances say nothing of a dimension: many neighbours of a point equally far; empty where they do.
+
+    Args:
+        nearest: Ascending distances of each point, ``(N, K)``.
+    """
+    tied = (nearest[:, 1:] - nearest[:, :-1]) <= 1e-5 * nearest[:, 1:]
+    share = float(tied.double().mean())
+    if share <= (_MOST_TIED if nearest.shape[1] > 2 else _MOST_TIED_OF_TWO):
+        return ""
+    return (
+        f"{100 * share:.0f} % of the neighbours are equally far: the points lie on a lattice, as integers or numbers of"
+        " few digits do, and its steps would be measured"
+    )
+
+
 def two_nn_dimension(points: Tensor | PointCloud, discard_fraction: float = 0.1) -> DimensionEstimate:
     """TwoNN: slope of the distribution of the ratio of the distances to the two nearest neighbours.
 
@@ -237,6 +256,8 @@ def two_nn_dimension(points: Tensor | PointCloud, discard_fraction: float = 0.1)
         return _none(cloud, reason)
     nearest = cloud.neighbor_distances(2)
     x = (nearest[:, 1] / nearest[:, 0]).log().sort().values
+    if reason := _tie_reason(nearest):
+        return _none(cloud, reason)
     n = len(x)
     kept = min(int(n * (1 - discard_fraction)), n - 1)  # the last one's empirical distribution is 1
     if kept < 2 or float(x[kept - 1]) <= 0:
@@ -286,6 +307,8 @@ def levina_bickel_dimension(points: Tensor | PointCloud, num_neighbors: int | No
         k = round(min(128.0, max(5.0, n ** (4 / (4 + first)))))
         k = min(k, n - 1)
     nearest = cloud.neighbor_distances(k)
+    if reason := _tie_reason(nearest):
+        return _none(cloud, reason)
     inverse = (nearest[:, -1:] / nearest).log().sum(1) / (k - 1)  # one over each point's dimension
     mean = float(inverse.mean())
     if mean <= 0:
@@ -325,6 +348,8 @@ def gride_dimension(
         return GrideEstimate(*_none(cloud, reason))
     top = min(max_neighbors, cloud.num_points - 1)
     nearest = cloud.neighbor_distances(max(n2, top))
+    if reason := _tie_reason(nearest[:, :n2]):
+        return GrideEstimate(*_none(cloud, reason))
     dimension, error = _gride(nearest, n1, n2)
     scales = tuple(2**power for power in range(int(math.log2(top)))) if top > 1 else ()
     found = [_gride(nearest, scale, 2 * scale) for scale in scales]
@@ -394,6 +419,8 @@ def correlation_dimension(points: Tensor | PointCloud, k1: int = 10, k2: int = 2
     if reason:
         return _none(cloud, reason)
     nearest = cloud.neighbor_distances(k2)
+    if reason := _tie_reason(nearest):
+        return _none(cloud, reason)
     small, large = (float(torch.quantile(nearest[:, k - 1], 0.5)) for k in (k1, k2))
     if not 0 < small < large:
         return _none(cloud, "the two radii are equal")

@@ -73,13 +73,7 @@ def test_logs_the_estimates_of_the_tapped_rows():
         assert logged[step]["forge/geometry/net.0/num_points"] == 64
 
 
-def test_rows_of_several_batches_add_up_until_there_are_enough():
-    logged, *_ = probed(with_batches_of(8), layers=["net.0"], num_points=24, every_n_steps=4)
-    assert list(logged) == [6]
-    assert logged[6]["forge/geometry/net.0/num_points"] == 24
-
-
-@pytest.mark.parametrize(("size", "accumulated"), [(24, 1), (16, 4)])
+@pytest.mark.parametrize(("size", "accumulated"), [(48, 1), (16, 4)])
 def test_there_are_never_more_rows_than_asked_for(size, accumulated):
     options = {"num_points": 40, "every_n_steps": 4 // accumulated, "estimators": ("two_nn",)}
     kwargs = {"accumulate_grad_batches": accumulated, "max_epochs": 6}
@@ -95,45 +89,85 @@ def test_accumulated_batches_are_one_step():
 
 
 class Reshuffled(LossOnly):
-    """Twelve dimensions; twelve batches are an epoch, and come in another order in the next."""
+    """Twelve dimensions in batches of 16, shuffled; large steps, which move the clouds of two steps apart."""
 
     def __init__(self):
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(12, 16), nn.Linear(16, 2))
+        self.net = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 2))
 
     def train_dataloader(self):
-        x = torch.randn(192, 12, generator=torch.Generator().manual_seed(0))
+        x = torch.randn(512, 12, generator=torch.Generator().manual_seed(0))
         return DataLoader(TensorDataset(x, (x[:, 0] > 0).long()), batch_size=16, shuffle=True)
 
-
-@pytest.mark.parametrize("accumulated", [1, 4])
-def test_an_example_that_comes_again_after_a_step_makes_no_cloud_of_pairs(accumulated):
-    kwargs = {"accumulate_grad_batches": accumulated, "max_epochs": 8, "limit_val_batches": 0}
-    logged, _, _ = probed(Reshuffled, kwargs, num_points=128, every_n_steps=10 // accumulated)
-    assert len(logged) > 3
-    for found in logged.values():
-        assert found["forge/geometry/net.0/two_nn"] > 6  # 0.6 to 3 where pairs are taken in
-        assert 90 <= found["forge/geometry/net.0/num_points"] <= 128
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=0.03)
 
 
-def test_a_tensor_that_all_batches_share_is_no_example_that_comes_again():
-    class Shared(LossOnly):
-        def training_step(self, batch, batch_idx):
-            return super().training_step(batch[1:], batch_idx)
+class Runs(Reshuffled):
+    def forward(self, x):
+        assert not self.training
+        return self.net(x)
 
+
+class AtFixedWeights(Callback):
+    """What the layer puts out for all examples, when a probe is logged."""
+
+    def __init__(self):
+        self.found = {}
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        x = trainer.train_dataloader.dataset.tensors[0]
+        with torch.no_grad():
+            self.found[trainer.global_step] = estimate(pl_module.net[:2](x), ("levina_bickel",))["levina_bickel"]
+
+
+def test_batches_too_small_are_probed_on_examples_at_fixed_weights():
+    """Not on points of many steps, which read another dimension, and follow the learning rate."""
+    fixed = AtFixedWeights()
+    collects, probe = Collects(), GeometryProbe(["net.1"], 10, num_points=512, max_overhead=None)
+    fit([probe, collects, fixed], Runs, max_epochs=2, limit_val_batches=0)
+    assert len(collects.logged) == 6
+    for step, values in collects.logged.items():
+        assert values["forge/geometry/net.1/num_points"] == 512
+        expected = fixed.found[step].dimension
+        assert values["forge/geometry/net.1/levina_bickel"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_module_without_forward_is_probed_on_one_step_and_says_so():
+    with pytest.warns(UserWarning, match="a step has 16 points .*Reshuffled has no `forward`") as told:
+        logged, *_ = probed(
+            Reshuffled, {"max_epochs": 3, "limit_val_batches": 0}, num_points=128, estimators=["two_nn"]
+        )
+    assert {values["forge/geometry/net.0/num_points"] for values in logged.values()} == {16}
+    assert len([w for w in told if "GeometryProbe: a step" in str(w.message)]) == 1
+
+
+def test_a_step_with_few_points_is_passed_over_for_one_with_enough():
+    """As the last batch of an epoch: the series stays one of whole batches."""
+
+    class Uneven(Forwards):
         def train_dataloader(self):
-            batches = [[torch.ones(2, 30), *batch] for batch in super().train_dataloader()]
-            return DataLoader(batches, batch_size=None)
+            return DataLoader(examples(40), batch_size=32)
 
-    logged, _, _ = probed(Shared, {"limit_val_batches": 0}, num_points=32, every_n_steps=5)
-    assert {found["forge/geometry/net.0/num_points"] for found in logged.values()} == {32.0}
+    logged, probe, _ = probed(Uneven, {"max_epochs": 8}, num_points=32, every_n_steps=2)
+    assert {values["forge/geometry/net.0/num_points"] for values in logged.values()} == {32}
+    assert list(logged) == [3, 5, 7, 9, 11, 13, 15]
+    assert probe._taps_batches
 
 
-def test_a_set_of_fewer_examples_than_points_is_probed_once_through():
-    logged, _, _ = probed(trainer={"max_epochs": 6}, num_points=1000, every_n_steps=10)
-    points = [found["forge/geometry/net.0/num_points"] for found in logged.values()]
-    assert len(set(points)) == 1
-    assert len(points) > 2
+def test_a_held_out_probe_of_a_batch_that_forward_does_not_take_says_so():
+    class Two(Forwards):
+        def forward(self, x, y):
+            return self.net(x)
+
+    with pytest.raises(MisconfigurationException, match=r"calls `Two.forward\(x, y\)`.*`probe_forward"):
+        probed(Two, source="train")
+
+
+@pytest.mark.parametrize("argument", ["source", "positions"])
+def test_a_misspelt_choice_is_refused(argument):
+    with pytest.raises(ValueError, match=rf"`GeometryProbe\({argument}='trian'\)` must be one of"):
+        GeometryProbe(**{argument: "trian"})
 
 
 def test_scikit_dimension_is_a_backend():
@@ -265,7 +299,7 @@ def test_activations_that_are_not_finite_give_nan_and_one_warning():
             return self.net(batch[0] * math.nan).sum()
 
     with pytest.warns(UserWarning, match="the points are not finite") as caught:
-        logged, *_ = probed(Breaks, estimators=("two_nn",), trainer={"max_epochs": 2})
+        logged, *_ = probed(Breaks, num_points=8, estimators=("two_nn",), trainer={"max_epochs": 2})
     assert sum("not finite" in str(w.message) for w in caught) == 1
     (values, *_) = logged.values()
     assert math.isnan(values["forge/geometry/net.0/two_nn"])
@@ -330,7 +364,7 @@ def test_a_module_may_say_how_it_is_probed():
 
 def test_too_costly_a_probe_comes_less_often_and_says_so():
     with pytest.warns(UserWarning, match=r"It comes every \d+ steps from here on, not every 2, to stay within"):
-        logged, probe, _ = probed(max_overhead=1e-5, estimators=("two_nn",), trainer={"max_epochs": 4})
+        logged, probe, _ = probed(max_overhead=1e-5, num_points=8, estimators=("two_nn",), trainer={"max_epochs": 4})
     assert probe._interval > 100
     assert len(logged) < 8
 

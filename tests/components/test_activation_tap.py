@@ -1,10 +1,11 @@
-from collections import UserDict
+import copy
+import pickle
 
 import pytest
 import torch
 from torch import nn
 
-from forge_lightning.components.activation_tap import ActivationTap, BatchFields, field_of, fingerprints
+from forge_lightning.components.activation_tap import ActivationTap, BatchFields, field_of
 
 B, T, D = 4, 6, 3
 
@@ -12,12 +13,12 @@ B, T, D = 4, 6, 3
 class Layer(nn.Module):
     """Puts out what it is given, in the form asked for."""
 
-    def __init__(self, form=lambda x: x):
+    def __init__(self, form=None):
         super().__init__()
         self.form = form
 
     def forward(self, x):
-        return self.form(x)
+        return x if self.form is None else self.form(x)
 
 
 def activations():
@@ -26,7 +27,7 @@ def activations():
     return torch.stack([b, t, torch.ones_like(b)], -1).float()
 
 
-def tapped(fields=None, limit=1000, form=lambda x: x, x=None, seed=0, **options):
+def tapped(fields=None, limit=1000, form=None, x=None, seed=0, **options):
     layer = Layer(form)
     tap = ActivationTap({"layer": layer}, **options)
     tap.attach()
@@ -92,6 +93,36 @@ def test_each_token_counts_once_on_request():
     assert sorted(t % 3 for _, t in rows) == [0, 1, 2]
 
 
+def test_each_token_counts_once_over_all_batches_of_a_probe():
+    layer = Layer()
+    tap = ActivationTap({"layer": layer}, unique_tokens=True)
+    tap.attach()
+    counts = []
+    for ids in ([0, 1, 2, 0, 1, 2], [2, 3, 4, 2, 3, 4]):
+        tap.start(BatchFields(tokens=torch.tensor([ids]).expand(B, T)), 100, 0)
+        layer(activations())
+        tap.stop()
+        counts.append(tap.num_rows())
+    tap.clear()
+    tap.start(BatchFields(tokens=torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(B, T)), 100, 0)
+    layer(activations())
+    assert [*counts, tap.num_rows()] == [3, 5, 3]
+
+
+def test_hooks_are_neither_pickled_nor_shared_with_a_copy():
+    layer = Layer()
+    tap = ActivationTap({"layer": layer})
+    tap.attach()
+    pickled = pickle.dumps(layer)
+    assert b"forge_lightning" not in pickled
+    tap.start(BatchFields(), 100, 0)
+    pickle.loads(pickled)(activations())
+    copy.deepcopy(layer)(activations())
+    assert tap.num_rows() == 0
+    layer(activations())
+    assert tap.num_rows() == B * T
+
+
 def test_sampling_follows_the_seed_and_nothing_else():
     state = torch.get_rng_state()
     first = tapped(limit=5, seed=1)
@@ -155,17 +186,6 @@ def test_only_the_first_call_of_a_layer_counts():
     assert tap.num_rows() == B * T
 
 
-def test_a_batch_that_suffices_alone_is_taken_alone():
-    layer = Layer()
-    tap = ActivationTap({"layer": layer})
-    tap.attach()
-    for x in (torch.zeros(3, 2), torch.ones(5, 2)):
-        tap.start(BatchFields(), 5, 0)
-        layer(x)
-        tap.prefer_one_batch(5)
-    assert torch.cat(tap.rows["layer"]).tolist() == torch.ones(5, 2).tolist()
-
-
 def test_fields_by_key_attribute_and_position():
     mask = torch.ones(2)
 
@@ -187,46 +207,3 @@ def test_rows_of_another_width_replace_those_before():
         tap.start(BatchFields(), 5, 0)
         layer(torch.ones(4, width))
     assert torch.cat(tap.rows["layer"]).shape == (4, 9)
-
-
-def test_fingerprints_know_equal_examples_and_no_others():
-    x = torch.cartesian_prod(*[torch.arange(8)] * 4)  # sums, weighted or not, of many of them are equal
-    assert len(set(fingerprints({"x": x, "id": torch.arange(len(x))}))) == 8**4
-    floats = torch.randn(5, 3, 2, generator=torch.Generator().manual_seed(0)).bfloat16()
-    again = fingerprints((floats[[2, 0, 2, 4]], torch.tensor(1.0), torch.eye(3)))
-    whole = fingerprints([floats, torch.zeros(3)])
-    assert again == [whole[2], whole[0], whole[2], whole[4]]
-    assert len(set(whole)) == 5
-    assert fingerprints({"x": floats.float(), "y": x[:5]}) != fingerprints({"x": floats.float(), "y": x[5:10]})
-    assert fingerprints(torch.tensor([1, 2, 1])) != fingerprints(torch.tensor([1, 2, 3]))
-    assert fingerprints((torch.ones(3, 2), torch.arange(3))) != fingerprints((torch.ones(3, 2), torch.arange(1, 4)))
-    assert fingerprints([torch.eye(3).to_sparse(), torch.ones(2, dtype=torch.complex64)]) == []
-    static = torch.arange(30).repeat(2, 1)
-    assert fingerprints([static, floats]) == fingerprints([floats])
-    encoding = UserDict({"x": floats})
-    assert fingerprints(encoding) == fingerprints({"x": floats})
-    assert fingerprints({"text": ["a", "b"]}) == fingerprints(None) == []
-
-
-def test_an_example_that_comes_again_is_left_out():
-    layer = Layer()
-    tap = ActivationTap({"layer": layer})
-    tap.attach()
-
-    def take(x):
-        tap.start(BatchFields(), 100, 0, {"x": x})
-        layer(x + 0.01 * len(tap.rows["layer"]))  # as after a step
-        tap.stop()
-        return len(tap.rows["layer"][-1]), tap.exhausted
-
-    x = torch.randn(12, T, D, generator=torch.Generator().manual_seed(0))
-    assert take(x[:4]) == (4 * T, False)
-    assert take(x[2:6]) == (2 * T, False)  # two were there
-    assert take(x[[6, 6, 7, 7]]) == (4 * T, False)  # those of one batch are equal, and no estimate counts them twice
-    assert take(x[:8]) == (0, True)
-    assert tap.num_rows() == 10 * T
-    assert take(x.repeat(2, 1, 1)) == (100, False)  # enough by itself, and of one step: the others go
-    tap.prefer_one_batch(100)
-    assert tap.num_rows() == 100
-    tap.clear()
-    assert take(x[:4]) == (4 * T, False)

@@ -253,3 +253,33 @@ def test_ratio_counts_the_share_of_variance():
 def test_bad_arguments_are_named(call, argument):
     with pytest.raises(ValueError, match=re.escape(argument)):
         call(draw()(50, 3))
+
+
+def grid(width=2):
+    axes = torch.meshgrid(torch.arange(32.0), torch.arange(32.0), indexing="ij")
+    return torch.stack(axes, -1).reshape(-1, 2) / 31 @ torch.eye(2, width)
+
+
+LATTICES = {
+    "grid": grid(),
+    "grid, turned": grid() @ draw()(2, 64),
+    "binary": torch.randint(0, 2, (1024, 10), generator=torch.Generator().manual_seed(0)).float(),
+    "16 bits far from 0": (draw()(1024, 2) + 30).bfloat16().float(),
+}
+
+
+@pytest.mark.parametrize("points", LATTICES)
+def test_a_lattice_has_no_two_nn_and_says_why(points):
+    for estimator in (two_nn_dimension, gride_dimension):
+        found = estimator(LATTICES[points])
+        assert math.isnan(found.dimension)
+        assert "of the neighbours are equally far: the points lie on a lattice" in found.reason
+    assert math.isnan(levina_bickel_dimension(LATTICES["binary"]).dimension)
+    assert math.isnan(correlation_dimension(LATTICES["binary"]).dimension)
+
+
+def test_numbers_of_16_bits_are_no_lattice_near_0_or_in_more_dimensions():
+    for width, offset in ((2, 0), (2, 5), (4, 30), (8, 30)):
+        points = (draw()(1024, width) + offset).bfloat16()
+        for estimator in (two_nn_dimension, levina_bickel_dimension, correlation_dimension):
+            assert estimator(points).dimension == pytest.approx(width, rel=0.25)
