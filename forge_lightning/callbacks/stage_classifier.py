@@ -2,9 +2,11 @@
 
 import math
 from difflib import get_close_matches
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from forge_lightning.callbacks.base import (
@@ -15,7 +17,15 @@ from forge_lightning.callbacks.base import (
     last_logged,
     of_all_processes,
 )
-from forge_lightning.components.stage_classifier import Observation, TrainingStage, is_fall
+from forge_lightning.components.logit_tap import is_shifted
+from forge_lightning.components.stage_classifier import (
+    TRAIN_SUCCESS,
+    VAL_LOSS,
+    VAL_SUCCESS,
+    Observation,
+    TrainingStage,
+    is_fall,
+)
 from forge_lightning.components.stage_classifier import StageClassifier as Machine
 
 _MOST_EVENTS = 1000
@@ -31,32 +41,37 @@ class StageClassifier(ForgeCallback):
     `GeometryProbe`, whose falls of dimension it counts as the onset of generalisation. Same decision on all ranks.
 
     Reads: the mean training loss and success between validations (``loss`` and ``example_success`` of
-    ``training_step``), the validation metrics, transitions found by `GeometryProbe`, the cosine logged by `Grokfast`,
-    the gradient norm logged by it or by `Telemetry`.
+    ``training_step``, or a logged "train/accuracy", "train_acc" and the like), the validation metrics, transitions
+    found by `GeometryProbe`, the cosine logged by `Grokfast`, the gradient norm logged by it or by `Telemetry`.
     Changes: nothing.
     Logs: after every validation ``forge/stage/number`` and ``forge/stage/gap`` (training success minus validation
-    success; where either is not known, of ``exp(-loss)``).
+    success; where either is not known, of ``exp(-loss)`` of a cross-entropy, else NaN).
 
     Cost: 0.1 ms of CPU a step.
 
     When to use: to read runs, and to let `Grokfast` and `DreamReplay` act by the stage.
 
     When it does not help: a stage needs at least four validations, and is declared several after it began. The
-    thresholds were set on small algorithmic tasks (`benchmarks/phases.md`). Without validation it tells only warm-up,
-    plateau and divergence, and says so. Cosine and gradient norm are kept as evidence, and decide nothing.
+    thresholds were set on small algorithmic tasks (`benchmarks/phases.md`). Without validation, or where success is
+    unknown and the loss is no cross-entropy, it tells only warm-up, plateau and divergence, and says so. Cosine and
+    gradient norm are kept as evidence, and decide nothing.
 
     Args:
-        val_loss: Logged validation loss; where it is not, "val_loss".
-        val_success: Logged share of right validation answers; used where ``training_step`` returns ``example_success``.
+        val_loss: Logged validation loss; where it is not, "val_loss", "valid_loss", "validation_loss" and the like.
+        val_success: Logged share of right validation answers; where it is not, "val_acc" and the like. Used where
+            success of training is known too.
         window: Validations that a trend spans, at least 4.
         patience: Validations in a row that must agree; twice as many to leave consolidation, or to go back.
         min_dwell: Validations that a stage lasts at least; divergence does not wait.
         solved: Success from which data counts as solved, in (0, 1).
+        cross_entropy: Whether losses are mean cross-entropies in nats, so that their exponential stands for success
+            where that is unknown. Default: true for causal language models of Hugging Face, else false. A negative loss
+            is none.
         name: Tells two instances apart.
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: After a validation that logged neither.
+        MisconfigurationException: In the sanity check, if it logs no validation loss. Later that is a warning.
     """
 
     namespace: ClassVar[str] = "stage"
@@ -69,13 +84,16 @@ class StageClassifier(ForgeCallback):
         patience: int = 3,
         min_dwell: int = 3,
         solved: float = 0.95,
+        cross_entropy: bool | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__(name)
+        self._new_machine = partial(Machine, window, patience, min_dwell, solved)
         try:
-            self._machine = Machine(window, patience, min_dwell, solved)
+            self._machine = self._new_machine(cross_entropy=bool(cross_entropy))
         except ValueError as error:
             raise ValueError(f"`StageClassifier`: {error}") from None
+        self.cross_entropy = cross_entropy
         self.val_loss, self.val_success = val_loss, val_success
         self._events: list[dict[str, Any]] = []
         self._means = StepMeans()
@@ -99,6 +117,8 @@ class StageClassifier(ForgeCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
+        if self.cross_entropy is None and not self._resumed:
+            self._machine.cross_entropy = any(map(is_shifted, pl_module.modules()))
         if not self._resumed:
             self._means.clear()
         self._resumed = False
@@ -119,12 +139,34 @@ class StageClassifier(ForgeCallback):
                 self._means.clear()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = trainer.callback_metrics
+        name = next((n for n in (self.val_loss, *VAL_LOSS) if n in metrics), self.val_loss)
+        if name not in metrics:
+            try:
+                self.read_metric(trainer, name, "val_loss")
+            except MisconfigurationException as error:
+                if trainer.sanity_checking:
+                    raise
+                self.warn_once(f"{error} Until then the stage stays what it is.", key="val_loss")
+            return
         if trainer.sanity_checking:
             return
-        name = next((n for n in (self.val_loss, "val_loss") if n in trainer.callback_metrics), self.val_loss)
-        val_loss = float(self.read_metric(trainer, name, "val_loss"))
-        train_success = self._means.read("success") if self.val_success in trainer.callback_metrics else math.nan
-        val_success = math.nan if math.isnan(train_success) else float(trainer.callback_metrics[self.val_success or ""])
+        val_loss = float(metrics[name])
+        names = () if self.val_success is None else (self.val_success, *VAL_SUCCESS)
+        val_success = next((float(metrics[n]) for n in names if n in metrics), math.nan)
+        train_success = self._means.read("success")
+        if math.isnan(train_success):
+            train_success = next((float(metrics[n]) for n in TRAIN_SUCCESS if n in metrics), math.nan)
+        if math.isnan(val_success) or math.isnan(train_success):
+            val_success = train_success = math.nan
+            if not self._machine.cross_entropy:
+                self.warn_once(
+                    "no success of both training and validation is known, and a loss that is no cross-entropy does not"
+                    " say how far training is: only warm-up, plateau and divergence are told apart. Return"
+                    " `example_success` from `training_step` and log `val/accuracy`; or, if the loss is a mean"
+                    " cross-entropy in nats, set `cross_entropy=True`.",
+                    key="success",
+                )
         if self.val_success not in (None, "val/accuracy", *trainer.callback_metrics):
             close = get_close_matches(str(self.val_success), list(trainer.callback_metrics), n=3)
             self.warn_once(

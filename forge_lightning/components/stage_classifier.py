@@ -68,12 +68,50 @@ class Transition:
         return asdict(self) | {"kind": "stage", "before": self.before.label, "after": self.after.label}
 
 
+@dataclass(frozen=True)
+class _Trend:
+    """Change of a series over the window, and its standard error."""
+
+    change: float
+    error: float
+
+    def rises(self, floor: float, sure: float = 4.0) -> bool:
+        """Whether it rises by more than the floor, and than so many standard errors."""
+        return self.change > max(floor, sure * self.error)
+
+    def falls(self, floor: float, sure: float = 4.0) -> bool:
+        """Whether it falls so."""
+        return self.change < -max(floor, sure * self.error)
+
+    def is_still(self, floor: float) -> bool:
+        """Whether nothing hints at a change; true where the series is too short to tell."""
+        return abs(self.change) < max(floor, self.error)
+
+
+def _inflation(x: list[float]) -> float:
+    """Factor of a slope's standard error where neighbouring values are alike: of a first-order autoregression."""
+    n = len(x)
+    if n < _FEWEST:
+        return 1.5
+    steps = [b - a for a, b in pairwise(x)]
+    steps = [s - median(steps) for s in steps]  # without the trend
+    spread = sum(s * s for s in steps)
+    if spread == 0:
+        return 1.0
+    # The correlation of neighbouring steps of such a series is (rho - 1) / 2.
+    rho = 1 + 2 * sum(a * b for a, b in pairwise(steps)) / spread
+    rho = min(0.9, max(0.0, rho))
+    return math.sqrt((1 + rho) / (1 - rho))
+
+
 class StageClassifier:
     """Stage by thresholds on successes and by robust trends, entered only after it was found several times in a row.
 
-    Trends are Theil-Sen slopes over ``window`` observations; one counts if it exceeds both a floor and its own noise
-    (the median absolute deviation of the differences). An observation whose training loss jumps far above its recent
-    median is a spike: the stage is held and the spike kept out of the trends.
+    Trends are Theil-Sen slopes over ``window`` observations; one counts if it exceeds both a floor and four standard
+    errors, which grow with the correlation of neighbouring values. Where a trend is neither clear nor absent, the stage
+    stays what it was. So noise is no stage: a constant with 2 % of training and 1 % of validation noise, correlated by
+    0.5, gives a plateau, and in 200 validations 0.05 further changes. An observation whose training loss jumps far
+    above its recent median is a spike: the stage is held and the spike kept out of the trends.
 
     Args:
         window: Observations that a trend spans, at least 4.
@@ -81,15 +119,27 @@ class StageClassifier:
             rests on trends alone, to go back to an earlier stage, or to leave consolidation.
         min_dwell: Observations that a stage lasts at least; divergence does not wait.
         solved: Success from which data counts as solved, in (0, 1).
+        cross_entropy: Whether losses are mean cross-entropies in nats, whose exponential is a likelihood. Of other
+            losses nobody knows where they end: without successes, only warm-up, plateau and divergence are told apart.
+            A negative loss shows that it is none.
     """
 
-    def __init__(self, window: int = 10, patience: int = 3, min_dwell: int = 3, solved: float = 0.95) -> None:
+    def __init__(
+        self,
+        window: int = 10,
+        patience: int = 3,
+        min_dwell: int = 3,
+        solved: float = 0.95,
+        cross_entropy: bool = False,
+    ) -> None:
         for argument, value, least in (("window", window, 4), ("patience", patience, 1), ("min_dwell", min_dwell, 0)):
             if value < least:
                 raise ValueError(f"`{argument}={value}` must be at least {least}.")
         if not 0 < solved < 1:
             raise ValueError(f"`solved={solved}` must be in (0, 1).")
         self.window, self.patience, self.min_dwell, self.solved = window, patience, min_dwell, solved
+        self.cross_entropy = cross_entropy
+        self._negative, self._scale = False, math.nan  # whether a loss was negative, and the size of the first one
         self.stage = TrainingStage.WARM_UP
         self.evidence: dict[str, float] = {}
         self._series: dict[str, deque[float]] = {key: deque(maxlen=4 * window) for key in _SERIES}
@@ -102,10 +152,15 @@ class StageClassifier:
 
     def update(self, now: Observation) -> Transition | None:
         """Take the next observation; returns the change of stage that it completes."""
-        train = now.train_success if math.isfinite(now.train_success) else _success(now.train_loss)
         val_loss = math.nan if now.val_loss is None else now.val_loss
-        val = now.val_success if math.isfinite(now.val_success) else _success(val_loss)
-        blind = now.val_loss is None and math.isnan(now.val_success)
+        if not self._negative and min(now.train_loss, val_loss if math.isfinite(val_loss) else 0.0) < -1e-3:
+            self._negative, self.cross_entropy = True, False
+            self._memorised, self._fell = False, False
+            for series in self._series.values():
+                series.clear()
+        train = now.train_success if math.isfinite(now.train_success) else self._likelihood(now.train_loss)
+        val = now.val_success if math.isfinite(now.val_success) else self._likelihood(val_loss)
+        blind = math.isnan(val) or math.isnan(train)
         if not math.isfinite(now.train_loss) or not (now.val_loss is None or math.isfinite(val_loss)):
             self.evidence = {"train_loss": now.train_loss, "val_loss": val_loss, "grad_norm": now.grad_norm}
             return self._move(now, TrainingStage.DIVERGENCE, "a loss is not finite", self.evidence, 1)
@@ -117,7 +172,7 @@ class StageClassifier:
         self._spikes, self._since_spike = max(0, self._spikes - 1), self._since_spike + 1
         self._count += 1
         self._dwell += 1
-        values = {"train_loss": _log(now.train_loss), "val_loss": _log(val_loss), "train": train, "val": val}
+        values = {"train_loss": self._log(now.train_loss), "val_loss": self._log(val_loss), "train": train, "val": val}
         for key, value in values.items():
             if math.isfinite(value):
                 self._series[key].append(value)
@@ -128,7 +183,8 @@ class StageClassifier:
         if candidate == TrainingStage.CONSOLIDATION and self.stage < TrainingStage.GENERALISATION:
             candidate = TrainingStage.GENERALISATION  # however quick it was
         success = "likelihood" if math.isnan(now.val_success) else "success"  # what a loss is judged by
-        evidence |= {f"train_{success}": train, f"val_{success}": val, "gap": train - val}
+        if not blind:
+            evidence |= {f"train_{success}": train, f"val_{success}": val, "gap": train - val}
         evidence |= {"cosine": now.cosine, "grad_norm": now.grad_norm}
         self.evidence = evidence
         needed = self.patience
@@ -140,26 +196,26 @@ class StageClassifier:
     def _judge(
         self, now: Observation, train: float, val: float, blind: bool
     ) -> tuple[TrainingStage, str, dict[str, float]]:
-        self._best_train = max(self._best_train, train)
+        self._best_train = max(self._best_train, train)  # NaN is not larger
         self._lost = self._lost + 1 if train < self._best_train - 0.3 else 0
         if self._lost >= 2 * self.window:
             return TrainingStage.DIVERGENCE, "training success has left what it had reached", {}
         if self._count <= self.patience:
             return TrainingStage.WARM_UP, "the first observations", {}
-        d_train, n_train, e_train = self._trend("train_loss")
-        d_val, n_val, e_val = self._trend("val_loss")
-        d_success, n_success, e_success = self._trend("val")
-        d_fit, _, _ = self._trend("train")
-        trends = {"train_trend": d_train, "train_trend_se": e_train, "train_noise": n_train}
-        trends |= {"val_trend": d_val, "val_trend_se": e_val, "val_noise": n_val}
-        trends |= {"val_success_trend": d_success, "val_success_trend_se": e_success, "val_success_noise": n_success}
-        train_improves = d_train < -max(0.03, 0.5 * n_train) or d_fit > 0.03
+        of_train, of_val, of_success, of_fit = (self._trend(key) for key in ("train_loss", "val_loss", "val", "train"))
+        trends = {"train_trend": of_train.change, "train_trend_se": of_train.error}
+        trends |= {"val_trend": of_val.change, "val_trend_se": of_val.error}
+        trends |= {"val_success_trend": of_success.change, "val_success_trend_se": of_success.error}
+        train_improves = of_train.falls(0.03) or of_fit.rises(0.03)
+        floors = ((of_train, 0.03), (of_fit, 0.03), (of_val, 0.02), (of_success, 0.02))
+        still = all(trend.is_still(floor) for trend, floor in floors)
+        val_improves, val_worsens, rises = of_val.falls(0.02), of_val.rises(0.02), of_success.rises(0.02)
         if blind:
-            stage = TrainingStage.WARM_UP if train_improves else TrainingStage.PLATEAU
-            return stage, "no validation; training " + ("improves" if train_improves else "stands still"), trends
-        val_improves = d_val < -max(0.02, 0.5 * n_val)
-        val_worsens = d_val > max(0.02, 0.5 * n_val)
-        rises = d_success > max(0.02, 0.5 * n_success)
+            if train_improves or val_improves or still:
+                stage = TrainingStage.PLATEAU if still and not val_improves else TrainingStage.WARM_UP
+                what = "no success is known" if now.val_loss is not None else "no validation"
+                return stage, f"{what}; the loss {'stands still' if stage else 'improves'}", trends
+            return self.stage, "no clear trend", trends
         if now.val_loss is None:
             val_improves = rises  # nothing else is known
         knew = self.stage in (TrainingStage.GENERALISATION, TrainingStage.CONSOLIDATION)
@@ -168,7 +224,9 @@ class StageClassifier:
             return TrainingStage.CONSOLIDATION, f"training and validation success are at least {self.solved:g}", trends
         if train >= 0.8 and gap > 0.3:
             self._fell = self._fell or now.fell
-            return self._judge_memorised(train, val, val_worsens, rises and val_improves, knew, trends)
+            # What was memorised and begins to generalise leaves its floor too, which chance does not.
+            begins = of_success.rises(0.02, sure=2.5) and (of_val.falls(0.02, sure=2.5) or now.val_loss is None)
+            return self._judge_memorised(train, val, val_worsens, begins, knew, trends)
         if self._memorised and val >= 0.5 * self._best_train:
             return TrainingStage.GENERALISATION, "the gap that memorisation left is closing", trends
         if self._memorised and train < 0.8:
@@ -179,7 +237,9 @@ class StageClassifier:
             return TrainingStage.MEMORISATION, "training improves and validation does not", trends
         if train_improves or val_improves:
             return TrainingStage.WARM_UP, "little is learned yet", trends
-        return TrainingStage.PLATEAU, "neither training nor validation moves", trends
+        if still:
+            return TrainingStage.PLATEAU, "neither training nor validation moves", trends
+        return self.stage, "no clear trend", trends
 
     def _judge_memorised(
         self, train: float, val: float, val_worsens: bool, rises: bool, knew: bool, trends: dict[str, float]
@@ -197,6 +257,8 @@ class StageClassifier:
             return TrainingStage.ONSET, "the dimension of the last layer has fallen", trends
         if rises and val > self._floor_val + 0.1:
             return TrainingStage.ONSET, "validation success rises and its loss falls", trends
+        if val > self._floor_val + 0.15 and below > 0.1:
+            return TrainingStage.ONSET, "validation success has left its floor, and its loss its peak", trends
         if below > 0.15 and not val_worsens and self._since_spike > 5 and val > self._floor_val + 0.02:
             return TrainingStage.ONSET, "validation loss has come down from its peak", trends
         return TrainingStage.MEMORISATION, "training is fitted, validation is not", trends
@@ -221,27 +283,38 @@ class StageClassifier:
             return False
         middle = median(recent)
         spread = 1.4826 * median(abs(x - middle) for x in recent) + 0.05
-        jump = _log(loss) - middle
-        return jump > max(6 * spread, math.log(2)) and loss > 0.1
+        jump = self._log(loss) - middle
+        return jump > max(6 * spread, math.log(2)) and (loss > 0.1 or self._negative)
+
+    def _likelihood(self, loss: float) -> float:
+        """Of a mean cross-entropy; NaN of another loss."""
+        return math.exp(-loss) if self.cross_entropy and math.isfinite(loss) and loss > -700 else math.nan
+
+    def _log(self, loss: float) -> float:
+        """A loss on a scale on which trends are alike: its logarithm; of negative ones a multiple of the first."""
+        if not math.isfinite(loss):
+            return math.nan
+        if not self._negative:
+            return math.log(max(loss, 1e-6))
+        if math.isnan(self._scale):
+            self._scale = max(abs(loss), 1e-12)
+        return loss / self._scale
 
     def _recent(self, key: str) -> float:
         last = list(self._series[key])[-3:]
         return median(last) if last else math.nan
 
-    def _trend(self, key: str) -> tuple[float, float, float]:
-        """Change over the window by the median slope, the noise of one difference, and the change's standard error."""
+    def _trend(self, key: str) -> "_Trend":
         x = list(self._series[key])[-self.window :]
         n = len(x)
         if n < 4:
-            return 0.0, math.inf, math.inf
+            return _Trend(0.0, math.inf)
         slope = median((x[j] - x[i]) / (j - i) for i in range(n) for j in range(i + 1, n))
-        steps = [b - a for a, b in pairwise(x)]
-        middle = median(steps)
-        noise = 1.4826 * math.sqrt(2) * median(abs(s - middle) for s in steps) + 1e-6
         # As of a least-squares slope: residuals around the line through the medians, n points one apart.
         center = median(x[i] - slope * i for i in range(n))
         residual = math.sqrt(sum((x[i] - slope * i - center) ** 2 for i in range(n)) / (n - 2))
-        return slope * n, noise, n * residual / math.sqrt(n * (n * n - 1) / 12)
+        error = n * residual / math.sqrt(n * (n * n - 1) / 12)
+        return _Trend(slope * n, error * _inflation(list(self._series[key])))
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists."""
@@ -260,17 +333,22 @@ class StageClassifier:
             setattr(self, key, state["numbers"][key])
 
 
+_FEWEST = 12  # values that an autocorrelation is estimated from
 _SERIES = ("train_loss", "val_loss", "train", "val")
 _NUMBERS = (
     "_candidate", "_streak", "_dwell", "_count", "_since_spike", "_spikes", "_first_train", "_first_val",
-    "_best_train", "_lost", "_peak_val_loss", "_floor_val", "_memorised", "_fell",
+    "_best_train", "_lost", "_peak_val_loss", "_floor_val", "_memorised", "_fell", "cross_entropy", "_negative", "_scale",
 )  # fmt: skip
 
 
-_NAMES = (("val", "/"), ("val", "_"), ("valid", "/"), ("valid", "_"), ("eval", "/"), ("eval", "_"))
+_SPLITS = ("val", "valid", "validation", "eval")
+_NAMES = tuple((split, mark) for split in _SPLITS for mark in "/_")
 VAL_LOSS = tuple(f"{split}{mark}loss" for split, mark in _NAMES)
 VAL_SUCCESS = tuple(f"{split}{mark}{what}" for what in ("accuracy", "acc") for split, mark in _NAMES)
 """Names that reports know, ours first."""
+
+
+TRAIN_SUCCESS = tuple(f"train{mark}{what}" for what in ("accuracy", "acc") for mark in "/_")
 
 
 def is_fall(event: Mapping[str, Any]) -> bool:
@@ -331,11 +409,3 @@ def replay(rows: Iterable[Mapping[str, Any]], **options: Any) -> list[Transition
     """
     classifier = StageClassifier(**options)
     return [t for now in observations(rows) if (t := classifier.update(now)) is not None]
-
-
-def _success(loss: float) -> float:
-    return math.exp(-loss) if math.isfinite(loss) and loss > -700 else math.nan
-
-
-def _log(loss: float) -> float:
-    return math.log(max(loss, 1e-6)) if math.isfinite(loss) else math.nan

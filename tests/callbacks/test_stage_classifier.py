@@ -155,8 +155,8 @@ def test_what_was_found_online_is_found_again_in_the_trace(tmp_path):
 
 
 def test_without_example_success_losses_are_compared():
-    """A foreign module: `exp(-loss)`, which is no success, and is not called one."""
-    classifier = StageClassifier()
+    """A third-party module: `exp(-loss)`, which is no success, and is not called one."""
+    classifier = StageClassifier(cross_entropy=True)
     fit([classifier], Plain, max_epochs=3, limit_val_batches=8)
     evidence = classifier._machine.evidence
     assert 0.3 < evidence["train_likelihood"] < 1
@@ -164,14 +164,37 @@ def test_without_example_success_losses_are_compared():
     assert abs(evidence["gap"]) < 0.1
 
 
-def test_lightnings_usual_name_of_the_loss_is_found():
+@pytest.mark.parametrize("name", ["val_loss", "valid_loss", "validation_loss", "valid/loss", "eval_loss"])
+def test_usual_names_of_the_loss_are_found(name):
     class Usual(LossOnly):
         def validation_step(self, batch, batch_idx):
-            self.log("val_loss", 2.5)
+            self.log(name, 2.5)
 
-    classifier = StageClassifier()
+    classifier = StageClassifier(cross_entropy=True)
     fit([classifier], Usual, max_epochs=3, limit_val_batches=8)
     assert classifier._machine.evidence["val_likelihood"] == pytest.approx(math.exp(-2.5))
+
+
+def test_a_logged_training_accuracy_is_success():
+    class Logs(LossOnly):
+        def training_step(self, batch, batch_idx):
+            self.log("train_acc", 0.9)
+            return self.loss(batch)
+
+        def validation_step(self, batch, batch_idx):
+            self.log_dict({"val_loss": 1.0, "val_acc": 0.5})
+
+    classifier = StageClassifier()
+    fit([classifier], Logs, max_epochs=6)
+    assert classifier._machine.evidence["train_success"] == pytest.approx(0.9)
+    assert classifier._machine.evidence["gap"] == pytest.approx(0.4)
+
+
+def test_a_loss_of_unknown_kind_says_what_it_leaves_out():
+    with pytest.warns(UserWarning, match="only warm-up, plateau and divergence are told apart. Return") as told:
+        _, trainer = fit([StageClassifier()], Plain, max_epochs=4, limit_val_batches=8)
+    assert sum("no success of both" in str(w.message) for w in told) == 1
+    assert trainer.callback_metrics["forge/stage/gap"].isnan()
 
 
 def test_a_success_that_nobody_logs_is_told():
@@ -179,9 +202,22 @@ def test_a_success_that_nobody_logs_is_told():
         fit([StageClassifier(val_success="val/los")], LossOnly, max_epochs=5)
 
 
-def test_a_validation_without_the_metric_lists_what_there_is():
-    with pytest.raises(MisconfigurationException, match=r"val_loss='val_loss'.*Logged so far: .*'val/loss'"):
-        fit([StageClassifier(val_loss="val_loss")], Plain)
+class Misnamed(Plain):
+    def validation_step(self, batch, batch_idx):
+        self.log("val/mine", self.loss(batch))
+
+
+def test_a_validation_without_the_metric_is_refused_in_the_sanity_check():
+    with pytest.raises(MisconfigurationException, match=r"val_loss='val/loss'.*Logged so far: .*'val/mine'"):
+        fit([StageClassifier()], Misnamed, num_sanity_val_steps=1)
+
+
+def test_a_validation_without_the_metric_does_not_end_a_fit():
+    classifier = StageClassifier()
+    with pytest.warns(UserWarning, match="val_loss='val/loss'.*nothing logs this metric.*stays what it is"):
+        _, trainer = fit([classifier], Misnamed, max_epochs=3)
+    assert trainer.state.finished
+    assert classifier.events == []
 
 
 def test_no_validation_is_said_once():

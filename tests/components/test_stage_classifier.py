@@ -82,7 +82,7 @@ def test_state_goes_on_where_it_was(path, cut):
 
 def run(points, **options):
     """``(train_loss, val_loss)`` or with successes, one observation each."""
-    classifier = StageClassifier(**options)
+    classifier = StageClassifier(**{"cross_entropy": True} | options)
     found = [classifier.update(Observation(step, *point)) for step, point in enumerate(points)]
     return classifier, [t for t in found if t is not None]
 
@@ -170,3 +170,68 @@ def test_bad_arguments_are_named(options):
     ((name, value),) = options.items()
     with pytest.raises(ValueError, match=f"{name}={value}"):
         StageClassifier(**options)
+
+
+def noisy(level, spread, rng, correlation=0.0, count=200):
+    steps, x = rng.normal(size=count) * spread * math.sqrt(1 - correlation**2), rng.normal() * spread
+    out = []
+    for step in steps:
+        x = correlation * x + step
+        out.append(level * math.exp(x))
+    return out
+
+
+CONSTANTS = {
+    "nothing learned": (2.3, 2.3),
+    "language model": (3.2, 3.25),
+    "fine-tuned": (1.5, 1.6),
+    "small": (0.4, 0.45),
+}
+
+
+@pytest.mark.parametrize("levels", CONSTANTS)
+def test_noise_around_constants_is_a_plateau_and_no_other_stage(levels):
+    rng = np.random.default_rng(0)
+    train, val = CONSTANTS[levels]
+    names, changes = set(), 0
+    for _ in range(20):
+        points = zip(noisy(train, 0.02, rng), noisy(val, 0.01, rng, 0.5), strict=True)
+        found = run(points)[1]
+        names |= {t.after.label for t in found}
+        changes += len(found)
+    assert names <= {"plateau", "warm_up"}
+    assert changes <= 26  # one each, and at most six by chance
+
+
+def test_noise_around_successes_is_a_plateau_too():
+    rng, changes = np.random.default_rng(1), 0
+    for _ in range(20):
+        losses = zip(noisy(1.1, 0.02, rng), noisy(1.15, 0.01, rng, 0.5), strict=True)
+        points = [(*loss, 0.6 + 0.02 * rng.normal(), 0.58 + 0.01 * rng.normal()) for loss in losses]
+        classifier, found = run(points, cross_entropy=False)
+        changes += len(found)
+        assert classifier.stage in (TrainingStage.PLATEAU, TrainingStage.WARM_UP)
+    assert changes <= 26
+
+
+T = np.arange(200)
+OTHER_LOSSES = {
+    "squares of small numbers": (1e-2 * np.exp(-T / 60) + 1e-3, np.full(200, 1e-2)),
+    "squares of large numbers": (100 * np.exp(-T / 15) + 1e-3, 50 * np.exp(-T / 15) + 30 + 0.1 * T),
+    "a Gaussian likelihood": (-3 - 27 * (1 - np.exp(-T / 60)), -3 - 26 * (1 - np.exp(-T / 60))),
+    "one that passes 0": (2 - 5 * (1 - np.exp(-T / 20)), np.where(T < 60, 2 - 3 * (1 - np.exp(-T / 20)), 0.05 * T - 4)),
+}
+
+
+@pytest.mark.parametrize("loss", OTHER_LOSSES)
+def test_a_loss_without_a_known_floor_names_no_success(loss):
+    points = list(zip(*OTHER_LOSSES[loss], strict=True))
+    classifier, found = run(points, cross_entropy=False)
+    assert {t.after.label for t in found} <= {"plateau", "warm_up"}
+    assert not {"train_likelihood", "val_likelihood", "gap"} & classifier.evidence.keys()
+
+
+def test_a_negative_loss_is_no_cross_entropy():
+    classifier, found = run(zip(*OTHER_LOSSES["a Gaussian likelihood"], strict=True))
+    assert {t.after.label for t in found} <= {"plateau", "warm_up"}
+    assert not classifier.cross_entropy

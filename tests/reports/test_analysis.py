@@ -94,7 +94,9 @@ def test_light_and_dark_have_readable_colours():
 def fitted(tmp_path):
     """A fit with every callback, its run directory, and its checkpoint."""
     folder = tmp_path / "mine" / "version_0"
-    probe = GeometryProbe(every_n_steps=6, num_points=24, estimators=("two_nn", "levina_bickel"), max_overhead=None)
+    probe = GeometryProbe(
+        every_n_steps=6, num_points=8, estimators=("two_nn", "participation_ratio"), max_overhead=None
+    )
     callbacks = [
         probe, Grokfast(alpha=0.9), StageClassifier(), RunSummary(monitor="val/loss"), Telemetry(),
         ModelCheckpoint(folder / "checkpoints", filename="last"),
