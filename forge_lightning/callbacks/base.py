@@ -1,6 +1,7 @@
 """What every callback of the suite shares."""
 
 import math
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +22,9 @@ from forge_lightning.components.step_log import logged_at_this_step as logged_at
 from forge_lightning.components.step_log import step_of_log as step_of_log
 from forge_lightning.protocols import SupportsEvents
 
+_modules: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+"""The module that each callback was last fitted with. Not kept in the callback, which may be pickled."""
+
 
 class ForgeCallback(Callback):
     """A namespace for logged metrics, and a checkpoint key that survives a change of hyperparameters.
@@ -35,6 +39,18 @@ class ForgeCallback(Callback):
         self.name = name
         self._said: set[str] = set()
         self._metric_names: dict[str, str] = {}
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        earlier = _modules.get(self)
+        if earlier is not None and earlier() is not pl_module:
+            self.reset()
+        _modules[self] = weakref.ref(pl_module)
+
+    def reset(self) -> None:
+        """Drop what was learned from one model, before another one is fitted with the same callback."""
+        self._said.clear()
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         restore_loaders(trainer)
@@ -88,6 +104,22 @@ class ForgeCallback(Callback):
     def refuse(self, what: str, why: str, instead: str) -> MisconfigurationException:
         """The error for a trainer, module or wiring that this callback cannot serve; to be raised at start."""
         return MisconfigurationException(f"`{type(self).__name__}` cannot work with {what}: {why}. {instead}")
+
+
+def uses_strategy(trainer: Trainer, *names: str) -> bool:
+    """Whether the Trainer's strategy is of one of these classes, of ``lightning`` or ``pytorch_lightning``."""
+    return is_a(trainer.strategy, *names)
+
+
+def is_a(thing: Any, *names: str) -> bool:
+    """Whether an object is of a class of Lightning's, by its name: both packages have one of it."""
+    return any(kind.__name__ in names for kind in type(thing).__mro__)
+
+
+def overrides(thing: Any, method: str) -> bool:
+    """Whether a module's or callback's class defines a method itself, not Lightning or torch for it."""
+    found = getattr(type(thing), method, None)
+    return found is not None and found.__module__.split(".")[0] not in ("lightning", "pytorch_lightning", "torch")
 
 
 def restore_loaders(trainer: Trainer) -> None:

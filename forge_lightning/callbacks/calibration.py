@@ -199,6 +199,10 @@ class Calibration(ForgeCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave()
 
+    def reset(self) -> None:
+        super().reset()
+        self.fitted_temperature = math.nan
+
     def state_dict(self) -> dict[str, Any]:
         return {"fitted_temperature": self.fitted_temperature}
 

@@ -10,10 +10,9 @@ from typing import Any, ClassVar
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, run_directory
+from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, run_directory, uses_strategy
 from forge_lightning.components.pass_at_k import PassAtK
 from forge_lightning.functional.pass_at_k import pass_at_k
 from forge_lightning.protocols import SupportsGenerate, SupportsProblems
@@ -143,13 +142,14 @@ class CodeEvaluation(ForgeCallback):
         return list(self._outcomes)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage == "predict":
             return
         if not isinstance(pl_module, SupportsGenerate):
             raise self.refuse(type(pl_module).__name__, "it has no method `complete(prompts, ...)`", "Use ForgeModule.")
         if self._source(trainer, pl_module) is None:
             raise self.refuse("this data", "neither datamodule nor module has `problems(split)`", "Use CodeTasks.")
-        if isinstance(trainer.strategy, ModelParallelStrategy | FSDPStrategy):
+        if uses_strategy(trainer, "ModelParallelStrategy", "FSDPStrategy"):
             raise self.refuse(
                 "sharded weights",
                 "the processes would generate out of step",
@@ -191,6 +191,10 @@ class CodeEvaluation(ForgeCallback):
         if trainer.is_global_zero and folder is not None and not is_dev_run(trainer):
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "temperature_study.json").write_text(json.dumps(study, indent=1) + "\n")
+
+    def reset(self) -> None:
+        super().reset()
+        self._validations, self._next_problem, self._outcomes = 0, 0, []
 
     def state_dict(self) -> dict[str, Any]:
         return {"validations": self._validations, "next_problem": self._next_problem}

@@ -10,10 +10,15 @@ from typing import Any, ClassVar, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
-from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, is_logging_step, of_all_processes
+from forge_lightning.callbacks.base import (
+    ForgeCallback,
+    is_dev_run,
+    is_logging_step,
+    of_all_processes,
+    uses_strategy,
+)
 from forge_lightning.components.batch_rows import joined, rows_of, template_of, with_rows
 from forge_lightning.components.code_augmentation import CodeExample
 from forge_lightning.components.dream_augmenter import DreamAugmenter
@@ -264,7 +269,8 @@ class DreamReplay(ForgeCallback):
         self._logits: list[list[Tensor]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if not self._off and isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy):
+        super().setup(trainer, pl_module, stage)
+        if not self._off and uses_strategy(trainer, "DeepSpeedStrategy", "FSDPStrategy"):
             raise self.refuse(
                 type(trainer.strategy).__name__,
                 "steps between steps are not tried there",
@@ -274,7 +280,7 @@ class DreamReplay(ForgeCallback):
             return
         if self.temperatures and not isinstance(pl_module, SupportsGenerate):
             raise self.refuse(type(pl_module).__name__, "it has no method `complete(prompts, ...)`", "Use ForgeModule.")
-        if self.temperatures and isinstance(trainer.strategy, ModelParallelStrategy):
+        if self.temperatures and uses_strategy(trainer, "ModelParallelStrategy"):
             raise self.refuse(
                 "`temperatures` and sharded weights",
                 "the processes would generate out of step",

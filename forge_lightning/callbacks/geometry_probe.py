@@ -25,7 +25,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, loss_of_step
+from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, loss_of_step, overrides
 from forge_lightning.components.activation_tap import ActivationTap, BatchFields, Positions, field_of
 from forge_lightning.components.change_detector import Change, ChangeDetector, LossHealth
 from forge_lightning.components.intrinsic_dimension import check_estimators, estimate, quantities
@@ -273,7 +273,7 @@ class GeometryProbe(ForgeCallback):
             return f"the training data is {type(loader).__name__}, which does not draw from a data set."
         if not isinstance(sampler, usual) or getattr(sampler, "makes_examples", False):
             return f"its sampler, {type(sampler).__name__}, may not draw by number."
-        if not isinstance(pl_module, SupportsProbe) and type(pl_module).forward is LightningModule.forward:
+        if not isinstance(pl_module, SupportsProbe) and not overrides(pl_module, "forward"):
             return f"{type(pl_module).__name__} has no `forward` or `probe_forward(batch)`."
         return ""
 
@@ -285,6 +285,11 @@ class GeometryProbe(ForgeCallback):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave()
+
+    def reset(self) -> None:
+        super().reset()
+        self._interval = self._next_due = self.every_n_steps
+        self._detectors, self._health, self._events = {}, LossHealth(), []
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -542,7 +547,7 @@ class GeometryProbe(ForgeCallback):
         if isinstance(pl_module, SupportsProbe):
             pl_module.probe_forward(batch)
             return
-        if type(pl_module).forward is LightningModule.forward:
+        if not overrides(pl_module, "forward"):
             raise MisconfigurationException(
                 f"`GeometryProbe(source={self.source!r})` runs the module on a batch, and {type(pl_module).__name__}"
                 " has no `forward`. Give it one, or `probe_forward(batch)`, or use `source='batch'`."

@@ -1,19 +1,20 @@
 """Grokfast: low-pass gradient filter between the backward pass and the optimizer step."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from functools import partial
+from statistics import fmean
 from typing import Any, ClassVar, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 from torch.optim import Optimizer
 
-from forge_lightning.callbacks.base import ForgeCallback, is_logging_step
-from forge_lightning.components.grokfast import FilterName, GradientFilter, ScheduleName
+from forge_lightning.callbacks.base import ForgeCallback, is_logging_step, step_of_log, uses_strategy
+from forge_lightning.components.grokfast import FilterName, FilterStats, GradientFilter, ScheduleName
 from forge_lightning.components.layers import plain_name
 from forge_lightning.optim import GrokfastAdamW, GrokfastSGD
 
@@ -28,9 +29,10 @@ class Grokfast(ForgeCallback):
 
     Reads: gradients of the parameters that the optimizer steps; ``stage_monitor`` with ``schedule="by_stage"``.
     Changes: those gradients, in place. A step with a non-finite gradient is left alone and enters no state.
-    Logs: every ``log_every_n_steps``: ``forge/grokfast/lamb``, ``forge/grokfast/cosine`` (gradient and slow gradient
-    before the step, in [-1, 1]; NaN on the first), ``forge/grokfast/grad_norm_before``,
-    ``forge/grokfast/grad_norm_after``, ``forge/grokfast/skipped_steps`` (non-finite so far).
+    Logs: every ``log_every_n_steps``, of all optimizers of a step together: ``forge/grokfast/lamb``,
+    ``forge/grokfast/cosine`` (gradient and slow gradient before the step, in [-1, 1]; NaN on the first),
+    ``forge/grokfast/grad_norm_before``, ``forge/grokfast/grad_norm_after``, ``forge/grokfast/skipped_steps``
+    (non-finite so far).
 
     Cost: one fp32 copy of the gradients ("ma": ``window_size + 1`` copies), and 2 % of a GPT-2-small step, 3 % of one
     of the paper's model.
@@ -69,7 +71,7 @@ class Grokfast(ForgeCallback):
         ValueError: If an argument is out of range.
         MisconfigurationException: At start, with LBFGS, DeepSpeed, FSDP1, a fused optimizer under fp16,
             `GrokfastAdamW` or `GrokfastSGD`, or patterns that match no parameter; after an epoch in which no optimizer
-            step came by.
+            step came by, or none with a gradient.
 
     References:
         Lee et al., `Grokfast: Accelerated Grokking by Amplifying Slow Gradients <https://arxiv.org/abs/2405.20233>`_,
@@ -122,15 +124,23 @@ class Grokfast(ForgeCallback):
         self._filters: dict[int, GradientFilter] = {}  # by optimizer: each counts its own steps
         self._stage: int | None = None
         self._names: dict[int, str] = {}
+        self._acted = False  # whether there was a gradient to filter
+        self._stats: dict[int, FilterStats] = {}  # of each optimizer, at the step that is logged
+        self._stats_step = -1
+
+    def reset(self) -> None:
+        super().reset()
+        self._filters, self._stage, self._acted = {}, None, False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if stage != "fit":
             return
-        if isinstance(trainer.strategy, DeepSpeedStrategy):
+        if uses_strategy(trainer, "DeepSpeedStrategy"):
             raise self.refuse(
                 "DeepSpeed", "it keeps gradients outside `p.grad`", "Use `ModelParallelStrategy` (FSDP2)."
             )
-        if isinstance(trainer.strategy, FSDPStrategy):
+        if uses_strategy(trainer, "FSDPStrategy"):
             raise self.refuse(
                 "FSDPStrategy", "its flattened gradients have no stable shape", "Use `ModelParallelStrategy` (FSDP2)."
             )
@@ -166,11 +176,11 @@ class Grokfast(ForgeCallback):
         if self._off:
             return
         index = trainer.optimizers.index(optimizer)
+        gradients = self._gradients(pl_module, optimizer, index)
+        self._acted |= bool(gradients)
         gradient_filter = self._filters.get(index) or self._filters.setdefault(index, self._new_filter())
         measure, skipped = is_logging_step(trainer), gradient_filter.skipped_steps
-        stats = gradient_filter(
-            self._gradients(pl_module, optimizer, index), stage=self._current_stage(trainer), measure=measure
-        )
+        stats = gradient_filter(gradients, stage=self._current_stage(trainer), measure=measure)
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # drops such steps itself
         if gradient_filter.skipped_steps > skipped == 0 and scaler is None:
             self.warn_once(
@@ -179,12 +189,30 @@ class Grokfast(ForgeCallback):
                 " checkpoint, without the batch that did it."
             )
         if stats is not None:
-            metrics = {key: getattr(stats, key) for key in ("lamb", "cosine", "grad_norm_before", "grad_norm_after")}
-            self.log_metrics(trainer, metrics | {"skipped_steps": self.skipped_steps})
+            self._log(trainer, index, stats)
+
+    def _log(self, trainer: Trainer, index: int, stats: FilterStats) -> None:
+        """What was done at this step, with all its optimizers together."""
+        step = step_of_log(trainer)
+        if step != self._stats_step:
+            self._stats, self._stats_step = {}, step
+        self._stats[index] = stats
+        every = list(self._stats.values())
+        metrics = {key: fmean(getattr(one, key) for one in every) for key in ("lamb", "cosine")}
+        for key in ("grad_norm_before", "grad_norm_after"):
+            metrics[key] = math.hypot(*(getattr(one, key) for one in every))
+        self.log_metrics(trainer, metrics | {"skipped_steps": self.skipped_steps})
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._off and not self._filters:
-            raise self.refuse("optimizers that are stepped past Lightning", "it saw no step of this epoch", _STEP_THESE)
+        if not self._off and not self._acted:
+            if not self._filters:
+                why = "it saw no step of this epoch"
+            elif any(p.requires_grad for p in self._filtered(trainer)):
+                why = "no parameter that they step and it filters had a gradient in this epoch"
+            else:
+                why = ""  # all are frozen, until later
+            if why:
+                raise self.refuse("optimizers that are stepped past Lightning", why, _STEP_THESE)
         if self._by_stage and self._stage is None:
             self.read_metric(trainer, self.stage_monitor, "stage_monitor")
 
@@ -213,6 +241,12 @@ class Grokfast(ForgeCallback):
             self._map_names(pl_module)  # added since
         named = ((self._names.get(id(p), f"optimizer{index}.{position}"), p) for position, p in enumerate(params))
         return {name: p.grad for name, p in named if p.grad is not None and self._is_filtered(name)}
+
+    def _filtered(self, trainer: Trainer) -> Iterator[Any]:
+        """Parameters of the optimizers that are filtered."""
+        for optimizer in trainer.optimizers:
+            for group in optimizer.param_groups:
+                yield from (p for p in group["params"] if self._is_filtered(self._names.get(id(p), "")))
 
     def _map_names(self, pl_module: LightningModule) -> None:
         self._names = {}

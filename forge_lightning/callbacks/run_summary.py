@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, run_directory
+from forge_lightning.callbacks.base import ForgeCallback, is_a, is_dev_run, run_directory
 from forge_lightning.components.stage_classifier import VAL_LOSS, VAL_SUCCESS
 from forge_lightning.reports.learning_curves import plot_learning_curves, read_metrics
 
@@ -104,6 +102,11 @@ class RunSummary(ForgeCallback):
         except OSError as error:  # the disk is full, perhaps; what ended the run is what is to be seen
             self.warn_once(f"no summary was written: {error}")
 
+    def reset(self) -> None:
+        super().reset()
+        self.reached_at = self._best = self._best_at = None
+        self._seconds_before = {"wall": 0.0, "cpu": 0.0}
+
     def seconds(self) -> dict[str, float]:
         """Wall and CPU seconds of the fit so far, earlier parts of a resumed one included."""
         wall, cpu = time.monotonic() - self._started[0], time.process_time() - self._started[1]
@@ -127,8 +130,9 @@ class RunSummary(ForgeCallback):
         if directory is not None:
             directory.mkdir(parents=True, exist_ok=True)
             (directory / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-            for logger in trainer.loggers:
-                if isinstance(logger, CSVLogger) and logger.experiment.metrics:
+            loggers: list[Any] = trainer.loggers
+            for logger in loggers:
+                if is_a(logger, "CSVLogger") and logger.experiment.metrics:
                     logger.save()
             metrics_path = directory / "metrics.csv"
             if metrics_path.exists():
@@ -144,7 +148,7 @@ class RunSummary(ForgeCallback):
         self._began_at = None
 
     def _summary(self, trainer: Trainer, status: str, directory: Path | None) -> dict[str, Any]:
-        checkpoints = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        checkpoints: list[Any] = [c for c in trainer.checkpoint_callbacks if is_a(c, "ModelCheckpoint")]
         best = next((c.best_model_path for c in checkpoints if c.monitor is not None), "")
         written = [
             (c._last_global_step_saved, c.last_model_path or c._last_checkpoint_saved or c.best_model_path)

@@ -6,10 +6,9 @@ from typing import Any, ClassVar
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 
-from forge_lightning.callbacks.base import ForgeCallback, is_logging_step
+from forge_lightning.callbacks.base import ForgeCallback, is_logging_step, uses_strategy
 from forge_lightning.components.activation_tap import field_of
 from forge_lightning.components.loss_terms import add_loss_term, remove_loss_term
 from forge_lightning.components.self_model import Form, SelfModelHead
@@ -116,9 +115,10 @@ class SelfModel(ForgeCallback):
         self._acted = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
         if self._off:
             return
-        if isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy):
+        if uses_strategy(trainer, "DeepSpeedStrategy", "FSDPStrategy"):
             raise self.refuse(
                 type(trainer.strategy).__name__,
                 "it flattens or partitions weights before the head is there",

@@ -185,6 +185,12 @@ class StageClassifier(ForgeCallback):
         )
         self._observe(trainer, pl_module, {})
 
+    def reset(self) -> None:
+        super().reset()
+        self._machine = self._new_machine(cross_entropy=bool(self.cross_entropy))
+        self._events, self._last_step = [], -1
+        self._means.clear()
+
     def state_dict(self) -> dict[str, Any]:
         machine, events = self._machine.state_dict(), [dict(event) for event in self._events]
         means = of_all_processes(self._means.state_dict())

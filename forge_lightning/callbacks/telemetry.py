@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.profilers import PassThroughProfiler, Profiler
+from lightning.pytorch.profilers import Profiler
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -18,10 +18,12 @@ from forge_lightning.callbacks.base import (
     ForgeCallback,
     StepMeans,
     events_of,
+    is_a,
     is_dev_run,
     is_logging_step,
     log_also_every,
     logged_at_this_step,
+    overrides,
     run_directory,
     step_of_log,
 )
@@ -30,7 +32,7 @@ from forge_lightning.components.step_timer import StepTimer
 from forge_lightning.components.trace import FILE_NAME, TraceWriter
 from forge_lightning.protocols import SupportsEvents, SupportsStage
 
-_OPTIONAL = ("loss", "success", "tokens")  # what a module or a batch may not tell
+_OPTIONAL = ("loss", "success", "tokens", "examples")  # what a module or a batch may not tell
 
 
 class Telemetry(ForgeCallback):
@@ -197,6 +199,11 @@ class Telemetry(ForgeCallback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._leave(trainer)
 
+    def reset(self) -> None:
+        super().reset()
+        self._earlier, self._num_rows, self._seen_events = None, None, {}
+        self._offered, self._seconds_before = 0, 0.0
+
     def state_dict(self) -> dict[str, Any]:
         if self._writer is not None:
             self._writer.flush()  # what a resumed run will not write again
@@ -252,7 +259,9 @@ class Telemetry(ForgeCallback):
         values = {key: now.means.read(key) for key in ("loss", "success") if key in now.means}
         if now.tokens is not None:
             values["tokens"] = float(now.tokens)
-        values |= {"examples": float(now.examples), **seconds, "peak_memory": _peak_memory(device)}
+        if now.examples is not None:
+            values["examples"] = float(now.examples)
+        values |= {**seconds, "peak_memory": _peak_memory(device)}
         if trainer.world_size > 1:
             values = self._mean_over_ranks(trainer, values, device)
         total = sum(values[part] for part in seconds)
@@ -265,8 +274,7 @@ class Telemetry(ForgeCallback):
             metrics["perplexity"] = math.inf if values["loss"] >= 700 else math.exp(values["loss"])
         if now.norms:
             norm = math.sqrt(sum(float(norm) ** 2 for norm in now.norms))
-            before = [v for k, v in logged_at_this_step(trainer).items() if k.endswith("/grad_norm_before")]
-            metrics["grad_norm_before"] = before[0] if before else norm
+            metrics["grad_norm_before"] = self._norm_before(trainer, norm)
             after = self._norm_after(trainer, pl_module, norm)
             if after is not None:
                 metrics["grad_norm_after"] = after
@@ -280,9 +288,21 @@ class Telemetry(ForgeCallback):
         sums, counts = trainer.strategy.reduce(torch.tensor(both, device=device), reduce_op="sum").cpu().chunk(2)
         return {key: float(s / c) for key, s, c in zip(keys, sums, counts, strict=True) if c > 0}
 
+    def _norm_before(self, trainer: Trainer, norm: float) -> float:
+        """The norm without what `Grokfast`, in front of this callback, has made of the gradients that it filters."""
+        callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+        logged, square = logged_at_this_step(trainer), norm**2
+        for callback in callbacks[: callbacks.index(self)]:
+            if isinstance(callback, ForgeCallback) and callback.namespace == "grokfast":
+                names = [callback.metric_name(f"grad_norm_{when}") for when in ("before", "after")]
+                if all(name in logged for name in names):
+                    others = square - logged[names[1]] ** 2  # of gradients that are not filtered
+                    square = logged[names[0]] ** 2 + (others if others > 1e-5 * square else 0.0)
+        return math.sqrt(square)
+
     def _norm_after(self, trainer: Trainer, pl_module: LightningModule, norm: float) -> float | None:
         """``None`` where the module has cleared the gradients already, as manual optimization may."""
-        own_clipping = type(pl_module).configure_gradient_clipping is not LightningModule.configure_gradient_clipping
+        own_clipping = overrides(pl_module, "configure_gradient_clipping")
         if (
             trainer.gradient_clip_val is None
             and not own_clipping
@@ -319,7 +339,7 @@ class _Record:
         self.norms: list[Tensor] = []
         self.lr = math.nan
         self.tells_perplexity = False
-        self.examples = 0
+        self.examples: int | None = None  # of batches that are not tensors nor hold any
         self.tokens: Any = None  # on the device until it is read
 
     def count(self, batch: Any) -> None:
@@ -327,7 +347,7 @@ class _Record:
         tokens = field_of(batch, "input_ids")
         first = tokens if tokens is not None else _first_tensor(batch)
         if first is not None and first.ndim:
-            self.examples += len(first)
+            self.examples = (self.examples or 0) + len(first)
         if tokens is not None:
             mask = field_of(batch, "attention_mask")
             count = tokens.numel() if mask is None else mask.sum()
@@ -341,7 +361,7 @@ class _TimedProfiler(Profiler):
         super().__init__()
         self.inner = inner
         self.timer = StepTimer()
-        self._hands_on = not isinstance(inner, PassThroughProfiler)
+        self._hands_on = not is_a(inner, "PassThroughProfiler")
 
     def __del__(self) -> None:
         """Not the end of the inner one, which goes on: the base class would tear it down."""
@@ -389,8 +409,7 @@ class _Span:
 
 
 def _changes_gradients(callback: Callback) -> bool:
-    hooks = ("on_before_optimizer_step", "on_after_backward")
-    return any(getattr(type(callback), hook) is not getattr(Callback, hook) for hook in hooks)
+    return any(overrides(callback, hook) for hook in ("on_before_optimizer_step", "on_after_backward"))
 
 
 def _gradients(optimizers: Any) -> list[Any]:
@@ -404,7 +423,9 @@ def _norm_of(grads: list[Any]) -> Tensor:
     grads = [g.coalesce().values() if g.is_sparse else g for g in grads]
     norm: Any
     if all(type(g) is Tensor and g.device == grads[0].device for g in grads):
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads, dtype=torch.float32)))
+        half = all(g.dtype in (torch.float16, torch.bfloat16, torch.float32) for g in grads)
+        norms = torch._foreach_norm(grads, dtype=torch.float32 if half else torch.float64)  # doubles take no less
+        norm = torch.linalg.vector_norm(torch.stack(norms))
     else:  # shards
         norm = torch.nn.utils.get_total_norm(grads)
     full: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm

@@ -8,11 +8,10 @@ from typing import Any, ClassVar
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy
 from torch import Tensor
 from torch.nn import functional as F
 
-from forge_lightning.callbacks.base import ForgeCallback, is_logging_step
+from forge_lightning.callbacks.base import ForgeCallback, is_logging_step, uses_strategy
 from forge_lightning.components.calibration import CalibrationMetric
 from forge_lightning.components.ema_teacher import EMATeacher
 from forge_lightning.components.labels import LabelReader, NoClassesError, loss_doubt
@@ -156,7 +155,8 @@ class TemperatureCurriculum(ForgeCallback):
         return self._schedule.draw(self._step())[1]
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if self.weight and isinstance(trainer.strategy, DeepSpeedStrategy | FSDPStrategy):
+        super().setup(trainer, pl_module, stage)
+        if self.weight and uses_strategy(trainer, "DeepSpeedStrategy", "FSDPStrategy"):
             raise self.refuse(
                 type(trainer.strategy).__name__,
                 "weights cannot be exchanged for their mean there",

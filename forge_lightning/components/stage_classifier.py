@@ -337,7 +337,8 @@ _FEWEST = 12  # values that an autocorrelation is estimated from
 _SERIES = ("train_loss", "val_loss", "train", "val")
 _NUMBERS = (
     "_candidate", "_streak", "_dwell", "_count", "_since_spike", "_spikes", "_first_train", "_first_val",
-    "_best_train", "_lost", "_peak_val_loss", "_floor_val", "_memorised", "_fell", "cross_entropy", "_negative", "_scale",
+    "_best_train", "_lost", "_peak_val_loss", "_floor_val", "_memorised", "_fell", "cross_entropy",
+    "_negative", "_scale",
 )  # fmt: skip
 
 

@@ -817,7 +817,7 @@ def test_what_cannot_be_served_is_refused():
     strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
     trainer = type("T", (), {"strategy": strategy})()
     with pytest.raises(MisconfigurationException, match="`DreamReplay` cannot work with DeepSpeedStrategy"):
-        DreamReplay().setup(trainer, None, "fit")
+        DreamReplay().setup(trainer, LossOnly(), "fit")
 
 
 def test_bad_arguments_are_refused():

@@ -5,7 +5,8 @@ from lightning.pytorch import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, SingleDeviceStrategy
 
-from forge_lightning.callbacks import Grokfast
+from forge_lightning.callbacks import Grokfast, Telemetry
+from forge_lightning.callbacks.base import last_logged
 from forge_lightning.functional import ema_filter
 from forge_lightning.optim import GrokfastAdamW
 from tests.contract.modules import LossOnly, Plain, TwoOptimizers
@@ -132,9 +133,9 @@ def test_strategies_without_usable_gradients_are_refused(strategy):
     trainer = FakeTrainer()
     trainer.strategy = strategy.__new__(strategy)
     with pytest.raises(MisconfigurationException, match=r"`Grokfast` cannot work with .*ModelParallelStrategy"):
-        callback.setup(trainer, None, "fit")
+        callback.setup(trainer, LossOnly(), "fit")
     trainer.strategy = SingleDeviceStrategy.__new__(SingleDeviceStrategy)
-    callback.setup(trainer, None, "fit")
+    callback.setup(trainer, LossOnly(), "fit")
 
 
 def test_skipped_steps_are_counted_and_logged():
@@ -194,3 +195,68 @@ def test_an_optimizer_with_the_filter_built_in_is_refused():
     with pytest.raises(MisconfigurationException, match=r"cannot work with GrokfastAdamW: .* filtered twice"):
         fit([Grokfast()], Twice)
     fit((), Twice)
+
+
+class SteppedElsewhere(LossOnly):
+    """Trains with an optimizer of its own; Lightning's has a parameter that never has a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.unused = torch.nn.Parameter(torch.zeros(1))
+        self.own = torch.optim.Adam(self.net.parameters())
+
+    def training_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        self.own.zero_grad()
+        loss.backward()
+        self.own.step()
+        self.optimizers().step()
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.Adam([self.unused])
+
+
+def test_an_optimizer_without_a_gradient_is_refused_after_an_epoch():
+    with pytest.raises(MisconfigurationException, match="no parameter that they step and it filters had a gradient"):
+        fit([Grokfast()], SteppedElsewhere)
+
+
+def test_frozen_parameters_are_waited_for():
+    class Frozen(LossOnly):
+        def on_train_epoch_start(self):
+            self.net[0].weight.requires_grad_(self.current_epoch > 0)
+
+    callback = Grokfast(include=["net.0.weight"])
+    fit([callback], Frozen, max_epochs=2)
+    assert callback._filters[0].steps == 8
+
+
+def test_norms_are_those_of_all_optimizers_of_a_step():
+
+    class Two(LossOnly):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+            self.other = torch.nn.Linear(8, 2)
+            self.norms = []
+
+        def training_step(self, batch, batch_idx):
+            grads = []
+            for net, optimizer, scale in zip((self.net, self.other), self.optimizers(), (10.0, 1.0), strict=True):
+                loss = scale * torch.nn.functional.cross_entropy(net(batch[0]), batch[1])
+                optimizer.zero_grad()
+                self.manual_backward(loss)
+                grads += [p.grad.clone() for p in net.parameters()]
+                optimizer.step()
+            self.norms.append(float(torch.nn.utils.get_total_norm(grads)))
+
+        def configure_optimizers(self):
+            return [torch.optim.SGD(net.parameters(), lr=1e-3) for net in (self.net, self.other)]
+
+    for callbacks in ([Grokfast()], [Grokfast(include=["net.0.weight"]), Telemetry()], [Grokfast(), Telemetry()]):
+        model, trainer = fit(callbacks, Two, log_every_n_steps=1)
+        who = "telemetry" if len(callbacks) > 1 else "grokfast"
+        logged = last_logged(trainer, f"forge/{who}/grad_norm_before")
+        assert logged == pytest.approx(model.norms[-1], rel=1e-4)
