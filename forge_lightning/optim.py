@@ -1,6 +1,8 @@
 """Optimizers with Grokfast built in, for training loops without Lightning; and Muon beside AdamW in one optimizer."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, overload
 
 import torch
@@ -151,7 +153,9 @@ class MuonAdamW(Optimizer):
     Args:
         params: Parameters or parameter groups. A group's ``use_muon`` says which of the two has its parameters;
             without it, those of two dimensions are Muon's. Embeddings and output heads are matrices too: for small
-            models that are to generalise soon that is right, in pretraining they are commonly left to AdamW.
+            models that are to generalise soon that is right, in pretraining they are commonly left to AdamW. A group
+            with ``transposed=True`` holds weights of ``(inputs, outputs)``, as GPT-2's `Conv1D`; Muon's factor is for
+            ``(outputs, inputs)``. `ForgeModule` marks them.
             What else a group sets, as ``lr``, holds for all of it.
         lr: Learning rate of Muon.
         weight_decay: Decoupled weight decay of Muon.
@@ -211,10 +215,12 @@ class MuonAdamW(Optimizer):
         params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else list(params)
         if "use_muon" in param_group:
-            split = {param_group["use_muon"]: params}
+            split = [(param_group["use_muon"], params)]
         else:
-            split = {True: [p for p in params if _is_matrix(p)], False: [p for p in params if not _is_matrix(p)]}
-        for use_muon, mine in split.items():
+            split = [(True, [p for p in params if _is_matrix(p)]), (False, [p for p in params if not _is_matrix(p)])]
+        if param_group.get("transposed"):  # one group for each shape, whose factor is its own
+            split = [(use_muon, part) for use_muon, mine in split for part in _by_shape(mine, use_muon)]
+        for use_muon, mine in split:
             if use_muon and not all(map(_is_matrix, mine)):
                 raise ValueError(
                     "`MuonAdamW`: a group with `use_muon=True` may only hold parameters of two dimensions."
@@ -250,9 +256,36 @@ class MuonAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for part in self._parts:
-            part.step()
+        with _turned(self.param_groups):
+            for part in self._parts:
+                part.step()
         return loss
+
+
+@contextmanager
+def _turned(groups: list[dict[str, Any]]) -> Iterator[None]:
+    """Meanwhile give transposed weights the factor of Muon that they have the other way round."""
+    before = []
+    for group in groups:
+        if group.get("transposed") and group["use_muon"] and group.get("adjust_lr_fn") in (None, "original"):
+            rows, columns = group["params"][0].shape
+            factor = math.sqrt(max(1, columns / rows) / max(1, rows / columns))
+            before.append((group, group["lr"], group["weight_decay"]))
+            group["lr"], group["weight_decay"] = group["lr"] * factor, group["weight_decay"] / factor
+    try:
+        yield
+    finally:
+        for group, lr, weight_decay in before:
+            group["lr"], group["weight_decay"] = lr, weight_decay
+
+
+def _by_shape(params: list[Any], use_muon: bool) -> list[list[Any]]:
+    if not use_muon:
+        return [params]
+    shapes: dict[Any, list[Any]] = {}
+    for param in params:
+        shapes.setdefault((param[1] if isinstance(param, tuple) else param).shape, []).append(param)
+    return list(shapes.values())
 
 
 def _is_matrix(param: Any) -> bool:

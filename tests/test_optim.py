@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from forge_lightning.optim import GrokfastAdamW, GrokfastSGD
+from forge_lightning.optim import GrokfastAdamW, GrokfastSGD, MuonAdamW
 
 PAIRS = [
     (GrokfastAdamW, torch.optim.AdamW, {"lr": 0.01, "weight_decay": 0.1}),
@@ -200,3 +200,32 @@ def test_a_group_says_which_of_the_two_has_it():
         MuonAdamW(model.parameters(), lr=-1.0)
     with pytest.raises(ValueError, match="beta"):
         MuonAdamW(model.parameters(), adamw_betas=(0.9, 1.5))
+
+
+def test_transposed_weights_move_as_those_the_other_way_round():
+    """GPT-2 keeps its matrices as (inputs, outputs): Muon's factor is that of (outputs, inputs)."""
+    for shape in ((8, 32), (32, 8), (8, 8)):
+        weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        grad = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        plain, turned = nn.Parameter(weight.clone()), nn.Parameter(weight.T.clone())
+        optimizers = [MuonAdamW([plain], lr=0.1), MuonAdamW([{"params": [turned], "transposed": True}], lr=0.1)]
+        for _ in range(3):
+            plain.grad, turned.grad = grad.clone(), grad.T.clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        moved = plain.detach() - weight
+        assert (turned.detach().T - plain.detach()).norm() < 0.05 * moved.norm()  # an iteration in 16 bits
+        assert optimizers[1].param_groups[0]["lr"] == 0.1
+        assert optimizers[1].param_groups[0]["weight_decay"] == 0.1
+
+
+def test_transposed_weights_of_two_shapes_have_their_own_factors():
+    wide, tall = (nn.Parameter(torch.zeros(shape)) for shape in ((8, 32), (32, 8)))
+    optimizer = MuonAdamW([{"params": [wide, tall], "transposed": True}], lr=0.1, weight_decay=0.0)
+    for param in (wide, tall):
+        param.grad = torch.randn(param.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.step()
+    assert float(wide.detach().norm() / tall.detach().norm()) == pytest.approx(2.0, rel=0.1)
+    clone = MuonAdamW([{"params": [nn.Parameter(p.detach().clone()) for p in (wide, tall)], "transposed": True}])
+    clone.load_state_dict(optimizer.state_dict())
+    assert [group["transposed"] for group in clone.param_groups] == [True, True]

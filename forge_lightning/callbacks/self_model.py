@@ -7,6 +7,7 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Muon
 
 from forge_lightning.callbacks.base import ForgeCallback, is_logging_step, uses_strategy
 from forge_lightning.components.activation_tap import field_of
@@ -20,8 +21,8 @@ class SelfModel(ForgeCallback):
     Hooks: forward hooks on the layers; the module's ``training_step`` is wrapped while fitting. The head becomes the
     module's ``self_model_head`` in ``configure_model``, so that strategies, precision, clipping and checkpoints treat
     it as the module's own. Its weights are in the checkpoint and in the optimizer (where ``configure_optimizers``
-    leaves them out, they join the first parameter group), and a run cannot go on without this callback; for inference,
-    ``load_from_checkpoint(..., strict=False)`` leaves them out. They are no part of a model that is exported.
+    leaves them out, they join the first parameter group that takes them), and a run cannot go on without this callback;
+    for inference, ``load_from_checkpoint(..., strict=False)`` leaves them out. They are no part of a model that is exported.
     `ForgeModule` has the same built in, as ``self_model``.
 
     Reads: activations; the batch's mask.
@@ -253,7 +254,22 @@ class SelfModel(ForgeCallback):
     @torch.no_grad()
     def _join_optimizer(self, trainer: Trainer, head: SelfModelHead) -> None:
         """Before the optimizer's state is restored."""
-        known = {id(p) for optimizer in trainer.optimizers for group in optimizer.param_groups for p in group["params"]}
-        if trainer.optimizers:
-            left_out = [p for p in head.parameters() if id(p) not in known]
-            trainer.optimizers[0].param_groups[0]["params"].extend(left_out)
+        groups = [(optimizer, group) for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        known = {id(p) for _, group in groups for p in group["params"]}
+        for param in head.parameters() if groups else ():
+            if id(param) in known:
+                continue
+            # Muon takes matrices alone.
+            taking = (
+                group
+                for optimizer, group in groups
+                if param.ndim == 2 or not (group.get("use_muon") or isinstance(optimizer, Muon))
+            )
+            found = next(taking, None)
+            if found is None:
+                raise self.refuse(
+                    "an optimizer of matrices alone, as Muon",
+                    "the predictor has vectors too",
+                    "Use `MuonAdamW`, or a second optimizer.",
+                )
+            found["params"].append(param)

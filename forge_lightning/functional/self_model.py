@@ -1,5 +1,6 @@
 """How well activations are predicted, on a scale that does not depend on theirs."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -86,23 +87,33 @@ def explained_variance(error: Tensor, trivial_error: Tensor) -> Tensor:
 
 
 def uncertainty_weights(losses: Sequence[float], low: float = 0.5, high: float = 2.0) -> list[float]:
-    """Weights of mean 1 in inverse proportion to running losses, bounded before they are normalised.
+    """Weights of mean 1 in inverse proportion to running losses, within bounds.
 
     The closed form of learned uncertainty weights, without their two ways to cheat: a bound keeps an easy loss from
     taking all the weight, and a mean of 1 keeps the sum from falling by shrinking the weights.
 
     Args:
         losses: Running mean of each loss, relative to what predicting nothing costs; NaN where there is none yet.
-        low: Smallest weight before normalising.
-        high: Largest weight before normalising.
+        low: Smallest weight, at most 1.
+        high: Largest weight, at least 1.
 
     Returns:
-        A weight for each loss; 1 where none is known.
+        A weight for each loss, in ``[low, high]``; 1 where none is known.
 
     Example:
-        >>> uncertainty_weights([1.0, 0.25])  # 1 and 4, bounded to 2
-        [0.6666666666666666, 1.3333333333333333]
+        >>> [round(weight, 3) for weight in uncertainty_weights([1.0, 0.25])]  # 0.4 and 1.6 without the bound
+        [0.5, 1.5]
     """
-    raw = [1.0 if loss != loss else min(high, max(low, 1 / max(loss, 1e-12))) for loss in losses]
-    mean = sum(raw) / len(raw)
-    return [weight / mean for weight in raw]
+    precisions = [1 / max(loss, 1e-12) for loss in losses if loss == loss]
+
+    def bounded(scale: float) -> list[float]:
+        return [min(high, max(low, scale * precision)) for precision in precisions]
+
+    if not precisions:
+        return [1.0] * len(losses)
+    least, most = low / max(precisions), high / min(precisions)
+    for _ in range(100):  # the mean grows with the scale: bisection, on a logarithmic one
+        scale = math.sqrt(least * most)
+        least, most = (scale, most) if sum(bounded(scale)) < len(precisions) else (least, scale)
+    weights = iter(bounded(math.sqrt(least * most)))
+    return [1.0 if loss != loss else next(weights) for loss in losses]

@@ -20,7 +20,7 @@ from forge_lightning.components.loss_terms import TASK_LOSS
 from forge_lightning.components.self_model import SelfModelHead
 from forge_lightning.components.step_log import is_logging_step, log_at_this_step
 from forge_lightning.components.tokens import IGNORED
-from forge_lightning.models.optimizers import optimizer_config, weight_decay_groups
+from forge_lightning.models.optimizers import one_group, optimizer_config, weight_decay_groups
 from forge_lightning.protocols import SupportsTokenizer
 
 _ALWAYS_KNOWN = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype"}
@@ -307,9 +307,7 @@ class ForgeModule(LightningModule):
         return self.complete(prompts)
 
     def configure_optimizers(self) -> Any:
-        params = (
-            weight_decay_groups(self) if self.group_weight_decay else [p for p in self.parameters() if p.requires_grad]
-        )
+        params = weight_decay_groups(self) if self.group_weight_decay else one_group(self)
         return optimizer_config(params, self.optimizer, self.lr_scheduler)
 
     @torch.no_grad()

@@ -33,5 +33,26 @@ def weight_decay_groups(module: nn.Module) -> list[dict[str, Any]]:
     for param in module.parameters():
         if param.requires_grad:
             (free if param.ndim < 2 or id(param) in embeddings else decayed).append(param)
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": free, "weight_decay": 0.0}]
+    turned = transposed_weights(module)
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in decayed if id(p) not in turned]},
+        {"params": [p for p in decayed if id(p) in turned], "transposed": True},
+        {"params": free, "weight_decay": 0.0},
+    ]
     return [group for group in groups if group["params"]]
+
+
+def one_group(module: nn.Module) -> list[dict[str, Any]]:
+    """Trainable parameters alike, but for weights of ``(inputs, outputs)``, which are marked ``transposed``."""
+    turned = transposed_weights(module)
+    params = [p for p in module.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in params if id(p) not in turned]},
+        {"params": [p for p in params if id(p) in turned], "transposed": True},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def transposed_weights(module: nn.Module) -> set[int]:
+    """Identities of the weights of ``(inputs, outputs)``: those of transformers' `Conv1D`, as GPT-2 has them."""
+    return {id(m.weight) for m in module.modules() if type(m).__name__ == "Conv1D" and hasattr(m, "nf")}

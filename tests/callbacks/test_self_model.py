@@ -14,6 +14,7 @@ from forge_lightning.callbacks import GeometryProbe, SelfModel, Telemetry, Tempe
 from forge_lightning.components import SelfModelHead
 from forge_lightning.data import AlgorithmicData, TextData
 from forge_lightning.models import AlgorithmicModule, ForgeModule
+from forge_lightning.optim import MuonAdamW
 from tests.contract.modules import LossOnly, Plain, TwoOptimizers
 from tests.contract.rows import fit, weights
 
@@ -294,3 +295,28 @@ def test_flattening_strategies_are_refused():
 
     with pytest.raises(MisconfigurationException, match="`SelfModel` cannot work with FSDPStrategy"):
         SelfModel().setup(Fake(), nn.Identity(), "fit")
+
+
+class Matrices(LossOnly):
+    make = MuonAdamW
+
+    def configure_optimizers(self):
+        return type(self).make(self.net.parameters())
+
+
+def test_vectors_of_the_head_are_not_muons():
+    model, trainer = fit([SelfModel()], Matrices, max_epochs=2)
+    head = {id(p): p for p in model.self_model_head.parameters()}
+    for group in trainer.optimizers[0].param_groups:
+        for param in group["params"]:
+            assert group["use_muon"] == (param.ndim == 2)
+            head.pop(id(param), None)
+    assert not head
+
+
+def test_an_optimizer_of_matrices_alone_is_refused():
+    class Alone(Matrices):
+        make = staticmethod(lambda params: torch.optim.Muon([p for p in params if p.ndim == 2]))
+
+    with pytest.raises(MisconfigurationException, match="cannot work with an optimizer of matrices alone"):
+        fit([SelfModel()], Alone)

@@ -62,4 +62,13 @@ def test_explained_variance_of_a_trivial_predictor_without_error_is_unknown():
 def test_weights_are_bounded_and_of_mean_one(losses):
     weights = uncertainty_weights(losses)
     assert sum(weights) / len(weights) == pytest.approx(1)
-    assert max(weights) / min(weights) <= 4 + 1e-9
+    assert min(weights) >= 0.5 - 1e-9
+    assert max(weights) <= 2 + 1e-9
+
+
+@pytest.mark.parametrize("losses", [[0.01] + [5.0] * 11, [5.0] + [0.01] * 11])
+def test_weights_stay_in_their_range_where_one_loss_stands_out(losses):
+    weights = uncertainty_weights(losses)
+    assert sum(weights) / len(weights) == pytest.approx(1)
+    assert weights[0] == pytest.approx(2.0 if losses[0] < losses[1] else 0.5)
+    assert all(0.5 <= weight <= 2 for weight in weights)

@@ -14,6 +14,7 @@ from forge_lightning.data.tokens import build_tokenizer
 from forge_lightning.models import ForgeModule
 from forge_lightning.models.forge_module import decoder_layers
 from forge_lightning.models.optimizers import weight_decay_groups
+from forge_lightning.optim import MuonAdamW
 
 SHAPES = {
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 256},
@@ -339,3 +340,12 @@ def test_a_batch_without_labels_has_no_gradient_and_no_number(small_mbpp):
     trainer = fit(module, CodeTasks(path=small_mbpp, batch_size=8), max_steps=2, limit_val_batches=0)
     assert trainer.callback_metrics["train/loss"].isnan()
     assert all(p.isfinite().all() for p in module.parameters())
+
+
+def test_weights_of_gpt2_are_marked_transposed():
+    module = built("gpt2", optimizer=MuonAdamW)
+    optimizer = module.configure_optimizers()["optimizer"]
+    turned = {id(p) for group in optimizer.param_groups if group.get("transposed") for p in group["params"]}
+    names = {name.split(".", 3)[-1] for name, p in module.model.named_parameters() if id(p) in turned}
+    assert names == {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
+    assert not any(group.get("transposed") for group in weight_decay_groups(built("llama")))
