@@ -91,6 +91,11 @@ def _resolve(value: str) -> str:
 class _SaveConfig(SaveConfigCallback):
     """Also hands the whole config to every logger that keeps hyperparameters, as W&B's page of a run shows them."""
 
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if not trainer.loggers:  # no run directory: config.yaml would replace one that the user has here
+            self.save_to_log_dir = False
+        super().setup(trainer, pl_module, stage)
+
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         config = json.loads(self.parser.dump(self.config, skip_none=False, format="json"))
         for logger in trainer.loggers:

@@ -2,7 +2,8 @@
 
 import math
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,6 +23,8 @@ from forge_lightning.components.step_log import logged_at_this_step as logged_at
 from forge_lightning.components.step_log import step_of_log as step_of_log
 from forge_lightning.protocols import SupportsEvents
 
+_FAULTS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
+"""What files, figures and other people's loggers may raise while a report is written."""
 _modules: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 """The module that each callback was last fitted with. Not kept in the callback, which may be pickled."""
 
@@ -100,6 +103,14 @@ class ForgeCallback(Callback):
         if (key or message) not in self._said:
             self._said.add(key or message)
             rank_zero_warn(f"{type(self).__name__}: {message}", stacklevel=5)  # the line that found it
+
+    @contextmanager
+    def reporting(self, what: str) -> Iterator[None]:
+        """Turn a fault of what only reports into a warning: it must not end a fit that trained."""
+        try:
+            yield
+        except _FAULTS as error:
+            self.warn_once(f"{what} could not be written: {type(error).__name__}: {error}", key=what)
 
     def refuse(self, what: str, why: str, instead: str) -> MisconfigurationException:
         """The error for a trainer, module or wiring that this callback cannot serve; to be raised at start."""

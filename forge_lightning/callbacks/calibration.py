@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -259,7 +260,8 @@ class Calibration(ForgeCallback):
                     f" {fit.high:g}. A model that knows nothing yet ends there; of one that does, do `labels`,"
                     " `network` and `shift` say what belongs together?"
                 )
-        self._keep(trainer, split, before, metrics, plain, fitted)
+        with self.reporting("calibration.json"):
+            self._keep(trainer, split, before, metrics, plain, fitted)
         return metrics
 
     def _log_result(self, pl_module: LightningModule, metrics: dict[str, float]) -> None:
@@ -279,7 +281,7 @@ class Calibration(ForgeCallback):
         if not trainer.is_global_zero or folder is None or is_dev_run(trainer):
             return
         path = folder / ("calibration.json" if self.name is None else f"calibration_{self.name}.json")
-        kept = json.loads(path.read_text()) if path.exists() else {}
+        kept = _json_object(path)
         bins = {"as it is": plain.reliability()} | ({} if fitted is None else {"fitted": fitted.reliability()})
         kept[split] = {
             "step": trainer.global_step,
@@ -300,6 +302,15 @@ class Calibration(ForgeCallback):
         if self._tap is not None:
             self._tap.detach()
         self._tap = self._plain = self._fitted = self._fit = None
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    """What a file holds; empty where it is missing, or holds something else."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _number(value: float) -> float | None:

@@ -189,8 +189,9 @@ class CodeEvaluation(ForgeCallback):
         study = [row for t in self.temperatures for row in self._evaluate(trainer, pl_module, "test", t)]
         folder = run_directory(trainer)
         if trainer.is_global_zero and folder is not None and not is_dev_run(trainer):
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "temperature_study.json").write_text(json.dumps(study, indent=1) + "\n")
+            with self.reporting("temperature_study.json"):
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / "temperature_study.json").write_text(json.dumps(study, indent=1) + "\n")
 
     def reset(self) -> None:
         super().reset()
@@ -264,7 +265,8 @@ class CodeEvaluation(ForgeCallback):
         if trainer.is_global_zero and folder is not None:
             again = compared is not None and compared != self.temperatures[0]
             facts = {"step": trainer.global_step, "split": split, "temperature": temperature}
-            self._keep(folder, facts, tasks, completions, verdicts, append=again)
+            with self.reporting("programs.jsonl"):
+                self._keep(folder, facts, tasks, completions, verdicts, append=again)
         return [{"temperature": temperature, **row} for row in rows]
 
     def _batches(self, count: int) -> Iterator[tuple[int, int]]:

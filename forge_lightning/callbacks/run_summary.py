@@ -88,7 +88,8 @@ class RunSummary(ForgeCallback):
             self.reached_at = trainer.global_step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._finish(trainer, "finished")
+        with self.reporting("the summary"):
+            self._finish(trainer, "finished")
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,10 +98,8 @@ class RunSummary(ForgeCallback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         interrupted = isinstance(exception, KeyboardInterrupt | SystemExit)
-        try:
+        with self.reporting("the summary"):  # what ended the run is what is to be seen
             self._finish(trainer, "interrupted" if interrupted else f"failed: {type(exception).__name__}: {exception}")
-        except OSError as error:  # the disk is full, perhaps; what ended the run is what is to be seen
-            self.warn_once(f"no summary was written: {error}")
 
     def reset(self) -> None:
         super().reset()
@@ -136,16 +135,20 @@ class RunSummary(ForgeCallback):
                     logger.save()
             metrics_path = directory / "metrics.csv"
             if metrics_path.exists():
-                marks = {} if self.threshold is None else {summary["monitor"]: self.threshold}
-                title = f"{directory.parent.name}/{directory.name}" if directory.parent.name else directory.name
-                metrics = read_metrics(metrics_path)
-                begins = min((steps[0] + 1 for steps, _ in metrics.values()), default=0)
-                if 0 < self._began_at < begins:
-                    title += f", resumed after step {self._began_at:,}"
-                if not plot_learning_curves(metrics, directory / "learning_curves.png", title=title, marks=marks):
-                    self.warn_once("no metric is called `train/...` or `val/...`, and there are no learning curves.")
+                self._draw(summary, directory, metrics_path)
         self._print(summary)
         self._began_at = None
+
+    def _draw(self, summary: Mapping[str, Any], directory: Path, metrics_path: Path) -> None:
+        with self.reporting("the picture of the learning curves"):
+            marks = {} if self.threshold is None else {summary["monitor"]: self.threshold}
+            title = f"{directory.parent.name}/{directory.name}" if directory.parent.name else directory.name
+            metrics = read_metrics(metrics_path)
+            begins = min((steps[0] + 1 for steps, _ in metrics.values()), default=0)
+            if 0 < (self._began_at or 0) < begins:
+                title += f", resumed after step {self._began_at:,}"
+            if not plot_learning_curves(metrics, directory / "learning_curves.png", title=title, marks=marks):
+                self.warn_once("no metric is called `train/...` or `val/...`, and there are no learning curves.")
 
     def _summary(self, trainer: Trainer, status: str, directory: Path | None) -> dict[str, Any]:
         checkpoints: list[Any] = [c for c in trainer.checkpoint_callbacks if is_a(c, "ModelCheckpoint")]

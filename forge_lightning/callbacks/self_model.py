@@ -22,7 +22,7 @@ class SelfModel(ForgeCallback):
     module's ``self_model_head`` in ``configure_model``, so that strategies, precision, clipping and checkpoints treat
     it as the module's own. Its weights are in the checkpoint and in the optimizer (where ``configure_optimizers``
     leaves them out, they join the first parameter group that takes them), and a run cannot go on without this callback;
-    for inference, ``load_from_checkpoint(..., strict=False)`` leaves them out. They are no part of a model that is exported.
+    for inference, ``load_from_checkpoint(..., strict=False)`` leaves them out. They are no part of an exported model.
     `ForgeModule` has the same built in, as ``self_model``.
 
     Reads: activations; the batch's mask.

@@ -61,11 +61,14 @@ _FIGURES: dict[str, tuple[Callable[[RunTrace], Any], str]] = {
 }
 
 
+_MOST_POINTS = 2000  # of a series in the JSON
+
+
 def analyze(paths: Sequence[Path], output: Path) -> Path:
     """Report on run directories, or trace files.
 
     Args:
-        paths: One run, or several to compare. Runs whose directories have the same parent are one group.
+        paths: One run, or several to compare. Runs of one directory that differ by seeds alone are one group.
         output: Folder for ``report.html``, ``analysis.json`` and the pictures.
 
     Returns:
@@ -82,6 +85,7 @@ def analyze(paths: Sequence[Path], output: Path) -> Path:
         page.append("<h2>Comparison</h2>")
         pictures = _draw(output, "comparison", lambda _: figures.comparison(whole), runs[0])
         caption = "Median of each group, with the band from its least to its largest run."
+        caption += " Runs of one directory that differ by more than a seed are groups of their own."
         if len(whole) < len(runs):
             caption += " A run that was resumed is one with its beginning."
         page += [
@@ -164,8 +168,17 @@ def numbers_of(run: RunTrace) -> dict[str, Any]:
         "calibration": run.calibration,
         "temperature_study": run.temperature_study,
         "median_step_seconds": {key: value for key, value in steps.items() if value is not None},
-        "series": {name: {"steps": s, "values": v} for name, (s, v) in run.series.items()},
+        "series": {name: _thinned(*series) for name, series in run.series.items()},
     }
+
+
+def _thinned(steps: list[int], values: list[float]) -> dict[str, Any]:
+    """A series for the JSON: every so many of its points, and the last, where there are more than a picture shows."""
+    stride = math.ceil(len(steps) / _MOST_POINTS)
+    if stride <= 1:
+        return {"steps": steps, "values": values}
+    places = [*range(0, len(steps) - 1, stride), len(steps) - 1]
+    return {"steps": [steps[i] for i in places], "values": [values[i] for i in places], "every": stride}
 
 
 def _section(run: RunTrace, output: Path, prefix: str) -> str:

@@ -58,6 +58,7 @@ def theme(dark: bool) -> Iterator[None]:
         "axes.labelcolor": ink,
         "axes.titlecolor": ink,
         "axes.titlesize": 11,
+        "text.parse_math": False,  # a dollar in a name is a dollar
         "axes.titlelocation": "left",
         "axes.grid": True,
         "axes.axisbelow": True,

@@ -15,6 +15,8 @@ Series = tuple[list[int], list[float]]
 def read_metrics(path: Path) -> dict[str, Series]:
     """Every metric of a ``metrics.csv``: its steps, and its values.
 
+    Cells that are no number, as text that a logger was given, are passed over; so is a last line that was cut off.
+
     Args:
         path: File written by Lightning's ``CSVLogger``.
 
@@ -25,17 +27,29 @@ def read_metrics(path: Path) -> dict[str, Series]:
         ValueError: If the file has no ``step`` column.
     """
     metrics: dict[str, Series] = {}
-    with open(path, newline="") as file:
-        reader = csv.DictReader(file)
-        if "step" not in (reader.fieldnames or []):
+    with open(path, newline="", errors="replace") as file:
+        rows = csv.reader(line for line in file if line.endswith("\n"))
+        names = next(rows, [])
+        if "step" not in names:
             raise ValueError(f"{path} has no column 'step': it is not a metrics.csv of Lightning's CSVLogger.")
-        for row in reader:
-            for name, text in row.items():
-                if name not in ("step", "epoch") and text:
+        place = names.index("step")
+        for row in rows:
+            step = _number(row[place]) if len(row) == len(names) else None
+            if step is None or not math.isfinite(step):
+                continue
+            for name, text in zip(names, row, strict=True):
+                if text and name not in ("step", "epoch") and (value := _number(text)) is not None:
                     steps, values = metrics.setdefault(name, ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(float(text))
+                    steps.append(int(step))
+                    values.append(value)
     return metrics
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 _SPLIT = re.compile(r"(^|[/_.])(train|training|val|valid|validation|eval)(?=$|[/_.])")
@@ -64,6 +78,13 @@ def plot_learning_curves(
     Returns:
         Whether there was anything to draw.
     """
+    import matplotlib as mpl
+
+    with mpl.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
+        return _plot(metrics, path, title, marks or {})
+
+
+def _plot(metrics: Mapping[str, Series], path: Path, title: str, marks: Mapping[str, float]) -> bool:
     from matplotlib.figure import Figure
 
     named = {found: name for name in metrics if (found := split_of(name)) is not None}
@@ -83,7 +104,7 @@ def plot_learning_curves(
             points = [(s + 1, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
             if points:
                 axis.plot(*zip(*points, strict=True), label=split, color=color, marker="." if len(points) < 20 else "")
-        mark = (marks or {}).get(named.get(("val", quantity), ""))
+        mark = marks.get(named.get(("val", quantity), ""))
         if mark is not None:
             axis.axhline(mark, color="black", linewidth=0.8, linestyle=":", label=f"{mark:g}")
         lines = [line for line in axis.get_lines() if line.get_label() in ("train", "val")]

@@ -1,5 +1,6 @@
 """What a run left on disk, read as far as it goes."""
 
+import csv
 import json
 import math
 import re
@@ -8,10 +9,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from forge_lightning.components.stage_classifier import VAL_LOSS, VAL_SUCCESS, plain_metric, replay
 from forge_lightning.components.trace import FILE_NAME, VERSION, number, read_rows
 from forge_lightning.reports.learning_curves import Series, read_metrics, split_of
 
+_NO_SETTING = re.compile(r"(^|\.)(seed_everything|seed|ckpt_path|default_root_dir|dirpath|logger)(\.|$)")
+"""Settings in which runs of one group may differ."""
+_UNSET, _MOST_DIFFERENT = object(), 3
 SUCCESS = (*VAL_SUCCESS, "val/exact_match")
 """Names of validation success."""
 
@@ -49,7 +55,7 @@ class RunTrace:
 
     @property
     def group(self) -> str:
-        """Runs in one directory differ by seed or try, and are shown as one. Its name; see `group_names`."""
+        """Name of the directory of the run, which may hold others that differ by seed; see `group_names`."""
         return self.path.parent.name or self.path.name
 
     @property
@@ -91,13 +97,13 @@ def read_run(path: str | Path) -> RunTrace:
     if not trace.is_file():  # of an instance with a name
         trace = min(directory.glob("trace_*.jsonl"), default=trace)
     run = RunTrace(path.resolve() if path.is_dir() else path.resolve().parent)
-    rows = list(read_rows(trace))
-    logged = _logged(directory / "metrics.csv")
-    if rows:
-        _take_rows(run, rows, trace)
-        for name, series in logged.items():  # callbacks behind `Telemetry` are only there
-            if name.startswith("forge/"):
+    logged = _logged(run, directory / "metrics.csv")
+    has_trace = _take_rows(run, trace)
+    if has_trace:
+        for name, series in logged.items():  # of callbacks behind `Telemetry`, and the module's own of training
+            if name.startswith("forge/") or (split_of(name) or ("",))[0] == "train":
                 run.series.setdefault(name, series)
+        _take_usual_names(run)
     elif (directory / "metrics.csv").is_file():
         run.remarks.append(
             "There is no trace, only metrics.csv: step times and events are missing. Add `Telemetry` to the callbacks."
@@ -115,7 +121,7 @@ def read_run(path: str | Path) -> RunTrace:
     run.begins = min((steps[0] for steps, _ in (logged or run.series).values() if steps), default=math.inf)
     run.summary = _read_json(run, directory / "summary.json", {})
     if not run.stages:
-        found = replay(rows) if rows else replay(_rows_of(run))
+        found = replay(read_rows(trace)) if has_trace else replay(_rows_of(run))
         run.stages = [t.as_event() for t in found]
         run.stages_replayed = bool(run.stages)
     _remark(run)
@@ -146,19 +152,14 @@ def _read_json(run: RunTrace, path: Path | None, empty: Any) -> Any:
     return found
 
 
-def _take_rows(run: RunTrace, rows: list[dict[str, Any]], trace: Path) -> None:
-    header = next((row for row in rows if row.get("kind") == "header"), {})
-    if header.get("version") != VERSION:
-        run.remarks.append(
-            f"The trace is of version {header.get('version', 'unknown')}, this package reads {VERSION}: what it could"
-            " not understand is left out."
-        )
-    with open(trace, "rb") as file:
-        lines = file.read().splitlines()
-    if len(lines) > len(rows):
-        run.remarks.append(f"{len(lines) - len(rows)} lines of the trace are cut off or broken, and were passed over.")
-    strange = 0
-    for row in rows:
+def _take_rows(run: RunTrace, trace: Path) -> bool:
+    """Read a trace, row by row; whether it holds any."""
+    header: dict[str, Any] = {}
+    strange = count = 0
+    for row in read_rows(trace):
+        count += 1
+        if row.get("kind") == "header":
+            header = header or row
         if row.get("kind") == "event":
             event = _event(row)
             if event is None:
@@ -173,8 +174,20 @@ def _take_rows(run: RunTrace, rows: list[dict[str, Any]], trace: Path) -> None:
             steps, values = run.series.setdefault(name, ([], []))
             steps.append(row["step"])
             values.append(number(value))
+    if not count:
+        return False
+    if header.get("version") != VERSION:
+        run.remarks.append(
+            f"The trace is of version {header.get('version', 'unknown')}, this package reads {VERSION}: what it could"
+            " not understand is left out."
+        )
+    with open(trace, "rb") as file:
+        lines = sum(1 for _ in file)
+    if lines > count:
+        run.remarks.append(f"{lines - count} lines of the trace are cut off or broken, and were passed over.")
     if strange:
         run.remarks.append(f"{strange} events of the trace are of a form that is not known, and were passed over.")
+    return True
 
 
 def _event(row: dict[str, Any]) -> dict[str, Any] | None:
@@ -191,7 +204,46 @@ def _event(row: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def group_names(runs: Sequence[RunTrace]) -> list[str]:
-    """The group of each run, with as much of its path as tells it from other directories of that name."""
+    """The group of each run: its directory, and in it the settings that runs there differ by, seeds apart.
+
+    The directory has as much of its path as tells it from others of that name.
+    """
+    names = _directory_names(runs)
+    for name in dict.fromkeys(names):
+        places = [place for place, other in enumerate(names) if other == name]
+        settings = [_settings_of(runs[place]) for place in places]
+        keys = list(dict.fromkeys(key for each in settings for key in each))
+        differ = [key for key in keys if len({str(each.get(key, _UNSET)) for each in settings}) > 1]
+        for place, each in zip(places, settings, strict=True) if differ else ():
+            shown = [f"{key.split('.')[-1]}={each.get(key, 'unset')}" for key in differ[:_MOST_DIFFERENT]]
+            more = len(differ) - _MOST_DIFFERENT
+            names[place] = f"{name}: {', '.join(shown)}" + (f" and {more} more" if more > 0 else "")
+    return names
+
+
+def _settings_of(run: RunTrace) -> dict[str, Any]:
+    """The settings of the config that a run was made with, by dotted name, without seeds and places."""
+    try:
+        config = yaml.safe_load(_config_of(run))
+    except yaml.YAMLError:
+        return {}
+    found: dict[str, Any] = {}
+
+    def walk(value: Any, name: str) -> None:
+        if isinstance(value, Mapping):
+            for key, inner in value.items():
+                walk(inner, f"{name}.{key}" if name else str(key))
+        elif isinstance(value, list):
+            for place, inner in enumerate(value):
+                walk(inner, f"{name}.{place}")
+        elif not _NO_SETTING.search(name):
+            found[name] = value
+
+    walk(config, "")
+    return found
+
+
+def _directory_names(runs: Sequence[RunTrace]) -> list[str]:
     parents = [run.path.parent if run.path.parent.name else run.path for run in runs]
     names = []
     for parent in parents:
@@ -202,15 +254,25 @@ def group_names(runs: Sequence[RunTrace]) -> list[str]:
     return names
 
 
-def _logged(path: Path) -> dict[str, Series]:
+def _logged(run: RunTrace, path: Path) -> dict[str, Series]:
     """What `CSVLogger` wrote, by optimizer steps done."""
     if not path.is_file():
         return {}
-    return {name: ([step + 1 for step in steps], values) for name, (steps, values) in read_metrics(path).items()}
+    try:
+        found = read_metrics(path)
+    except (OSError, ValueError, csv.Error) as error:
+        run.remarks.append(f"metrics.csv cannot be read: {error}")
+        return {}
+    return {name: ([step + 1 for step in steps], values) for name, (steps, values) in found.items()}
 
 
 def _take_metrics(run: RunTrace, logged: Mapping[str, Series]) -> None:
     run.series.update(logged)
+    _take_usual_names(run)
+
+
+def _take_usual_names(run: RunTrace) -> None:
+    """Loss and success of training under the names of `Telemetry`, where it has not logged them."""
     for ours, names in (("loss", ("train/loss", "train_loss")), ("success", ("train/accuracy", "train_acc"))):
         series = run.find(*names)
         if series is not None:

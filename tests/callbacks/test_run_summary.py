@@ -133,7 +133,7 @@ def test_what_ended_a_run_is_what_is_seen(tmp_path, monkeypatch):
 
     monkeypatch.setattr("pathlib.Path.write_text", full)
     with (
-        pytest.warns(UserWarning, match="no summary was written: .*No space left"),
+        pytest.warns(UserWarning, match="the summary could not be written: OSError: .*No space left"),
         pytest.raises(RuntimeError, match="connection closed"),
     ):
         summarised(tmp_path, Brackets)

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from forge_lightning.callbacks import GeometryProbe, Grokfast, RunSummary, StageClassifier, Telemetry
 from forge_lightning.reports import figures
 from forge_lightning.reports.analysis import analyze, analyze_checkpoint, numbers_of
-from forge_lightning.reports.learning_curves import logarithmic, plot_learning_curves
-from forge_lightning.reports.trace import join_resumed, read_run, stage_spans
+from forge_lightning.reports.learning_curves import logarithmic, plot_learning_curves, read_metrics
+from forge_lightning.reports.trace import group_names, join_resumed, read_run, stage_spans
 from tests.contract.modules import Plain
 from tests.contract.rows import fit
 
@@ -302,7 +302,7 @@ def test_stages_are_found_in_metrics_alone(tmp_path):
             cells = [str(step - 1), "", "", "", ""]
             cells[column] = str(value)
             lines.append(",".join(cells))
-    (tmp_path / "metrics.csv").write_text("\n".join(lines))
+    (tmp_path / "metrics.csv").write_text("\n".join([*lines, ""]))
     stages = [name for name, *_ in stage_spans(read_run(tmp_path))]
     assert stages == ["warm_up", "memorisation", "onset", "generalisation", "consolidation"]
 
@@ -372,7 +372,7 @@ def test_a_resumed_trace_holds_its_beginning(tmp_path):
     second = part_of_a_run(tmp_path / "a" / "version_1", 1, 8, first / "checkpoints" / "last.ckpt")
     for folder, steps in ((first, range(6)), (second, range(5, 8))):
         lines = ["step,forge/other/value", *(f"{step},{step + 0.5}" for step in steps)]
-        (folder / "metrics.csv").write_text("\n".join(lines))
+        (folder / "metrics.csv").write_text("\n".join([*lines, ""]))
     (run,) = join_resumed([read_run(first), read_run(second)])
     assert run.series["val/accuracy"][0] == list(range(1, 9))
     assert run.series["forge/other/value"] == (list(range(1, 9)), [step + 0.5 for step in range(8)])
@@ -477,7 +477,7 @@ def test_a_run_whose_validation_loss_is_not_known_is_not_said_to_diverge(tmp_pat
     lines = ["step,train_loss,train_acc,val_acc"]
     for step in range(0, 400, 10):
         lines += [f"{step},{max(0.01, 3 - step / 60)},{min(1.0, step / 100)},", f"{step},,,{min(0.98, step / 300)}"]
-    (tmp_path / "metrics.csv").write_text("\n".join(lines))
+    (tmp_path / "metrics.csv").write_text("\n".join([*lines, ""]))
     stages = [name for name, *_ in stage_spans(read_run(tmp_path))]
     assert "divergence" not in stages
     assert stages[-1] == "consolidation"
@@ -576,3 +576,66 @@ def test_weights_are_named_where_there_is_room():
     assert [bar.get_width() for bar in axis.patches] == [2.0 * (i + 1) for i in range(9)]
     axis = figures.weights(rows).axes[0]
     assert (axis.get_xlabel(), axis.get_ylabel()) == ("matrix", "effective rank, % of full")
+
+
+CONFIG = """seed_everything: {seed}
+model:
+  class_path: ForgeModule
+  init_args:
+    optimizer: {{class_path: torch.optim.AdamW, init_args: {{lr: {lr}}}}}
+trainer:
+  logger:
+  - init_args: {{version: v{seed}}}
+ckpt_path: null
+"""
+
+
+def small_run(folder, lr, seed):
+    folder.mkdir(parents=True)
+    (folder / "config.yaml").write_text(CONFIG.format(lr=lr, seed=seed))
+    rows = [f"{step},{1 / (step + 1)}" for step in range(5)]
+    (folder / "metrics.csv").write_text("\n".join(["step,val/loss", *rows, ""]))
+    return read_run(folder)
+
+
+def test_runs_of_other_settings_are_groups_named_by_what_differs(tmp_path):
+    runs = [small_run(tmp_path / "mine" / f"version_{i}", lr, i) for i, lr in enumerate((0.1, 0.1, 0.01))]
+    assert group_names(runs) == ["mine: lr=0.1", "mine: lr=0.1", "mine: lr=0.01"]
+    assert group_names(runs[:2]) == ["mine", "mine"]
+    page = analyze([run.path for run in runs], tmp_path / "out").read_text()
+    assert "mine: lr=0.01" in page
+
+
+@pytest.mark.parametrize("cut", range(1, 60, 3))
+def test_a_metrics_file_cut_off_anywhere_is_read_as_far_as_it_goes(tmp_path, cut):
+    whole = "step,epoch,val/loss,note\r\n0,0,0.25,warm\r\n1,0,0.125,True\r\n2,0,0.0625,\r\n"
+    path = tmp_path / "metrics.csv"
+    path.write_text(whole)
+    assert read_metrics(path) == {"val/loss": ([0, 1, 2], [0.25, 0.125, 0.0625])}
+    path.write_text(whole[: len(whole) - cut])
+    complete = whole[: len(whole) - cut].count("\n") - 1
+    if complete < 0:
+        with pytest.raises(ValueError, match="has no column 'step'"):
+            read_metrics(path)
+    else:
+        assert read_metrics(path).get("val/loss", ([], []))[1] == [0.25, 0.125, 0.0625][:complete]
+
+
+def test_a_trace_shows_the_training_accuracy_that_the_module_logged(tmp_path):
+    lines = [{"kind": "header", "version": 1, "step": 0}]
+    lines += [{"kind": "step", "step": s, "metrics": {"forge/telemetry/loss": 1 / s}} for s in (1, 2)]
+    (tmp_path / "trace.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "metrics.csv").write_text("step,train_acc\n0,0.5\n1,0.75\n")
+    run = read_run(tmp_path)
+    assert run.series["train_acc"] == run.series["forge/telemetry/success"] == ([1, 2], [0.5, 0.75])
+    assert run.series["forge/telemetry/loss"] == ([1, 2], [1.0, 0.5])
+
+
+def test_long_series_are_thinned_in_the_json(tmp_path):
+    (tmp_path / "run").mkdir()
+    rows = [f"{step},{step / 2}" for step in range(5001)]
+    (tmp_path / "run" / "metrics.csv").write_text("\n".join(["step,val/loss", *rows, ""]))
+    analyze([tmp_path / "run"], tmp_path / "out")
+    series = json.loads((tmp_path / "out" / "analysis.json").read_text())["runs"][0]["series"]["val/loss"]
+    assert len(series["steps"]) <= 2001
+    assert (series["every"], series["steps"][:2], series["steps"][-1]) == (3, [1, 4], 5001)
