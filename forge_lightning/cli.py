@@ -11,6 +11,7 @@ import re
 import sys
 import traceback
 import warnings
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
@@ -19,11 +20,14 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+import yaml
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from forge_lightning import callbacks, cards, data, models  # also so that short names are known
@@ -169,12 +173,18 @@ class ForgeCLI(LightningCLI):
         path = str(self.config_init[self.subcommand].get("ckpt_path") or "")
         if path.endswith(".ckpt") and "://" not in path and not Path(path).exists():
             raise MisconfigurationException(f"`--ckpt_path {path}`: no such file.")
+        if Path(path).is_file():
+            refuse_cut_off(Path(path))
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         super().parse_arguments(parser, args)
         self._args = args
 
     def _parse_ckpt_path(self) -> None:
+        settings = self.config.get(self.config.subcommand) if self.config and self.config.get("subcommand") else None
+        path = Path(str((settings or {}).get("ckpt_path") or ""))
+        if path.is_file():
+            refuse_cut_off(path)
         before = self.config.clone() if self.config else self.config
         super()._parse_ckpt_path()
         if before == self.config:
@@ -197,6 +207,43 @@ class _CheckCLI(ForgeCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         pass
+
+
+def refuse_cut_off(path: Path) -> None:
+    """Raise if a checkpoint is empty, or only the beginning of one."""
+    with open(path, "rb") as file:
+        head = file.read(2)
+    if not head or (head == b"PK" and not zipfile.is_zipfile(path)):
+        state = "cut off: the disk may have been full, or its writing or copying was interrupted" if head else "empty"
+        raise MisconfigurationException(f"The checkpoint {path} is {state}. Name another one.")
+
+
+def refuse_doubled_keys(files: Sequence[Path]) -> None:
+    """Raise if a config says one thing twice: the parser takes the last, and drops the first without a word."""
+    for path in files:
+        try:
+            node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
+        except (yaml.YAMLError, UnicodeDecodeError):
+            continue  # which the parser explains
+        waiting, seen = [node], set()
+        while waiting:
+            node = waiting.pop()
+            if node is None or id(node) in seen:
+                continue
+            seen.add(id(node))
+            if isinstance(node, yaml.SequenceNode):
+                waiting += node.value
+            elif isinstance(node, yaml.MappingNode):
+                first: dict[str, int] = {}
+                for key, value in node.value:
+                    line = key.start_mark.line + 1
+                    if key.value in first:
+                        raise MisconfigurationException(
+                            f"{path}, line {line}: `{key.value}` was set in line {first[key.value]} already. Keep one"
+                            " of the two."
+                        )
+                    first[str(key.value)] = line
+                    waiting.append(value)
 
 
 def refuse_missing_files(datamodule: Any, *splits: str) -> None:
@@ -265,6 +312,7 @@ def check(argv: Sequence[str]) -> int:
         print("usage: forge-fit check CONFIG [--config CONFIG ...] [arguments as for fit]\n\n" + (check.__doc__ or ""))
         return 0 if argv else 2
     named = argv[0].split("=")[0] in ("--config", "-c")  # as `fit` takes it
+    refuse_doubled_keys(_config_files(["check", *argv]))
     cli = _CheckCLI(["fit", *resolve_configs([*(() if named else ("--config",)), *argv])])
     trainer = cli.config_init["fit"]["trainer"]
     if isinstance(cli.datamodule, data.CodeTasks):
@@ -317,9 +365,28 @@ def _refuse_trainer(settings: Any, checkpoints: list[Any]) -> None:
         "sync_batchnorm": False, "logger": False, "callbacks": checkpoints, "profiler": None, "default_root_dir": None,
         "enable_progress_bar": False,
     }  # fmt: skip
+    _refuse_names(settings)
     with _quiet(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of this machine; what it says of the run, it says there
         pl.Trainer(**(settings.as_dict() | elsewhere))
+
+
+def _refuse_names(settings: Any) -> None:
+    """Raise if a Trainer's setting names what Lightning does not have, or is a number that it cannot be."""
+    known = {
+        "accelerator": ["auto", "gpu", *AcceleratorRegistry.available_accelerators()],
+        "strategy": ["auto", *StrategyRegistry.available_strategies()],
+        "profiler": ["simple", "advanced", "pytorch", "xla"],
+    }
+    for name, values in known.items():
+        value = settings.get(name)
+        if isinstance(value, str) and value not in values:
+            close = get_close_matches(value, values) or sorted(set(values))
+            raise MisconfigurationException(f"`--trainer.{name}={value}` is unknown to Lightning. Close: {close}.")
+    for name in ("devices", "num_nodes", "accumulate_grad_batches"):
+        value = settings.get(name)
+        if value in (0, "0") or (isinstance(value, int) and value < (-1 if name == "devices" else 1)):
+            raise MisconfigurationException(f"`--trainer.{name}={value}` must be at least 1.")
 
 
 @contextmanager
@@ -398,6 +465,7 @@ def _load_run(run: Path, ckpt_path: Path | None) -> tuple[Any, Any]:
     if isinstance(datamodule, TokenDataModule):
         datamodule.serve(module)
     module.build(datamodule.tokenizer)
+    refuse_cut_off(ckpt_path)
     checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
     print(f"Weights: {ckpt_path}, of step {checkpoint['global_step']:,}", file=sys.stderr)
     weights = {name: w for name, w in checkpoint["state_dict"].items() if not name.startswith("self_model_head")}
@@ -504,6 +572,17 @@ def parser_error(message: str, argv: Sequence[str] = ()) -> str:
     text = re.sub(r"Subcommand '\w+' does not accept option", "There is no option", "\n".join(lines).strip())
     text = re.sub(r"Expected a dot import path string:", "There is no class of that name:", text)
     text = re.sub(r"Type typing.* expects a function or a callable class: |[.] Got value: Namespace.*", "", text)
+    stranger = r"Import path (?:([\w.]+)\.(\w+) )?does not correspond to a subclass of"
+    if (found := re.search(stranger, text)) and (
+        found := found if found[1] else re.search(r"Given value: ([\w.]+)\.(\w+)", text)
+    ):
+        kind = getattr(importlib.import_module(found[1]), found[2], None)
+        if any(base.__module__.startswith("pytorch_lightning") for base in getattr(kind, "__mro__", ())):
+            text += (
+                f"\n{found[2]} is a class of the package `pytorch_lightning`, which forge-fit does not run: its"
+                " classes are others than those of `lightning`. Import `lightning.pytorch` in its place, or use the"
+                " callbacks in a Trainer of `pytorch_lightning`."
+            )
     files = _config_files(argv)
     if text == "Unexpected config:" and (file := next((f for f in files if not f.read_text().strip()), None)):
         return f"{file} is empty."
@@ -604,6 +683,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         variable = f"FORGE_{argv[0].upper()}__CONFIG"
         if variable in os.environ:
             os.environ[variable] = _resolve(os.environ[variable])
+        refuse_doubled_keys(_config_files(argv))
         # In `sys.argv`, because that is what a strategy's launcher runs again in its other processes.
         sys.argv[1:] = resolve_configs(argv)
         ForgeCLI()
@@ -619,6 +699,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise
     except (MisconfigurationException, DataFileError, OSError) as error:
         return _explain(_placed(str(error), argv))
+    except EOFError:
+        return _explain("A file that was to be read is empty or cut off: the checkpoint, perhaps.")
     except pickle.UnpicklingError:
         return _explain("The file given as checkpoint is none, or holds more than weights and plain settings.")
     except ValueError as error:
@@ -628,6 +710,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if "more than one stateful callback" in str(error):
             return _explain(f"{error} (`forge-fit check` says which.)")
+        if "PytorchStreamReader" in str(error):
+            return _explain(f"A checkpoint is cut off, or none: {str(error).splitlines()[0]}")
+        if _is_of_trainer(error):
+            return _explain(str(error))
         if "loading state_dict" not in str(error):
             raise
         hint = ""
@@ -643,7 +729,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _is_of_trainer(error: BaseException) -> bool:
     """Whether Lightning's loops or connectors raised it themselves: it tells of a setting."""
     where, ours = Path(traceback.extract_tb(error.__traceback__)[-1].filename), Path(pl.__file__).parent
-    return any(where.is_relative_to(ours / part) for part in ("loops", "trainer"))
+    return any(where.is_relative_to(ours / part) for part in ("loops", "trainer", "callbacks"))
 
 
 def _explain(message: str) -> int:

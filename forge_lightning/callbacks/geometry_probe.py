@@ -248,6 +248,8 @@ class GeometryProbe(ForgeCallback):
                 self._run_held_out(trainer, pl_module)
             except MisconfigurationException as error:
                 why = str(error)
+            except Exception as error:  # of the user's `forward` or data set, which fitting may never call in this way
+                why = f"`{type(pl_module).__name__}` fails on them: {type(error).__name__}: {error}."
         missing = [name for name, parts in tapped.items() if parts and not self._tap.rows[name]]
         if not why and not missing:
             self._taps_batches = False
@@ -540,8 +542,9 @@ class GeometryProbe(ForgeCallback):
             chosen = mine[start : start + size]
             if loader.batch_sampler is None:  # every item is a batch
                 yield from (loader.collate_fn(data[i]) for i in chosen)
-            else:
-                yield loader.collate_fn([data[i] for i in chosen])
+            else:  # as PyTorch's own fetcher asks for them
+                many = getattr(data, "__getitems__", None)
+                yield loader.collate_fn(many(chosen) if many else [data[i] for i in chosen])
 
     def _forward(self, pl_module: LightningModule, batch: Any) -> None:
         if isinstance(pl_module, SupportsProbe):

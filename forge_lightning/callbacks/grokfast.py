@@ -124,7 +124,7 @@ class Grokfast(ForgeCallback):
         self._filters: dict[int, GradientFilter] = {}  # by optimizer: each counts its own steps
         self._stage: int | None = None
         self._names: dict[int, str] = {}
-        self._acted = False  # whether there was a gradient to filter
+        self._trained, self._acted = False, False  # whether there was a batch, and a gradient to filter
         self._stats: dict[int, FilterStats] = {}  # of each optimizer, at the step that is logged
         self._stats_step = -1
 
@@ -203,8 +203,12 @@ class Grokfast(ForgeCallback):
             metrics[key] = math.hypot(*(getattr(one, key) for one in every))
         self.log_metrics(trainer, metrics | {"skipped_steps": self.skipped_steps})
 
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._trained = True
+
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._off and not self._acted:
+        trained, self._trained = self._trained, False  # nothing was, behind a resume at an epoch's end
+        if not self._off and not self._acted and trained:
             if not self._filters:
                 why = "it saw no step of this epoch"
             elif any(p.requires_grad for p in self._filtered(trainer)):

@@ -1,7 +1,7 @@
 """Tasks small enough to watch a model grok: modular arithmetic, permutations, parity."""
 
 from itertools import permutations
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -85,6 +85,8 @@ class AlgorithmicData(LightningDataModule):
             if not ok:
                 raise ValueError(f"`AlgorithmicData({argument}={value!r})` must be {allowed}.")
 
+        require(operation in get_args(Operation), "operation", operation, f"one of {list(get_args(Operation))}")
+        require(num_workers >= 0, "num_workers", num_workers, "at least 0")
         require(modulus >= 3, "modulus", modulus, "at least 3")
         if operation == "divide":
             prime = all(modulus % d for d in range(2, int(modulus**0.5) + 1))

@@ -6,7 +6,7 @@ import random
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -178,6 +178,16 @@ class CodeTasks(TokenDataModule):
             raise ValueError(f"`CodeTasks(max_length={max_length})` must be at least 8.")
         if "{text}" not in prompt_template or "{tests}" not in prompt_template:
             raise ValueError(f"`CodeTasks(prompt_template={prompt_template!r})` must hold {{text}} and {{tests}}.")
+        try:
+            prompt_template.format(text="", tests="")
+        except (KeyError, IndexError, ValueError) as error:
+            raise ValueError(
+                f"`CodeTasks(prompt_template={prompt_template!r})` has other braces than {{text}} and {{tests}}"
+                f" ({error}). Write a brace of the text itself twice: '{{{{' and '}}}}'."
+            ) from None
+        for argument, name in (("dataset", dataset), ("test_dataset", test_dataset or dataset)):
+            if name not in get_args(Benchmark):
+                raise ValueError(f"`CodeTasks({argument}={name!r})` must be one of {list(get_args(Benchmark))}.")
         self.dataset = dataset
         self.path = path
         self.generated = generated
@@ -284,7 +294,10 @@ class CodeTasks(TokenDataModule):
         if self.difficulty_by != "learned":
             self._difficulty = self._measure(dataset)
             order = mean_rank(self._difficulty) if self._difficulty.shape[1] > 1 else self._difficulty[:, 0]
-        return DifficultySampler(dataset, order, batch_size=self.batch_size, seed=self.seed)
+        try:
+            return DifficultySampler(dataset, order, batch_size=self.batch_size, seed=self.seed)
+        except ValueError as error:
+            raise MisconfigurationException(f"`CodeTasks(difficulty={self.difficulty_by!r})`: {error}") from None
 
     def _measure(self, dataset: ExampleDataset) -> Tensor:
         """Of the problems that are in the data set, whose rows are numbered by their place in the split."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -186,6 +187,7 @@ class GeneratedTasks(TokenDataModule):
                 raise ValueError(f"`GeneratedTasks({argument}={value!r})` must be {allowed}.")
 
         require(bool(families) and set(families) <= set(FAMILIES), "families", families, f"of {list(FAMILIES)}")
+        require(order in ("uniform", "easy_to_hard"), "order", order, "'uniform' or 'easy_to_hard'")
         require(max_level >= 2, "max_level", max_level, "at least 2")
         require(bool(widths) and min(widths) >= 1, "widths", widths, "at least 1 each")
         for argument, value in (("steps_per_epoch", steps_per_epoch), ("num_val", num_val), ("ramp_steps", ramp_steps)):
@@ -225,6 +227,11 @@ class GeneratedTasks(TokenDataModule):
         return self._row_of(prompt, completion)
 
     def train_dataloader(self) -> StatefulDataLoader:
+        if getattr(self.trainer, "overfit_batches", 0):
+            raise MisconfigurationException(
+                "`GeneratedTasks` cannot work with `overfit_batches`: its examples are made when they are drawn, and"
+                " none comes twice. Lower `max_level`, or use a data set with a length."
+            )
         levels = [float(level) for _, level, _ in self.data.arms]
         ordered = len(self.families) == len(self.widths) == 1
         sampler_type = _EasyToHard if self.order == "easy_to_hard" else DifficultySampler

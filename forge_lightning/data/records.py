@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ def read_jsonl(path: str | Path, fields: Mapping[str, type]) -> list[dict[str, A
 
     Args:
         path: The file.
-        fields: Fields that each record must have, with their types. Others are kept as they are.
+        fields: Fields that each record must have, with their types; a ``list`` is one of texts. Others are kept as
+            they are.
 
     Raises:
         DataFileError: If a line is not a JSON object, or a field is missing or of another type.
@@ -33,6 +35,10 @@ def read_jsonl(path: str | Path, fields: Mapping[str, type]) -> list[dict[str, A
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise DataFileError(f"{where}: not JSON: {error.msg} at column {error.colno}.") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise DataFileError(f"{where}: {error}.") from None
+        except RecursionError:
+            raise DataFileError(f"{where}: nested too deeply.") from None
         if not isinstance(record, dict):
             raise DataFileError(f"{where}: must be a JSON object, but is {type(record).__name__}.")
         for field, kind in fields.items():
@@ -41,6 +47,17 @@ def read_jsonl(path: str | Path, fields: Mapping[str, type]) -> list[dict[str, A
             if not isinstance(record[field], kind):
                 found = type(record[field]).__name__
                 raise DataFileError(f"{where}: field {field!r} must be {kind.__name__}, but is {found}.")
+            texts = record[field] if kind is list else [record[field]] if kind is str else []
+            for text in texts:
+                if not isinstance(text, str):
+                    raise DataFileError(
+                        f"{where}: field {field!r} must be a list of texts, but holds a {type(text).__name__}."
+                    )
+                if not text.isascii() and any("\ud800" <= letter <= "\udfff" for letter in text):
+                    raise DataFileError(
+                        f"{where}: field {field!r} holds half of a character (a lone surrogate), as of an emoji that"
+                        " was cut. It cannot be written as UTF-8: mend the text, or leave the record out."
+                    )
         records.append(record)
     if not records:
         raise DataFileError(f"{path}: holds no record.")
@@ -53,7 +70,7 @@ def _lines(path: Path) -> Iterator[str]:
             yield from file
     except UnicodeDecodeError as error:
         raise DataFileError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}.") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise DataFileError(f"{path}: not a complete gzip file: {error}.") from None
     except OSError as error:
         raise MisconfigurationException(f"Cannot read the data file {path}: {error.strerror}.") from None

@@ -126,6 +126,8 @@ class TokenDataModule(LightningDataModule):
         super().__init__()
         if batch_size < 1:
             raise ValueError(f"`{type(self).__name__}(batch_size={batch_size})` must be at least 1.")
+        if num_workers < 0:
+            raise ValueError(f"`{type(self).__name__}(num_workers={num_workers})` must be at least 0.")
         self.tokenizer_name = tokenizer
         self.batch_size = batch_size
         self.seed = seed

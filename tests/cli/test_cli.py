@@ -1,5 +1,6 @@
 """The command line, in this process where that is enough."""
 
+import gzip
 import json
 import os
 import re
@@ -664,3 +665,96 @@ def test_weights_of_a_head_that_is_missing_are_explained(tmp_path, capsys):
     assert "What begins with `self_model` is the head of `SelfModel`" in capsys.readouterr().err
     run = str(checkpoint.parents[1])
     assert main(["export", "--run", run, "--output", str(tmp_path / "out")]) == 0  # without the head
+
+
+RECORD = {"text": "Add.", "code": "def add(a, b):\n    return a + b", "test_list": ["assert add(1, 2) == 3"]}
+RECORD |= {"test_setup_code": "", "score": float("nan")}
+SMALL = """
+model: {class_path: ForgeModule, init_args: {config: {model_type: gpt2, n_layer: 1, n_embd: 16, n_head: 2}}}
+data: {class_path: CodeTasks, init_args: {path: d.jsonl, max_length: 400, batch_size: 2}}
+trainer: {max_steps: 2, accelerator: cpu, enable_progress_bar: false, logger: false, enable_checkpointing: false}
+"""
+
+
+@pytest.fixture
+def small_config(tmp_path):
+    def write(name, more="", **change):
+        lines = (json.dumps(RECORD | {"task_id": i} | change) for i in (601, 602, 511, 11))
+        (tmp_path / name).write_text("\n".join(lines) + "\n" + more)
+
+    write("d.jsonl")
+    write("surrogate.jsonl", text="cut emoji \ud83d")
+    write("tests.jsonl", test_list=[1, 2])
+    write("bigint.jsonl", '{"task_id": ' + "9" * 5000 + "}\n")
+    write("deep.jsonl", '{"task_id": ' + "[" * 100_000 + "]" * 100_000 + "}\n")
+    whole = bytearray(gzip.compress((tmp_path / "d.jsonl").read_bytes() * 50))
+    whole[60:90] = bytes(255 - b for b in whole[60:90])
+    (tmp_path / "corrupt.jsonl.gz").write_bytes(whole)
+    (tmp_path / "empty.ckpt").write_bytes(b"")
+    torch.save({"a": torch.zeros(999)}, tmp_path / "whole.pt")
+    (tmp_path / "cut.ckpt").write_bytes((tmp_path / "whole.pt").read_bytes()[:900])
+    (tmp_path / "b.yaml").write_text(SMALL)
+    return tmp_path / "b.yaml"
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--data.path=surrogate.jsonl", r"line 1: field 'text' holds half of a character"),
+        ("--data.path=tests.jsonl", r"field 'test_list' must be a list of texts, but holds a int"),
+        ("--data.path=bigint.jsonl", r"line 5: Exceeds the limit"),
+        ("--data.path=deep.jsonl", r"line 5: nested too deeply"),
+        ("--data.path=corrupt.jsonl.gz", r"not a complete gzip file"),
+        ("--data.prompt_template={text} {tests} {x}", r"has other braces than {text} and {tests} \('x'\)"),
+        ("--data.difficulty=score", r"`CodeTasks\(difficulty='score'\)`.*with 2 that are not finite"),
+        ("--data.difficulty=tokens", r"`CodeTasks\(difficulty='tokens'\)`.*is the same for all"),
+        ("--data.num_workers=-1", r"`CodeTasks\(num_workers=-1\)` must be at least 0"),
+        ("--ckpt_path=empty.ckpt", r"The checkpoint empty.ckpt is empty"),
+        ("--ckpt_path=cut.ckpt", r"The checkpoint cut.ckpt is cut off"),
+    ],
+)
+def test_a_broken_input_is_explained(capsys, small_config, option, says):
+    assert re.search(says, explained(capsys, "fit", "--config", str(small_config), option), re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_a_misspelt_monitor_and_overfitting_made_examples_are_explained(capsys, small_config):
+    stopping = ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/los"]
+    assert "metric `val/los` which is not available" in explained(capsys, "fit", "--config=b.yaml", *stopping)
+    made = ["--data=GeneratedTasks", "--trainer.overfit_batches=1"]
+    assert "its examples are made when they are drawn" in explained(capsys, "fit", "--config=b.yaml", *made)
+
+
+@pytest.mark.parametrize(
+    ("option", "says"),
+    [
+        ("--trainer.accelerator=gpuu", r"accelerator=gpuu` is unknown to Lightning. Close: \['gpu'"),
+        ("--trainer.strategy=dpp", r"strategy=dpp` is unknown to Lightning. Close: \['ddp'"),
+        ("--trainer.profiler=simpel", r"profiler=simpel` is unknown to Lightning. Close: \['simple'"),
+        ("--trainer.devices=0", r"devices=0` must be at least 1"),
+        ("--trainer.accumulate_grad_batches=0", r"accumulate_grad_batches=0` must be at least 1"),
+    ],
+)
+def test_check_knows_what_no_trainer_takes(capsys, small_config, option, says):
+    assert re.search(says, explained(capsys, "check", str(small_config), option))
+
+
+def test_a_key_that_stands_twice_is_refused(capsys, small_config):
+    small_config.write_text(SMALL + "trainer: {max_steps: 3}\n")
+    for command in (("check", "b.yaml"), ("fit", "--config", "b.yaml")):
+        assert "b.yaml, line 5: `trainer` was set in line 4 already" in explained(capsys, *command)
+
+
+def test_without_a_logger_a_config_in_the_working_directory_stays(tmp_path, small_config):
+    text = SMALL.replace("max_steps: 2", "fast_dev_run: false, max_steps: 1, limit_val_batches: 0")
+    (tmp_path / "config.yaml").write_text(text)
+    assert main(["fit", "--config", "config.yaml"]) == 0
+    assert (tmp_path / "config.yaml").read_text() == text
+
+
+def test_a_module_of_pytorch_lightning_is_named(capsys, tmp_path, small_config, monkeypatch):
+    pytest.importorskip("pytorch_lightning", reason="pytorch-lightning is not installed")
+    (tmp_path / "theirs.py").write_text("import pytorch_lightning as pl\nclass Net(pl.LightningModule): pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    said = explained(capsys, "fit", "--config=b.yaml", "--model=theirs.Net")
+    assert "Net is a class of the package `pytorch_lightning`" in said
