@@ -195,6 +195,15 @@ def loss_of_step(trainer: Trainer, outputs: Any) -> Tensor | None:
     return loss.mean() * scale if loss.ndim or scale > 1 else loss
 
 
+def is_skipped(trainer: Trainer, outputs: Any) -> bool:
+    """Whether ``training_step`` returned nothing for this batch, by which Lightning skips it.
+
+    Under manual optimization that is the usual way, and tells nothing.
+    """
+    automatic = trainer.lightning_module.automatic_optimization
+    return automatic and not isinstance(outputs, Tensor) and not outputs
+
+
 class StepMeans:
     """Means over batches of what ``training_step`` returned: "loss", and "success" where it has ``example_success``.
 

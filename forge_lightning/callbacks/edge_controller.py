@@ -10,7 +10,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from forge_lightning.callbacks.base import ForgeCallback, is_logging_step
+from forge_lightning.callbacks.base import ForgeCallback, is_logging_step, is_skipped
 from forge_lightning.components.edge_controller import ItemTracker, SkillTracker
 from forge_lightning.protocols import SupportsChoice, SupportsDifficulty, SupportsOutcomes
 
@@ -337,12 +337,13 @@ class EdgeController(ForgeCallback):
         mine = self._success(trainer, outputs)
         world = trainer.world_size
         if not self._told:
-            known = mine is not None
+            known, skipped = mine is not None, is_skipped(trainer, outputs)
             if world > 1:
                 known = trainer.strategy.reduce_boolean_decision(known, all=False)
-            if not known:
+                skipped = trainer.strategy.reduce_boolean_decision(skipped, all=False)
+            if not known and not skipped:
                 raise self._no_signal(outputs)
-            self._told = True
+            self._told = known
         each = np.full(count // world, math.nan)
         if mine is not None:
             values = mine.detach().float().flatten().cpu().double().numpy()

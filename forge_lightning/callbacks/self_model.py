@@ -9,9 +9,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Muon
 
-from forge_lightning.callbacks.base import ForgeCallback, is_logging_step, uses_strategy
+from forge_lightning.callbacks.base import ForgeCallback, is_logging_step, is_skipped, uses_strategy
 from forge_lightning.components.activation_tap import field_of
-from forge_lightning.components.loss_terms import add_loss_term, remove_loss_term
+from forge_lightning.components.loss_terms import add_loss_term, no_backward, remove_loss_term
 from forge_lightning.components.self_model import Form, SelfModelHead
 
 
@@ -192,10 +192,12 @@ class SelfModel(ForgeCallback):
         if self._head is None or trainer.global_step == self._step_before:
             return
         if not self._acted:
+            if is_skipped(trainer, outputs):
+                return
             raise self.refuse(
                 type(pl_module).__name__,
                 "no forward pass of `training_step` went through the layers that it predicts",
-                "Name layers that it uses with `layers`.",
+                f"{no_backward(pl_module)}Name layers that it uses with `layers`.",
             )
         reduce = None if trainer.world_size == 1 else lambda t: trainer.strategy.reduce(t, reduce_op="sum")
         metrics = self._head.end_step(step=trainer.global_step, measure=is_logging_step(trainer), reduce=reduce)

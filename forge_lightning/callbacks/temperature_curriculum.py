@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from forge_lightning.callbacks.base import ForgeCallback, is_logging_step, uses_strategy
+from forge_lightning.callbacks.base import ForgeCallback, is_logging_step, is_skipped, uses_strategy
 from forge_lightning.components.calibration import CalibrationMetric
 from forge_lightning.components.ema_teacher import EMATeacher
 from forge_lightning.components.labels import LabelReader, NoClassesError, loss_doubt
@@ -27,7 +27,7 @@ from forge_lightning.components.logit_tap import (
     predicted_rows,
     share_of_rows,
 )
-from forge_lightning.components.loss_terms import add_loss_term, remove_loss_term
+from forge_lightning.components.loss_terms import add_loss_term, no_backward, remove_loss_term
 from forge_lightning.components.temperature_curriculum import TemperatureSchedule
 from forge_lightning.functional.calibration import temperature_kl
 
@@ -261,10 +261,12 @@ class TemperatureCurriculum(ForgeCallback):
         if self._teacher is None or trainer.global_step == self._step_before:
             return
         if not self._acted:
+            if is_skipped(trainer, outputs):
+                return
             raise self.refuse(
                 type(pl_module).__name__,
                 f"`training_step` did not call {type(self._teacher.network).__name__} with a gradient",
-                "Name the part that puts out its logits with `network`.",
+                f"{no_backward(pl_module)}Name the part that puts out its logits with `network`.",
             )
         if is_logging_step(trainer):
             self._log_step(trainer, pl_module)

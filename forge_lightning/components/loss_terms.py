@@ -124,6 +124,12 @@ def own_loss(module: Any) -> Tensor | None:
     return None if found is None else found.own_loss
 
 
+def no_backward(module: Any) -> str:
+    """Advice for where no term was asked for its part; empty under automatic optimization."""
+    manual = "Under manual optimization the loss must go through `self.manual_backward`. "
+    return "" if module.automatic_optimization else manual
+
+
 def add_loss_term(module: Any, term: LossTerm) -> None:
     """Have a term add to a module's loss until `remove_loss_term`."""
     found = _found(module)

@@ -8,6 +8,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
+from torchmetrics import MeanMetric
 
 from forge_lightning.data.difficulty import DifficultySampler
 from forge_lightning.data.stateful import StatefulDataLoader
@@ -82,10 +83,13 @@ class ExtraOutputs(LossOnly):
 
 
 class SkipsSteps(LossOnly):
-    """`training_step` returns `None` on odd batches."""
+    """`training_step` returns `None` at the first call and every other one behind it."""
+
+    calls = 0
 
     def training_step(self, batch, batch_idx):
-        return None if batch_idx % 2 else self.loss(batch)
+        self.calls += 1
+        return None if self.calls % 2 else self.loss(batch)
 
 
 class TwoOptimizers(LossOnly):
@@ -168,7 +172,7 @@ class Adversarial(LossOnly):
 
     def training_step(self, batch, batch_idx):
         real, of_generator, of_net = batch[0].to(self.dtype), *self.optimizers()
-        noise = torch.linspace(-1, 1, len(real) * 4, dtype=self.dtype).view(-1, 4)
+        noise = torch.randn(len(real), 4, generator=torch.Generator().manual_seed(0)).to(self.dtype)
         for optimizer in (of_generator, of_net):
             self.toggle_optimizer(optimizer)
             made, true = self.generator(noise), torch.ones(len(real), dtype=torch.long)
@@ -244,6 +248,141 @@ FOREIGN = [
 ]
 
 
+class Graphs:
+    """A batch as graph libraries have it: one large graph, and which node belongs to which example."""
+
+    def __init__(self, nodes, of, y):
+        self.nodes, self.of, self.y = nodes, of, y
+
+    @classmethod
+    def collate(cls, pairs):
+        return cls(
+            torch.cat([x.view(2, 4) for x, _ in pairs]),
+            torch.arange(len(pairs)).repeat_interleave(2),
+            torch.stack([y for _, y in pairs]),
+        )
+
+    def to(self, device, **kwargs):
+        return Graphs(*(t.to(device, **kwargs) for t in (self.nodes, self.of, self.y)))
+
+
+class OfGraphs(Plain):
+    """Batches of a class, a list of metrics with more entries than the network has layers, and an empty one."""
+
+    collate = staticmethod(Graphs.collate)
+
+    def __init__(self):
+        super().__init__()
+        self.net[0] = nn.Linear(4, 16)
+        self.metrics = nn.ModuleList([MeanMetric() for _ in range(9)])
+        self.val_metrics = nn.ModuleList()
+
+    def forward(self, graphs):
+        nodes = self.net(graphs.nodes.to(self.dtype))
+        return nodes.new_zeros(len(graphs.y), nodes.shape[-1]).index_add(0, graphs.of, nodes)
+
+    def loss(self, batch):
+        loss = nn.functional.cross_entropy(self(batch), batch.y)
+        self.metrics[0].update(loss.detach())
+        return loss
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.loss(batch), batch_size=self.batch_size)
+
+    def train_dataloader(self):
+        return DataLoader(examples(), batch_size=self.batch_size, collate_fn=self.collate)
+
+    val_dataloader = train_dataloader
+
+
+class Nested(OfGraphs):
+    """Nested dicts with lists in them, a network that is called by `forward`, and outputs as a class."""
+
+    @dataclass
+    class Output:
+        loss: torch.Tensor
+        logits: torch.Tensor
+
+    @staticmethod
+    def collate(pairs):
+        x, y = torch.stack([x for x, _ in pairs]), torch.stack([y for _, y in pairs])
+        return {"inputs": {"parts": [x[:, :4], x[:, 4:]], "names": ["a"] * len(x)}, "target": (y, None)}
+
+    def forward(self, inputs):
+        return self.net.forward(sum(inputs["parts"]).to(self.dtype))
+
+    def loss(self, batch):
+        logits = self.forward(batch["inputs"])
+        return self.Output(nn.functional.cross_entropy(logits, batch["target"][0]), logits).loss
+
+
+class Given(Plain):
+    """Its network is a hyperparameter, which every checkpoint holds then."""
+
+    def __init__(self, net=None):
+        super().__init__()
+        net = net or self.net
+        self.save_hyperparameters({"net": net}, logger=False)
+        self.net = net
+
+
+class Regression(Plain):
+    """One number for each example, as its target is."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[3] = nn.Linear(16, 1)
+
+    def loss(self, batch):
+        return nn.functional.mse_loss(self.net(batch[0])[:, 0], batch[1])
+
+    def train_dataloader(self):
+        x = examples().tensors[0]
+        return DataLoader(TensorDataset(x, x.mean(1)), batch_size=self.batch_size)
+
+    val_dataloader = train_dataloader
+
+
+class Binary(Plain):
+    """One logit for two classes, and boolean labels."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[3] = nn.Linear(16, 1)
+
+    def loss(self, batch):
+        logits = self.net(batch[0])[:, 0]
+        return nn.functional.binary_cross_entropy_with_logits(logits, (batch[1] > 0).to(logits))
+
+
+class Dummy(Plain):
+    """Steps an optimizer of its own, as Pyro's modules do; Lightning knows one of a parameter without a gradient."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.dummy = nn.Parameter(torch.zeros(1))
+
+    def configure_optimizers(self):
+        self.own = torch.optim.SGD(self.net.parameters(), 0.1)
+        return torch.optim.SGD([self.dummy], 0.1)
+
+    def training_step(self, batch, batch_idx):
+        self.own.zero_grad()
+        loss = self.loss(batch)
+        loss.backward()
+        self.own.step()
+        self.optimizers().step()
+        return loss.detach()
+
+
+SHAPES = [OfGraphs, Nested, Given, Regression, Binary, Dummy]
+"""Of other people's projects; a callback works with them, or refuses at the start."""
+
+
 def with_choices(base):
     """The module with a `DifficultySampler` in its training loader, and a loss to tell under manual optimization."""
 
@@ -252,7 +391,8 @@ def with_choices(base):
             loader = super().train_dataloader()
             difficulty = loader.dataset.tensors[0][:, 0]
             sampler = DifficultySampler(loader.dataset, difficulty, batch_size=loader.batch_size, seed=3)
-            return type(loader)(loader.dataset, batch_size=loader.batch_size, sampler=sampler)
+            options = {"batch_size": loader.batch_size, "collate_fn": loader.collate_fn}
+            return type(loader)(loader.dataset, sampler=sampler, **options)
 
         def training_step(self, batch, batch_idx):
             returned = super().training_step(batch, batch_idx)

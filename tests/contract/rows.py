@@ -3,6 +3,7 @@
 import csv
 import gc
 import math
+import pickle
 import random
 import re
 import warnings
@@ -11,13 +12,24 @@ from contextvars import ContextVar
 
 import numpy as np
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from forge_lightning.components.layers import network_modules
-from tests.contract.modules import FOREIGN, LossOnly, Plain, RaisesAtStep, Stateful, with_batches_of
+from tests.contract.modules import (
+    FOREIGN,
+    SHAPES,
+    Dummy,
+    Given,
+    LossOnly,
+    Plain,
+    RaisesAtStep,
+    Stateful,
+    with_batches_of,
+)
 
 ADAPT = ContextVar("adapt", default=lambda module: module)
 """What the case at hand gives to a module that is fitted; see `Case.adapt`."""
@@ -99,6 +111,29 @@ def foreign_modules(case, tmp_path):
         without, _ = fit((), module)
         nothing_to_do = f"foreign_modules: {module.__name__}" in case.exempt
         assert torch.equal(weights(model), weights(without)) == (case.observer or nothing_to_do), module.__name__
+
+
+def shapes_of_others(case, tmp_path):
+    """It works with the batches and modules of other people's projects, or refuses before an epoch is trained."""
+    options = {"max_epochs": 2, "num_sanity_val_steps": 1}
+    for module in SHAPES:
+        saved = ModelCheckpoint(tmp_path / module.__name__, every_n_train_steps=2, save_top_k=-1)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what a callback cannot do there, it says
+            without, _ = fit((), module, **options)
+            try:
+                model, _ = fit([case.build(), saved], module, enable_checkpointing=True, **options)
+            except MisconfigurationException as error:
+                assert type(case.build()).__name__ in str(error), f"{module.__name__}: {error}"
+                late = len(list((tmp_path / module.__name__).glob("*.ckpt"))) >= 4  # of eight steps in an epoch
+                assert late == (module is Dummy and "Grokfast" in str(error)), module.__name__
+                continue
+        assert weights(model).isfinite().all(), module.__name__
+        if case.observer:
+            assert torch.equal(weights(model), weights(without)), module.__name__
+        if module is Given:
+            kept = torch.load(saved.best_model_path, weights_only=False)["hyper_parameters"]
+            assert b"forge_lightning" not in pickle.dumps(kept), "something of ours came with the hyperparameters"
 
 
 def precisions(case, tmp_path):
@@ -313,6 +348,7 @@ ROWS = [
     acts,
     random_stream_untouched,
     foreign_modules,
+    shapes_of_others,
     precisions,
     fp16_overflow,
     accumulation,
