@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import yaml
 from lightning.pytorch import Callback
 
 from forge_lightning import callbacks, cards
+from tests import processes
 
 ROOT = Path(__file__).parents[1]
 
@@ -53,7 +53,7 @@ def of(kind):
 
 
 def run(command, **kwargs):
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+    result = processes.run(command, **kwargs)
     assert result.returncode == 0, f"{command}\n{result.stdout}\n{result.stderr}"
     return result
 

@@ -16,6 +16,7 @@ from forge_lightning.callbacks.base import (
     ForgeCallback,
     is_dev_run,
     is_logging_step,
+    loss_of_step,
     of_all_processes,
     uses_strategy,
 )
@@ -28,6 +29,7 @@ from forge_lightning.components.loss_terms import add_loss_term, remove_loss_ter
 from forge_lightning.components.program_dreams import ProgramDreams
 from forge_lightning.components.replay_buffer import STRATEGIES, Replay, ReplayBuffer, Strategy
 from forge_lightning.components.replay_scores import KEPT, RowScores
+from forge_lightning.components.tokens import IGNORED
 from forge_lightning.protocols import SupportsAugmentation, SupportsGenerate, SupportsInterrupt
 from forge_lightning.sandbox import Sandbox, SandboxError, Task, Verdict
 
@@ -68,6 +70,8 @@ class DreamReplay(ForgeCallback):
     ``forge/dream/forgetting`` (that minus its lowest so far); with "cycle" also ``forge/dream/cycles`` and, of up to 64
     stored rows, ``forge/dream/loss_before``, ``forge/dream/loss_after``, ``forge/dream/success_before`` and
     ``forge/dream/success_after``. Measured in evaluation mode, with ``training_step``; NaN under manual optimization.
+    Where nothing tells how single examples do, losses are means of what the step returned (``replay_loss`` only with
+    "cycle"), and successes NaN.
     With ``augmenter`` also ``forge/dream/augmented`` (variants so far that held when they were run) and
     ``forge/dream/yield`` (share of those made that did), with ``temperatures`` ``forge/dream/sampled`` (programs of the
     model's own so far that passed, and are not what it was taught) and ``forge/dream/sampled_yield`` (their share).
@@ -209,7 +213,8 @@ class DreamReplay(ForgeCallback):
         if by_stage and mode == "mix":
             raise ValueError("`DreamReplay(every_n_steps_by_stage=...)` goes with mode='cycle': 'mix' has no sleep.")
         filled = _USUAL_LABELS if labels == "auto" else (str(labels),)
-        self._new_buffer = partial(ReplayBuffer, mask=mask, labels=filled, owner="DreamReplay")
+        label_pad = IGNORED if ignore_index is None else ignore_index
+        self._new_buffer = partial(ReplayBuffer, mask=mask, labels=filled, label_pad=label_pad, owner="DreamReplay")
         self._new_main = partial(self._new_buffer, capacity, frontier, max_bytes, memory_map=memory_map)
         self._new_main(memory_map=None)  # refuses bad arguments here, where they were written
         self.mode, self.every_n_steps, self.num_steps, self.fraction = mode, every_n_steps, num_steps, fraction
@@ -266,6 +271,7 @@ class DreamReplay(ForgeCallback):
         self._drawn: Replay | None = None  # rows of the batch that are replayed: its last ones
         self._num_dreams = 0  # variants in front of them
         self._outcome: tuple[dict[str, Tensor], Tensor, Tensor] | None = None  # rows, losses, successes
+        self._mean: Tensor | None = None  # loss of the step, where nothing tells those of rows
         self._logits: list[list[Tensor]] = []
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -423,6 +429,7 @@ class DreamReplay(ForgeCallback):
         except ValueError as error:
             self._cannot_score(error)
         self._outcome = (rows, losses, successes)
+        self._mean = loss_of_step(self._trainer, outputs) if losses.isnan().all() else None
         fresh = self._fresh(count)
         if self.distillation and fresh and not self._measuring:
             try:
@@ -612,8 +619,9 @@ class DreamReplay(ForgeCallback):
             return
         self._told = True
         self.warn_once(
-            f"nothing tells how single examples do ({error}), so that none is near the threshold, and rows are drawn"
-            " from the reservoir. Return `example_loss` and `example_success`, (B,), from `training_step`, or name"
+            f"nothing tells how single examples do ({error}), so that none is near the threshold, rows are drawn from"
+            " the reservoir, and the losses that are logged are means of what `training_step` returned. Return"
+            " `example_loss` and `example_success`, (B,), from `training_step`, or name"
             ' `labels` ("input_ids" where all tokens are text to learn) and `network`.'
         )
 
@@ -680,6 +688,9 @@ class DreamReplay(ForgeCallback):
             self._dreaming, mixer._appended = False, appended
         if self._outcome is not None:
             self._note_replay(drawn, next(iter(rows.values())).numel(), *self._outcome[1:])
+            if drawn is not None and self._mean is not None and not self._num_dreams:
+                self._replayed[0] += float(self._mean) * len(drawn)
+                self._replayed[1] += len(drawn)
         self._forget_step()
 
     def _note_replay(self, drawn: Replay | None, entries: int, losses: Tensor, successes: Tensor) -> None:
@@ -760,7 +771,9 @@ class DreamReplay(ForgeCallback):
             finally:
                 self._measuring = False
             if self._outcome is not None and chunk:
-                for place, values in enumerate(self._outcome[1:]):
+                _, losses, successes = self._outcome
+                losses = losses if self._mean is None else self._mean.expand(len(chunk))
+                for place, values in enumerate((losses, successes)):
                     known = values[values.isfinite()].double().cpu()
                     sums[2 * place : 2 * place + 2] += torch.tensor([known.sum(), len(known)])
             self._forget_step()

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from forge_lightning.components.batch_rows import rows_of
 from forge_lightning.components.replay_store import RowStore
+from forge_lightning.components.tokens import IGNORED
 from forge_lightning.functional.replay import gumbel_top_k, importance_weights, replay_priority
 
 Strategy = Literal["uniform", "balanced", "near_threshold", "edge_cases", "priority"]
@@ -90,7 +91,8 @@ class ReplayBuffer:
         max_bytes: Memory at most, with about 400 bytes for the bookkeeping of each row; shared out as the capacity is.
             A row larger than its part is not kept.
         mask: Field that is 0 where sequences are padded.
-        labels: Fields that get -100 where shorter rows are filled up.
+        labels: Fields that get ``label_pad`` where shorter rows are filled up.
+        label_pad: Label that the loss ignores.
         alpha: How much priority decides in strategy "priority"; 0 is uniform.
         beta: How much importance weights correct for that, in [0, 1].
         memory_map: Folder for a file that holds the rows, for more than fits into memory.
@@ -120,6 +122,7 @@ class ReplayBuffer:
         max_bytes: int = 1 << 30,
         mask: str | None = "attention_mask",
         labels: Sequence[str] = ("labels",),
+        label_pad: int = IGNORED,
         alpha: float = 0.6,
         beta: float = 0.4,
         memory_map: str | Path | None = None,
@@ -139,7 +142,7 @@ class ReplayBuffer:
         require(above, "memory_map", memory_map and str(memory_map), "a folder in one that exists")
         self.capacity, self.max_bytes, self.mask = capacity, max_bytes, mask
         self.alpha, self.beta, self.seed, self.owner = alpha, beta, seed, owner
-        self.memory_map, self.labels = memory_map, tuple(labels)
+        self.memory_map, self.labels, self.label_pad = memory_map, tuple(labels), label_pad
         self._quota = int(capacity * frontier) // len(CATEGORIES)
         self._byte_quota = int(max_bytes * frontier) // len(CATEGORIES) if self._quota else 0
         self._clear()
@@ -147,7 +150,7 @@ class ReplayBuffer:
     def _clear(self) -> None:
         self._columns = {name: torch.zeros(self.capacity, dtype=dtype) for name, dtype in _COLUMNS.items()}
         self._c: dict[str, Any] = {name: column.numpy() for name, column in self._columns.items()}
-        self._store = RowStore(self.capacity, self.mask, self.memory_map, self.owner, self.labels)
+        self._store = RowStore(self.capacity, self.mask, self.memory_map, self.owner, self.labels, self.label_pad)
         self._rng = np.random.default_rng(self.seed)
         self._free = list(range(self.capacity - 1, -1, -1))
         self._slot_of: dict[int, int] = {}

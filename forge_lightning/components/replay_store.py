@@ -89,15 +89,23 @@ class RowStore:
         mask: Field that is 0 where sequences are padded.
         folder: Where a file is made for the rows, which goes with the process. Default: they are kept in memory.
         owner: Name for error messages.
-        labels: Fields that are filled up with -100, which takes no loss.
+        labels: Fields that are filled up with ``label_pad``.
+        label_pad: Label that takes no loss.
     """
 
     def __init__(
-        self, capacity: int, mask: str | None, folder: str | Path | None, owner: str, labels: Sequence[str]
+        self,
+        capacity: int,
+        mask: str | None,
+        folder: str | Path | None,
+        owner: str,
+        labels: Sequence[str],
+        label_pad: int = IGNORED,
     ) -> None:
         self.num_bytes = 0
         self.padded_at_front = False
         self._capacity, self._mask, self._owner, self._labels = capacity, mask, owner, labels
+        self._label_pad = label_pad
         self._bytes: _Memory | _Mapped = _Memory() if folder is None else _Mapped(folder, capacity)
         self._fields: dict[str, _Field] = {}
         self._counts: Any = np.zeros((capacity, 0), np.int64)  # entries of each field of each row
@@ -237,7 +245,7 @@ class RowStore:
                 torch.int32 if like.dtype == torch.int64 else like.dtype,
                 tuple(like.shape[2:]),
                 scalar=like.ndim == 1,
-                pad=0 if name == self._mask else IGNORED if name in self._labels and whole else None,
+                pad=0 if name == self._mask else self._label_pad if name in self._labels and whole else None,
                 sequence=name in rows and mask is not None and whole and like.shape == mask.shape,
                 extra=name in extras,
             )

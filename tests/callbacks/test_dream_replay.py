@@ -22,7 +22,7 @@ from forge_lightning.data import CodeTasks, GeneratedTasks, TextData
 from forge_lightning.models import ForgeModule
 from forge_lightning.sandbox import Sandbox
 from tests.cli.test_full_suite import StopsInSleep
-from tests.contract.modules import LossOnly, Plain, Stateful, TwoOptimizers, examples, with_choices
+from tests.contract.modules import LossOnly, Plain, Regression, Stateful, TwoOptimizers, examples, with_choices
 from tests.contract.rows import fit, weights
 
 SLEEPS = {"mode": "cycle", "every_n_steps": 4, "num_steps": 3, "probe_size": 8, "batch_size": 8}
@@ -512,20 +512,51 @@ def test_a_language_model_keeps_to_the_logits_of_its_top_tokens(offline):
 
 
 def test_a_module_of_which_nothing_tells_success_is_replayed_without_a_frontier():
-    class Regression(Plain):
-        def loss(self, batch):
-            return self.net(batch[0]).square().mean()
-
-        def train_dataloader(self):
-            return DataLoader(TensorDataset(torch.randn(64, 8), torch.randn(64)), batch_size=8)
-
-        val_dataloader = train_dataloader
-
     replay = DreamReplay(fraction=0.5, strategy="near_threshold")
     with pytest.warns(UserWarning, match="nothing tells how single examples do .* none is near the threshold"):
         fit([replay], Regression)
     assert sum(replay.buffer.categories.values()) == 0
     assert len(replay.buffer) == 0 or replay.buffer.column("loss").isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore:DreamReplay. nothing tells how single examples do")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_losses_of_a_regression_are_those_of_its_steps(accumulate):
+    seen = {}
+
+    class OfStep(Regression):
+        def training_step(self, batch, batch_idx):
+            return {"loss": self.loss(batch)}
+
+    class Reads(Callback):
+        def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+            if trainer.global_step == 4:
+                seen["probe"] = list(replay.probe.read(replay.probe.slots()).rows.values())
+
+        def on_train_end(self, trainer, pl_module):
+            seen.update({key: float(value) for key, value in trainer.callback_metrics.items()})
+
+    replay = DreamReplay("cycle", every_n_steps=4, num_steps=1, probe_size=16, batch_size=64, lr_scale=1e-9)
+    options = {"max_epochs": -1, "accumulate_grad_batches": accumulate, "log_every_n_steps": 1}
+    at_sleep, _ = fit([], OfStep, max_steps=4, **options)
+    fit([replay, Reads()], OfStep, max_steps=5, **options)
+    with torch.no_grad():
+        loss = at_sleep.eval().loss(seen["probe"]).item()
+    assert seen["forge/dream/probe_loss"] == pytest.approx(loss, rel=1e-4)
+    assert seen["forge/dream/loss_after"] == pytest.approx(seen["forge/dream/loss_before"], rel=1e-4)
+    assert seen["forge/dream/replay_loss"] == pytest.approx(seen["forge/dream/loss_before"], rel=1e-4)
+    assert math.isnan(seen["forge/dream/success_before"])
+    assert len(replay.buffer) == 0 or replay.buffer.column("loss").isnan().all()
+
+
+@pytest.mark.parametrize(("ignore_index", "pad"), [(None, -100), (0, 0)])
+def test_shorter_rows_are_filled_up_with_the_label_that_the_loss_ignores(ignore_index, pad):
+    replay = DreamReplay(ignore_index=ignore_index)
+    buffer = replay._new_main()
+    for length in (3, 5):
+        ones = torch.ones(1, length, dtype=torch.long)
+        buffer.push({"input_ids": ones, "attention_mask": ones, "labels": ones}, torch.zeros(1), torch.zeros(1))
+    assert buffer.read(buffer.slots()).rows["labels"].tolist() == [[1, 1, 1, pad, pad], [1] * 5]
 
 
 def test_dictionaries_and_named_tuples_stay_what_they_are():

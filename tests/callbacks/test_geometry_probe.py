@@ -1,7 +1,6 @@
 import json
 import math
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sequenti
 from forge_lightning.callbacks import GeometryProbe, RNGState
 from forge_lightning.components.intrinsic_dimension import estimate
 from forge_lightning.models import ForgeModule
+from tests import processes
 from tests.contract.modules import LossOnly, Plain, Stateful, examples, with_batches_of
 from tests.contract.rows import fit, weights
 
@@ -448,13 +448,10 @@ def test_bad_arguments_are_named(options, says):
 def test_two_processes_give_the_estimates_of_one(tmp_path):
     """The same rows, half of them on each rank: relative difference at most 1e-6, as one table on both ranks."""
     one, *_ = probed(with_batches_of(32), num_points=32, every_n_steps=1)
-    process = subprocess.run(
+    process = processes.run(
         [sys.executable, "-W", "ignore", "-m", "tests.callbacks.geometry_two_processes", str(tmp_path)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
     assert process.returncode == 0, process.stderr[-3000:]
     tables = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]

@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +15,7 @@ import yaml
 
 from forge_lightning import callbacks, models
 from forge_lightning.cli import config_folders, main, refuse_optimizer, shipped_configs
+from tests import processes
 
 SHIPPED = [name for name, _ in shipped_configs()]
 QUICK = ["--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
@@ -30,7 +30,7 @@ def elsewhere(tmp_path, monkeypatch):
 def forge_fit(*args, **kwargs):
     code = "import sys; from forge_lightning.cli import main; sys.exit(main())"
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, args)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **kwargs)
+    return processes.run(command, **kwargs)
 
 
 def small_modular(tmp_path, *more):
@@ -555,13 +555,12 @@ def test_an_interrupted_fit_leaves_a_resumable_checkpoint(tmp_path, number, code
     arguments = ["fit", "--config=grokfast_modular", "--trainer.enable_progress_bar=false"]
     arguments += ["--model.dim=16", "--model.num_heads=2", "--data.modulus=11", "--trainer.max_steps=100000"]
     command = [sys.executable, "-W", "ignore", "-m", "forge_lightning.cli", *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    metrics = tmp_path / "runs/grokfast_modular/version_0/checkpoints/last.ckpt"
-    deadline = time.monotonic() + 120
-    while not metrics.exists() and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.1)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    metrics, said = tmp_path / "runs/grokfast_modular/version_0/checkpoints/last.ckpt", tmp_path / "output.txt"
+    with open(said, "w") as file, processes.started(command, stdout=file, stderr=subprocess.STDOUT) as process:
+        processes.wait(process, until=metrics.exists)
+        process.send_signal(number)
+        processes.wait(process)
+    output = said.read_text()
     assert process.returncode == code, output
     path = metrics.with_name("interrupted.ckpt")
     steps = torch.load(path, weights_only=True)["global_step"]

@@ -2,12 +2,12 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tests.contract import distributed
 from tests.contract.cases import CASES
 
@@ -17,13 +17,10 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
 def results(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    process = subprocess.run(
+    process = processes.run(
         [sys.executable, "-m", "tests.contract.distributed", request.param, str(folder)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=600,
     )
     report = folder / f"{request.param}.json"
     assert report.exists(), process.stderr[-3000:]

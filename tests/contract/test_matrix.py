@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 from forge_lightning import callbacks
+from tests import processes
 from tests.contract import matrix
 from tests.contract.cases import CASES, Case
 from tests.contract.test_contract import NAIVE
@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 def launch(*arguments):
     command = [sys.executable, "-m", "tests.contract.matrix", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1200)
+    return processes.run(command, cwd=ROOT, env=environment)
 
 
 @pytest.mark.parametrize("kind", ["single", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ddp", "fsdp2"))])

@@ -1,7 +1,6 @@
 import itertools
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from forge_lightning.components.edge_controller import ItemTracker, SkillTracker
 from forge_lightning.data import DifficultySampler, ResumableSampler, StatefulDataLoader
+from tests import processes
 
 ROOT = Path(__file__).parents[2]
 DATA = TensorDataset(torch.arange(50))
@@ -197,12 +197,9 @@ def test_an_iterable_data_set_is_refused():
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     """In training, with `EdgeController` choosing."""
-    result = subprocess.run(
+    result = processes.run(
         [sys.executable, "-W", "ignore", "-m", "tests.callbacks.edge_two_processes", str(tmp_path)],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
     )
     assert (tmp_path / "done").exists(), result.stderr[-3000:]

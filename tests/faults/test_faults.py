@@ -1,12 +1,12 @@
 """What goes wrong in a long run ends it with a clear message, and the last checkpoint goes on bit by bit."""
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from tests import processes
 from tests.faults.victim import AT
 
 ROOT = Path(__file__).parents[2]
@@ -22,7 +22,7 @@ def run(folder, fault, checkpoint=None):
         fault,
         *([str(checkpoint)] if checkpoint else []),
     ]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT)
+    return processes.run(command, cwd=ROOT)
 
 
 @pytest.fixture(scope="module")
