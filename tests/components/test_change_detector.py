@@ -10,11 +10,11 @@ from forge_lightning.components.change_detector import ChangeDetector, LossHealt
 LENGTH, CHANGE_AT = 200, 120
 
 
-def series(seed, noise, factor):
+def series(seed, noise, factor, memory=0.5):
     """A plateau with autocorrelated noise, and from ``CHANGE_AT`` on, over 20 values, a plateau ``factor`` as high."""
     rng, drift, values = random.Random(seed), 0.0, []
     for t in range(LENGTH):
-        drift = 0.5 * drift + noise * rng.gauss(0, 1)
+        drift = memory * drift + noise * rng.gauss(0, 1)
         progress = min(1.0, max(0.0, (t - CHANGE_AT) / 20))
         values.append(20 * (1 + (factor - 1) * progress) * math.exp(drift))
     return values
@@ -45,6 +45,15 @@ def test_lasting_changes_are_found_and_named(factor, direction):
 def test_false_alarms_are_as_rare_as_documented(noise, most):
     """Of 200 values with noise of 3 %: none in 100 series; of 8 %: 1 % (3 in 300), here at most 3."""
     assert rate(noise, 1.0) <= most
+
+
+@pytest.mark.parametrize(("memory", "documented"), [(0.0, 0), (0.5, 0), (0.9, 76), (0.98, 21)])
+def test_false_alarms_under_noise_that_lasts(memory, documented):
+    """Noise of 8 % altogether, by how much of it a value keeps from the one before, in 300 series."""
+    noise = 0.08 * math.sqrt(1 - memory**2)
+    alarms = sum(bool(found(series(seed, noise, 1.0, memory))) for seed in range(300))
+    assert abs(alarms - documented) <= math.sqrt(documented)
+    assert not any(found(series(seed, noise, 1.0, memory), relative_change=0.35) for seed in range(300))
 
 
 def test_small_changes_are_not_reported():
