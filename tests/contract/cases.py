@@ -252,10 +252,10 @@ CASES = [
         constant_logs=frozenset({"forge/telemetry/lr", "forge/telemetry/peak_memory"}),
     ),
     Case(
-        build=callbacks.StageClassifier,
+        build=lambda: callbacks.StageClassifier(cross_entropy=True),
         id="stage-classifier",
         observer=True,
-        twin=lambda: callbacks.StageClassifier(name="second"),
+        twin=lambda: callbacks.StageClassifier(cross_entropy=True, name="second"),
         logs=frozenset({"forge/stage/number", "forge/stage/gap"}),
         constant_logs=frozenset({"forge/stage/number"}),  # in three epochs; see test_stage_classifier
     ),
