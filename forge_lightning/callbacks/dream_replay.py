@@ -429,7 +429,8 @@ class DreamReplay(ForgeCallback):
         except ValueError as error:
             self._cannot_score(error)
         self._outcome = (rows, losses, successes)
-        self._mean = loss_of_step(self._trainer, outputs) if losses.isnan().all() else None
+        asked = self._measuring or self._dreaming
+        self._mean = loss_of_step(self._trainer, outputs) if asked and losses.isnan().all() else None
         fresh = self._fresh(count)
         if self.distillation and fresh and not self._measuring:
             try:

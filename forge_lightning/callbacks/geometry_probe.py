@@ -251,7 +251,12 @@ class GeometryProbe(ForgeCallback):
             except Exception as error:  # of the user's `forward` or data set, which fitting may never call in this way
                 why = f"`{type(pl_module).__name__}` fails on them: {type(error).__name__}: {error}."
         missing = [name for name, parts in tapped.items() if parts and not self._tap.rows[name]]
-        if not why and not missing:
+        if missing and not why:
+            why = f"`forward` does not call {missing[0]!r}."
+        failed = bool(why)
+        if trainer.world_size > 1:
+            failed = trainer.strategy.reduce_boolean_decision(failed, all=False)
+        if not failed:
             self._taps_batches = False
             return
         self._tap.clear()
@@ -260,7 +265,7 @@ class GeometryProbe(ForgeCallback):
         self.warn_once(
             f"a step has {self._tap.num_rows()} points on this process, and {self._share(trainer)} were asked for;"
             " estimates of few points read low, and compare only with those of as many. Examples of the training data"
-            f" cannot be run for more: {why or f'`forward` does not call {missing[0]!r}'} To silence this, set"
+            f" cannot be run for more: {why or 'another process failed at them.'} To silence this, set"
             " `source='batch'` or a smaller `num_points`.",
             key="few points",
         )
