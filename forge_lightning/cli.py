@@ -320,6 +320,8 @@ def check(argv: Sequence[str]) -> int:
     refuse_missing_files(cli.datamodule, "train", "val", "test")
     refuse_optimizer(cli.model)
     refuse_absent(cli.model, cli.datamodule)
+    if _builds(cli.model) and cli.model.pretrained is not None and isinstance(cli.datamodule, TokenDataModule):
+        cli.model.refuse_other_tokenizer(cli.datamodule.tokenizer)
     cli.refuse_checkpoint()
     made = True
     if _builds(cli.model) and cli.model.config is not None:

@@ -10,6 +10,15 @@ _ANCHORS = ("\n", "a", ".")
 """Texts to put in front of a completion, so that its tokens are those of a text that goes on."""
 
 
+def has_vocabulary(tokenizer: Any) -> bool:
+    """Whether a tokenizer knows more than special tokens.
+
+    Of a folder that holds a model and no tokenizer, transformers makes one without a vocabulary, by the model's type,
+    and every text is empty to it.
+    """
+    return len(tokenizer.get_vocab()) > len(set(tokenizer.all_special_ids))
+
+
 def pad_id(tokenizer: Any) -> int:
     """The token that fills up shorter rows; any will do where the tokenizer has none, since padding is masked."""
     ids = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)

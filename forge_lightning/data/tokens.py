@@ -11,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from forge_lightning.components.tokens import IGNORED, completion_ids, pad_id, prompt_ids
+from forge_lightning.components.tokens import IGNORED, completion_ids, has_vocabulary, pad_id, prompt_ids
 from forge_lightning.data.stateful import StatefulDataLoader
 from forge_lightning.protocols import SupportsPretrained
 
@@ -34,6 +34,8 @@ def build_tokenizer(name: str, **options: Any) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        if not has_vocabulary(tokenizer):
+            raise ValueError("it has no vocabulary")
     except (OSError, ValueError) as error:
         reason = "the folder holds none" if Path(name).is_dir() else str(error).splitlines()[0]
         raise MisconfigurationException(

@@ -19,7 +19,7 @@ from forge_lightning.components.layers import block_list
 from forge_lightning.components.loss_terms import TASK_LOSS
 from forge_lightning.components.self_model import SelfModelHead
 from forge_lightning.components.step_log import is_logging_step, log_at_this_step
-from forge_lightning.components.tokens import IGNORED
+from forge_lightning.components.tokens import IGNORED, has_vocabulary
 from forge_lightning.models.optimizers import one_group, optimizer_config, weight_decay_groups
 from forge_lightning.protocols import SupportsTokenizer
 
@@ -129,7 +129,7 @@ class ForgeModule(LightningModule):
                 " model the tokenizer it was made with, or leave `vocab_size` out of `config`."
             )
         if tokenizer is not None and self.pretrained is not None:
-            self._refuse_other_tokenizer(tokenizer)
+            self.refuse_other_tokenizer(tokenizer)
         self.model.train()  # `from_pretrained` leaves evaluation mode, and Lightning keeps what it finds
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -159,7 +159,7 @@ class ForgeModule(LightningModule):
             return dict(self.model_kwargs)
         return {"dtype": name if name == "auto" else getattr(torch, name), **self.model_kwargs}
 
-    def _refuse_other_tokenizer(self, tokenizer: Any) -> None:
+    def refuse_other_tokenizer(self, tokenizer: Any) -> None:
         """Raise if the data's tokens are not those that the weights know; warn where that may be meant.
 
         A checkpoint without a tokenizer leaves the choice to the user.
@@ -171,6 +171,8 @@ class ForgeModule(LightningModule):
         try:
             own = AutoTokenizer.from_pretrained(name, **options)
         except (OSError, ValueError, KeyError):
+            return
+        if not has_vocabulary(own):
             return
         theirs, ours = own.get_vocab(), tokenizer.get_vocab()
         kept = sum(ours.get(token) == number for token, number in theirs.items())

@@ -16,6 +16,7 @@ import yaml
 from forge_lightning import callbacks, models
 from forge_lightning.cli import config_folders, main, refuse_optimizer, shipped_configs
 from tests import processes
+from tests.models.test_forge_module import word_tokenizer
 
 SHIPPED = [name for name, _ in shipped_configs()]
 QUICK = ["--trainer.limit_val_batches=1", "--trainer.accelerator=cpu"]
@@ -434,6 +435,8 @@ def test_a_pretrained_folder_needs_a_config_and_weights(capsys, small_mbpp, tmp_
     AutoModelForCausalLM.from_config(config).save_pretrained(folder)
     assert main(arguments) == 0
     assert "valid. ForgeModule on CodeTasks" in capsys.readouterr().out
+    word_tokenizer(folder, 300)
+    assert "of which 0 are the same" in explained(capsys, *arguments, "--data.tokenizer=bytes")
     (folder / "config.json").unlink()
     assert "folder that holds config.json" in explained(capsys, *arguments)
 

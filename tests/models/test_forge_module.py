@@ -324,6 +324,17 @@ def test_another_tokenizer_is_refused_a_nearly_equal_one_named(tmp_path):
     ForgeModule(pretrained=saved(tmp_path / "bare", tokenizer=None)).build(build_tokenizer("bytes"))
 
 
+def test_a_gpt2_folder_without_a_tokenizer_has_none(tmp_path):
+    """Transformers makes one of a single token, by the model's type."""
+    gpt2 = {"model_type": "gpt2", "n_embd": 8, "n_head": 1, "n_layer": 1}
+    module = ForgeModule(config=gpt2)
+    module.build(build_tokenizer("bytes"))
+    module.model.save_pretrained(tmp_path)
+    ForgeModule(pretrained=str(tmp_path)).build(build_tokenizer("bytes"))
+    with pytest.raises(MisconfigurationException, match="the folder holds none"):
+        build_tokenizer(str(tmp_path))
+
+
 def test_perplexity_is_the_exponential_of_the_loss_however_large():
     metrics = built("gpt2").metrics["val_metrics"]
     metrics["perplexity"].update(torch.tensor(30.0), torch.tensor(4))
