@@ -2,15 +2,24 @@
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
 
 from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, run_directory
 from forge_lightning.components.calibration import CalibrationMetric, FittedTemperature
-from forge_lightning.components.labels import LabelReader, NoClassesError, loss_doubt
+from forge_lightning.components.labels import (
+    LabelReader,
+    NoClassesError,
+    OutputsOfPass,
+    as_logits,
+    loss_doubt,
+)
 from forge_lightning.components.logit_tap import (
     SHIFT_DOUBT,
     LogitTap,
@@ -32,7 +41,8 @@ class Calibration(ForgeCallback):
     it. The bins of the reliability diagram are kept in ``calibration.json`` in the run directory.
 
     Reads: logits and labels; probabilities in place of logits, and one logit for two classes, are taken for what they
-    are. A warning says where the cross-entropy is far from the logged validation loss.
+    are. Whether the one output of a network is a logit or a probability is said by all of a pass, and by the logged
+    validation loss. A warning says where the cross-entropy is far from that loss.
     Changes: nothing.
     Logs: after validation and testing ``forge/calibration/nll`` (nats), ``forge/calibration/ece`` (expected calibration
     error), ``forge/calibration/brier``, ``forge/calibration/accuracy``, ``forge/calibration/entropy`` (nats),
@@ -92,9 +102,9 @@ class Calibration(ForgeCallback):
         self._reader = LabelReader()
         self._why_not = ""  # why nothing is measured
         self._shifted = False
-        self._plain: CalibrationMetric | None = None
-        self._fitted: CalibrationMetric | None = None
-        self._fit: FittedTemperature | None = None
+        self._meters: dict[bool, _Meters] = {}  # of outputs taken as logits, and as probabilities
+        self._outputs = OutputsOfPass()
+        self._left_out = 0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attach(pl_module)  # before the network is compiled
@@ -119,7 +129,7 @@ class Calibration(ForgeCallback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        if self._tap is not None and (self._plain is not None or trainer.sanity_checking):
+        if self._tap is not None and (self._meters or trainer.sanity_checking):
             self._tap.start()
 
     on_test_batch_start = on_validation_batch_start
@@ -133,9 +143,10 @@ class Calibration(ForgeCallback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._tap is None or (self._plain is None and not trainer.sanity_checking):
+        if self._tap is None or not (self._meters or trainer.sanity_checking):
             return
-        measures = self._plain is not None  # a sanity check only looks whether it could
+        measures = bool(self._meters)  # a sanity check only looks whether it could
+        self._left_out += 1
         try:
             call = self._tap.take()
             if call is None:
@@ -144,11 +155,12 @@ class Calibration(ForgeCallback):
                     " its methods or parts, whose outputs are not seen"
                 )
                 return
-            logits, labels = self._reader.read(batch, call[2])
+            labels = self._reader.classes(batch, call[2])
+            probable = self._outputs.see(call[2])
             doubtful = measures and batch_idx == 0 and self.shift is None and not self._shifted
-            if doubtful and fits_better_shifted(logits, labels):
+            if doubtful and fits_better_shifted(as_logits(call[2], probable), labels):
                 self.warn_once(SHIFT_DOUBT, key="loss")
-            rows, labels = predicted_rows(logits, labels, None, self._shifted)
+            rows, labels = predicted_rows(call[2], labels, None, self._shifted)
         except NoClassesError as error:
             self._why_not = str(error).rstrip(".")
             return
@@ -161,13 +173,11 @@ class Calibration(ForgeCallback):
             self._tap.stop()
         if labels is None:
             self._why_not = "the batch has no labels of the usual names, or not one class for each"
-        if labels is None or self._plain is None:
             return
-        assert self._fit is not None
-        self._plain.update(rows, labels)
-        self._fit.update(rows, labels)
-        if self._fitted is not None:
-            self._fitted.update(rows, labels)
+        self._left_out -= 1
+        for as_probabilities, meters in self._meters.items():
+            if probable or not as_probabilities:
+                meters.update(as_logits(rows, as_probabilities), labels)
 
     on_test_batch_end = on_validation_batch_end
 
@@ -175,8 +185,7 @@ class Calibration(ForgeCallback):
         metrics = self._finish(trainer, "val")
         if metrics is None:
             return
-        logged = next((float(trainer.callback_metrics[n]) for n in VAL_LOSS if n in trainer.callback_metrics), math.nan)
-        if doubt := loss_doubt(metrics["nll"], logged, "the logged validation loss is"):
+        if doubt := loss_doubt(metrics["nll"], _logged_loss(trainer), "the logged validation loss is"):
             self.warn_once(doubt, key="loss")
         module: Any = pl_module
         if hasattr(module, "fitted_temperature"):
@@ -224,22 +233,26 @@ class Calibration(ForgeCallback):
     def _begin(self, pl_module: LightningModule) -> None:
         if self._tap is None:
             self._attach(pl_module)
-        device, known = pl_module.device, self.fitted_temperature
-        self._plain = CalibrationMetric(num_bins=self.num_bins, sync_on_compute=False).to(device)
-        self._fit = FittedTemperature(max_rows=self.max_rows, sync_on_compute=False).to(device)
-        self._fitted = None
-        if known > 0:
-            self._fitted = CalibrationMetric(known, self.num_bins, sync_on_compute=False).to(device)
+        self._outputs, self._left_out = OutputsOfPass(), 0
+        self._meters = {
+            kind: _Meters(self.fitted_temperature, self.num_bins, self.max_rows, pl_module.device)
+            for kind in (False, True)
+        }
 
     def _finish(self, trainer: Trainer, split: str) -> dict[str, float] | None:
         """What is logged, the same on all processes; ``None`` in a sanity check, and where there were no labels."""
-        plain, fitted, fit = self._plain, self._fitted, self._fit
-        if plain is None or fit is None:
+        if not self._meters:
             return None
-        self._plain = self._fitted = self._fit = None
+        meters, self._meters = self._meters, {}
+        logged = _logged_loss(trainer) if split == "val" else math.nan
         if trainer.world_size > 1:
-            for metric in (plain, fit, *(() if fitted is None else (fitted,))):
-                metric.sum_over_processes(lambda t: trainer.strategy.reduce(t, reduce_op="sum"))
+            for kind in meters.values():
+                kind.sum_over_processes(lambda t: trainer.strategy.reduce(t, reduce_op="sum"))
+            device = trainer.strategy.root_device
+            self._outputs.sum_over_processes(lambda t: trainer.strategy.reduce(t, reduce_op="sum"), device)
+            logged = float(trainer.strategy.reduce(torch.tensor(logged, device=device), reduce_op="mean"))
+        chosen = meters[self._outputs.are_probabilities((meters[False].nll, meters[True].nll), logged)]
+        plain, fitted, fit = chosen.plain, chosen.fitted, chosen.fit
         if plain.is_empty:
             why = self._why_not or "no label counts"
             self.warn_once(
@@ -247,6 +260,9 @@ class Calibration(ForgeCallback):
                 " tokens are text to learn), and the part that returns logits with `network`."
             )
             return None
+        if self._left_out:
+            count = f"batches of {split} data left out: {self._left_out}"
+            self.warn_once(f"{count}, the last because {self._why_not}.", key="left out")
         values = {name: float(value) for name, value in plain.compute().items()}
         scaled = fitted.compute() if fitted is not None else {}
         metrics = {name: values[name] for name in ("nll", "ece", "brier", "accuracy", "entropy")}
@@ -301,7 +317,35 @@ class Calibration(ForgeCallback):
     def _leave(self) -> None:
         if self._tap is not None:
             self._tap.detach()
-        self._tap = self._plain = self._fitted = self._fit = None
+        self._tap, self._meters = None, {}
+
+
+class _Meters:
+    """What is summed over a pass: as it is, at the temperature that is known, and for the one that is fitted."""
+
+    def __init__(self, known: float, num_bins: int, max_rows: int | None, device: torch.device) -> None:
+        self.plain = CalibrationMetric(num_bins=num_bins, sync_on_compute=False).to(device)
+        self.fit = FittedTemperature(max_rows=max_rows, sync_on_compute=False).to(device)
+        self.fitted = CalibrationMetric(known, num_bins, sync_on_compute=False).to(device) if known > 0 else None
+        self._all = [metric for metric in (self.plain, self.fit, self.fitted) if metric is not None]
+
+    @property
+    def nll(self) -> float:
+        return math.nan if self.plain.is_empty else float(self.plain.compute()["nll"])
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:
+        for metric in self._all:
+            metric.update(logits, labels)
+
+    def sum_over_processes(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        for metric in self._all:
+            metric.sum_over_processes(reduce)
+
+
+def _logged_loss(trainer: Trainer) -> float:
+    """The validation loss of the module; NaN where it logs none."""
+    logged = trainer.callback_metrics
+    return next((float(logged[name]) for name in VAL_LOSS if name in logged), math.nan)
 
 
 def _json_object(path: Path) -> dict[str, Any]:

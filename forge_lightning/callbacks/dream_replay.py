@@ -405,7 +405,7 @@ class DreamReplay(ForgeCallback):
         """Called by the wrapped training step."""
         assert self._scores is not None
         try:
-            new = self._scores.take()
+            new = self._scores.take(loss.detach())
         except ValueError as error:
             self._cannot_score(error)
             return None
@@ -809,6 +809,7 @@ class DreamReplay(ForgeCallback):
     def _own_state(self) -> dict[str, Any]:
         counters = {name: copy(getattr(self, f"_{name}")) for name in _COUNTERS}
         counters["distilled"] = self._distilled_as
+        counters["outputs"] = None if self._scores is None else self._scores.reader.state_dict()
         if not self.save_buffer:
             fresh = {"remaining": 0, "offered": 0, "probe_closed": self.probe_size == 0, "lowest": math.nan}
             return {"counters": counters | fresh}
@@ -842,6 +843,8 @@ class DreamReplay(ForgeCallback):
         for name in _COUNTERS:  # no other: a checkpoint does not decide what is set
             if name in state["counters"]:  # one of an earlier release may lack some
                 setattr(self, f"_{name}", copy(state["counters"][name]))
+        if self._scores is not None and state["counters"].get("outputs") is not None:
+            self._scores.reader.load_state_dict(state["counters"]["outputs"])
         if "programs" in state:
             self._programs.load_state_dict(state["programs"])
         for name, store in self._stores.items():

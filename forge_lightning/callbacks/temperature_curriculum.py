@@ -226,7 +226,7 @@ class TemperatureCurriculum(ForgeCallback):
             if call is None:
                 return None
             self._acted = True
-            logits, labels = self._read(self._batch, call[2])
+            logits, labels = self._read(self._batch, call[2], loss.detach())
             mask = self._reader.mask(self._batch)
             call = (*call[:2], logits)
             if self.fraction < 1:
@@ -348,7 +348,11 @@ class TemperatureCurriculum(ForgeCallback):
     def state_dict(self) -> dict[str, Any]:
         if self._teacher is None:
             return dict(self._restored)
-        return {"schedule": self._schedule.state_dict(), "teacher": self._teacher.state_dict()}
+        return {
+            "schedule": self._schedule.state_dict(),
+            "teacher": self._teacher.state_dict(),
+            "outputs": self._reader.state_dict(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._restored = dict(state_dict)
@@ -359,6 +363,8 @@ class TemperatureCurriculum(ForgeCallback):
         if self._restored and self._teacher is not None:
             self._schedule.load_state_dict(self._restored["schedule"])
             self._teacher.load_state_dict(self._restored["teacher"])
+            if "outputs" in self._restored:
+                self._reader.load_state_dict(self._restored["outputs"])
             self._restored = {}
 
     def _leave(self, pl_module: LightningModule) -> None:
@@ -378,9 +384,9 @@ class TemperatureCurriculum(ForgeCallback):
         ramp = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return self.weight * ramp
 
-    def _read(self, batch: Any, outputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _read(self, batch: Any, outputs: Tensor, loss: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         try:
-            return self._reader.read(batch, outputs)
+            return self._reader.read(batch, outputs, loss)
         except NoClassesError as error:
             raise ValueError(
                 f"{error} It compares distributions over classes, and does nothing sensible on a regression. If the"

@@ -1,17 +1,21 @@
 """What a batch's labels and a network's outputs mean: one place for every callback that compares them."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from forge_lightning.components.activation_tap import field_of
 from forge_lightning.components.logit_tap import given_labels
 from forge_lightning.components.tokens import IGNORED
 
 _ENOUGH = 8
-"""Outputs that must all lie in [0, 1] to be probabilities of a binary head, not logits by chance."""
+"""Single outputs between 0 and 1, with none outside, that are probabilities, not logits by chance."""
+_EACH = 4
+"""Labels for each class, from which on a class that is missing is missing for a reason."""
 
 
 class NoClassesError(ValueError):
@@ -23,8 +27,10 @@ class LabelReader:
 
     Integer and boolean labels of any width are classes. Of a network with one output, labels of 0 and 1, also as
     floats, are two classes, and the output is the logit of the second. Labels that the loss ignores are -100,
-    ``ignore_index``, and any one number that is no class, as -1 or 255: no cross-entropy takes it. Outputs of which all
-    rows are probabilities are taken by their logarithms.
+    ``ignore_index``, and any one number that is no class, as -1 or 255: no cross-entropy takes it. Outputs that are
+    probabilities are taken by their logarithms. One output of a training step says little of what it is: the reading at
+    which the cross-entropy is the step's own loss, else probabilities where at least eight lie between 0 and 1, and
+    none outside; the first that does ends that.
 
     Args:
         labels: Key or position of the labels in a batch, "auto", or ``None`` for none.
@@ -41,13 +47,15 @@ class LabelReader:
         ignore_index: int | None = None,
     ) -> None:
         self.key, self.mask_key, self.shifted, self.ignore_index = labels, mask, shifted, ignore_index
-        self._are_probabilities: bool | None = None  # of the outputs in training
+        self._probable: bool | None = None  # whether outputs in training are probabilities
+        self._inside: Tensor | None = None  # and none of one output has been outside [0, 1] since
+        self._saw_first_class = False
 
     def mask(self, batch: Any) -> Tensor | None:
         """The mask of real tokens."""
         return field_of(batch, self.mask_key)
 
-    def read(self, batch: Any, outputs: Tensor) -> tuple[Tensor, Tensor | None]:
+    def read(self, batch: Any, outputs: Tensor, loss: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """Logits and labels of a batch.
 
         With gradients on, outputs and labels are looked at in the first batch only, as that waits for the device.
@@ -55,6 +63,7 @@ class LabelReader:
         Args:
             batch: Of a step.
             outputs: Of the network, ``(B, V)``, ``(B, T, V)`` or ``(B · T, V)``.
+            loss: Of the step, where it is known.
 
         Returns:
             Logits of at least two classes, and int64 labels, -100 where there is none; ``None`` where the batch has no
@@ -64,9 +73,19 @@ class LabelReader:
             NoClassesError: If labels or outputs are not of classes.
             ValueError: If the batch has nothing under a key that was named.
         """
+        training, one_output = torch.is_grad_enabled(), outputs.shape[-1] == 1
+        labels = self.classes(batch, outputs, look=self._probable is None or not training)
+        probable = self._probable
+        if probable is None or not (training or one_output):
+            probable = _are_probabilities(outputs, labels, loss)
+        if training:
+            self._probable = probable
+        return self.logits(outputs, probable), labels
+
+    def classes(self, batch: Any, outputs: Tensor, look: bool = True) -> Tensor | None:
+        """The labels alone; arguments, result and errors as of `read`, and ``look`` waits for the device."""
         labels = given_labels(batch, self.key, self.shifted, self.mask_key)
         one_output = outputs.shape[-1] == 1
-        look = self._are_probabilities is None or not torch.is_grad_enabled()
         if one_output and labels is not None and labels.numel() != outputs.numel():
             raise ValueError(
                 f"the network returns {(outputs.numel(),)} for labels {tuple(labels.shape)}; logits are (B, V) or"
@@ -78,26 +97,34 @@ class LabelReader:
             labels = self._classes(labels, outputs, one_output)
         if labels is not None:
             labels = self._without_ignored(labels, 2 if one_output else outputs.shape[-1], look)
-        return self.logits(outputs, look), labels
+        return labels
 
-    def logits(self, outputs: Tensor, look: bool = False) -> Tensor:
+    def logits(self, outputs: Tensor, probable: bool | None = None) -> Tensor:
         """Logits of at least two classes: of outputs that are logits of one, or probabilities.
 
         Args:
             outputs: As of `read`.
-            look: Find out whether they are probabilities; otherwise as the training outputs before.
+            probable: Whether they are probabilities. Default: as the training outputs before.
         """
-        one_output, probable = outputs.shape[-1] == 1, bool(self._are_probabilities)
-        if look:
-            probable = _are_probabilities(outputs.detach(), one_output)
-            if torch.is_grad_enabled() or self._are_probabilities is None:
-                self._are_probabilities = probable
-        if probable:
-            outputs = outputs.float()
-            least = torch.finfo(torch.float32).tiny
-            both = torch.cat([1 - outputs, outputs], -1) if one_output else outputs
-            return both.clamp(min=least).log()
-        return torch.cat([torch.zeros_like(outputs), outputs], -1) if one_output else outputs
+        known = self._probable if probable is None else probable
+        if not known or outputs.shape[-1] > 1:
+            return as_logits(outputs, bool(known))
+        inside = _inside(outputs)
+        if self._inside is not None:
+            inside = self._inside.to(inside.device) & inside
+        if torch.is_grad_enabled():
+            self._inside = inside
+        return torch.where(inside, as_logits(outputs, True), as_logits(outputs, False))
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the outputs are, for `load_state_dict`."""
+        still = self._probable and (self._inside is None or bool(self._inside))
+        return {"probabilities": still, "first_class": self._saw_first_class}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with what was found."""
+        self._probable, self._inside = state_dict["probabilities"], None
+        self._saw_first_class = state_dict["first_class"]
 
     def _classes(self, labels: Tensor, outputs: Tensor, one_output: bool) -> Tensor | None:
         """Labels as int64; ``None`` for distributions over the classes."""
@@ -108,7 +135,7 @@ class LabelReader:
                 known = labels[labels != IGNORED]
                 if not bool(((known == 0) | (known == 1)).all()):
                     raise NoClassesError("the labels are floating-point numbers other than 0 and 1: no classes.")
-            elif labels.shape == outputs.shape and _are_probabilities(labels, one_output=False):
+            elif labels.shape == outputs.shape and may_be_probabilities(labels):
                 return None
             else:
                 raise NoClassesError(f"the labels are {str(labels.dtype).removeprefix('torch.')} numbers: no classes.")
@@ -122,24 +149,99 @@ class LabelReader:
             labels = labels.masked_fill(labels == self.ignore_index, IGNORED)
         outside = ((labels < 0) | (labels >= num_classes)) & (labels != IGNORED)
         if look:
-            values = labels[outside].unique()
-            if len(values) > 1:
-                raise NoClassesError(
-                    f"the labels are no classes below {num_classes}, the network's number of outputs: they hold"
-                    f" {values[:4].tolist()}. Name the labels with `labels`, the part that returns logits with"
-                    " `network`."
-                )
+            self._refuse_outside(labels, outside, num_classes)
         return labels.masked_fill(outside, IGNORED)
 
+    def _refuse_outside(self, labels: Tensor, outside: Tensor, num_classes: int) -> None:
+        values = labels[outside].unique().tolist()
+        if len(values) > 1:
+            raise NoClassesError(
+                f"the labels are no classes below {num_classes}, the network's number of outputs: they hold"
+                f" {values[:4]}. Name the labels with `labels`, the part that returns logits with `network`."
+            )
+        self._saw_first_class = self._saw_first_class or bool((labels == 0).any())
+        if not values or self._saw_first_class:
+            return
+        signs = values == [-1] and num_classes == 2
+        if signs or (values == [num_classes] and int((labels != IGNORED).sum()) >= _EACH * num_classes):
+            raise NoClassesError(
+                f"the labels hold {values[0]} and never 0, as those of classes -1 and 1 do, and those counted from 1."
+                f" Classes are counted from 0. If the loss ignores {values[0]}, set `ignore_index={values[0]}`."
+            )
 
-def _are_probabilities(outputs: Tensor, one_output: bool) -> bool:
-    rows = outputs.flatten(0, -2).float()
-    if not len(rows) or not bool(((rows >= 0) & (rows <= 1 + 1e-3)).all()):
+
+class OutputsOfPass:
+    """What the outputs of a whole evaluation are: logits, if a single one of them cannot be a probability."""
+
+    def __init__(self) -> None:
+        self.outside = self.between = self.one_output = 0
+
+    def see(self, outputs: Tensor) -> bool:
+        """Look at those of a batch. Returns whether all until now can be probabilities."""
+        self.one_output = int(outputs.shape[-1] == 1)
+        if not self.outside:
+            self.outside = int(not may_be_probabilities(outputs))
+            self.between += int(((outputs > 0) & (outputs < 1)).sum())
+        return not self.outside
+
+    def sum_over_processes(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> None:
+        """Have every process know what all have seen."""
+        counts = torch.tensor([self.outside, self.between, self.one_output], device=device)
+        self.outside, self.between, self.one_output = reduce(counts).tolist()
+
+    def are_probabilities(self, losses: tuple[float, float] = (math.nan, math.nan), loss: float = math.nan) -> bool:
+        """What they are, of which `see` alone is sure for more than one output.
+
+        Args:
+            losses: Cross-entropy if they are logits, and if they are probabilities.
+            loss: What the module says that it is; NaN where it does not.
+        """
+        if self.outside or not self.one_output:
+            return not self.outside
+        return _nearest(losses, loss, otherwise=self.between >= _ENOUGH)
+
+
+def as_logits(outputs: Tensor, probable: bool) -> Tensor:
+    """Logits of at least two classes, of outputs that are logits, or probabilities."""
+    one_output = outputs.shape[-1] == 1
+    if probable:
+        outputs = outputs.float()
+        both = torch.cat([1 - outputs, outputs], -1) if one_output else outputs
+        return both.clamp(min=torch.finfo(torch.float32).tiny).log()
+    return torch.cat([torch.zeros_like(outputs), outputs], -1) if one_output else outputs
+
+
+def may_be_probabilities(outputs: Tensor) -> bool:
+    """Whether all lie in [0, 1], and those of each row of more than one add up to 1."""
+    rows = outputs.detach().flatten(0, -2).float()
+    if not len(rows) or not bool(_inside(rows)):
         return False
-    if one_output:
-        return len(rows) >= _ENOUGH
     tolerance = 1e-3 if outputs.dtype in (torch.float32, torch.float64) else 2e-2
-    return bool(((rows.sum(-1) - 1).abs() < tolerance).all())
+    return rows.shape[-1] == 1 or bool(((rows.sum(-1) - 1).abs() < tolerance).all())
+
+
+def _inside(outputs: Tensor) -> Tensor:
+    return ((outputs >= 0) & (outputs <= 1 + 1e-3)).all()
+
+
+@torch.no_grad()
+def _are_probabilities(outputs: Tensor, labels: Tensor | None, loss: Tensor | None) -> bool:
+    """What the outputs of one batch are."""
+    if not may_be_probabilities(outputs) or outputs.shape[-1] > 1:
+        return may_be_probabilities(outputs)
+    losses = (math.nan, math.nan)
+    if labels is not None and loss is not None and loss.numel() == 1:
+        rows = (as_logits(outputs.detach(), probable).float().flatten(0, -2) for probable in (False, True))
+        first, second = (float(F.cross_entropy(row, labels.flatten(), ignore_index=IGNORED)) for row in rows)
+        losses = (first, second)
+    between = ((outputs > 0) & (outputs < 1)).sum()
+    return _nearest(losses, math.nan if loss is None else float(loss.mean()), otherwise=bool(between >= _ENOUGH))
+
+
+def _nearest(losses: tuple[float, float], loss: float, otherwise: bool) -> bool:
+    """Which of two losses, by its position, is the one that is known, if only one is."""
+    near = [math.isclose(each, loss, rel_tol=1e-2, abs_tol=1e-4) for each in losses]
+    return near[1] if near[0] != near[1] else otherwise
 
 
 def loss_doubt(nll: float, loss: float, where: str) -> str | None:

@@ -38,7 +38,8 @@ class RowScores:
     ) -> None:
         self.network = network
         self.shifted = shift if shift is not None else network is not None and is_shifted(network)
-        self._reader = LabelReader(labels, mask, self.shifted, ignore_index)
+        self.reader = LabelReader(labels, mask, self.shifted, ignore_index)
+        """What the network's outputs and the labels are."""
         self._known: Tensor | None = None
         self._tap = None if network is None else LogitTap(network)
         self._batch: Any = None
@@ -55,8 +56,11 @@ class RowScores:
         if self._tap is not None:
             self._tap.start(with_gradient=torch.is_grad_enabled())
 
-    def take(self) -> bool:
+    def take(self, loss: Tensor | None = None) -> bool:
         """After the step's forward pass. Returns whether this found logits that were not known before.
+
+        Args:
+            loss: Of the step.
 
         Raises:
             ValueError: If the network puts out no logits.
@@ -66,7 +70,7 @@ class RowScores:
         call = self._tap.take()
         if call is None:
             return False
-        logits, self._known = self._reader.read(self._batch, call[2])
+        logits, self._known = self.reader.read(self._batch, call[2], loss)
         self._logits = logits if self._known is None else by_position(logits, self._known)
         return True
 

@@ -218,6 +218,72 @@ def test_no_labels_that_fit():
     assert not any("calibration" in key for key in trainer.callback_metrics)
 
 
+class OneOutput(LossOnly):
+    """A network with one output, rising from batch to batch; the last batch is short."""
+
+    def __init__(self, probability=False, logs=True):
+        super().__init__()
+        self.probability, self.logs = probability, logs
+        self.net = nn.Sequential(nn.Linear(1, 1, bias=False), *([nn.Sigmoid()] if probability else []))
+        nn.init.ones_(self.net[0].weight)
+
+    def loss(self, batch):
+        of = nn.functional
+        loss = of.binary_cross_entropy if self.probability else of.binary_cross_entropy_with_logits
+        return loss(self.net(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        if self.logs:
+            self.log("val/loss", loss)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def train_dataloader(self):
+        x = torch.linspace(-2, 2, 43)[:, None]
+        return DataLoader(TensorDataset(x, (torch.arange(43) % 3 > 0).float()[:, None]), batch_size=8)
+
+    val_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize("logs", [True, False])
+@pytest.mark.parametrize("probability", [True, False])
+def test_all_batches_say_what_one_output_is(probability, logs):
+    model, trainer = fit([Calibration()], OneOutput(probability, logs), limit_val_batches=None)
+    x, y = model.val_dataloader().dataset.tensors
+    expected = nn.functional.binary_cross_entropy_with_logits(x, y)
+    assert float(trainer.callback_metrics["forge/calibration/nll"]) == pytest.approx(float(expected), rel=1e-5)
+    accuracy = ((x > 0) == (y > 0)).float().mean()
+    assert float(trainer.callback_metrics["forge/calibration/accuracy"]) == pytest.approx(float(accuracy))
+
+
+def test_the_logged_loss_says_what_one_output_between_0_and_1_is():
+    model = OneOutput()
+    nn.init.constant_(model.net[0].weight, 0.25)
+    model.net.insert(0, nn.ReLU())
+    _, trainer = fit([Calibration()], model, limit_val_batches=None)
+    assert float(trainer.callback_metrics["forge/calibration/nll"]) == pytest.approx(
+        float(trainer.callback_metrics["val/loss"]), rel=1e-5
+    )
+
+
+class SomeOdd(Sharp):
+    """The second batch has labels that are none."""
+
+    def validation_step(self, batch, batch_idx):
+        if batch_idx == 1:
+            batch[1].copy_(torch.arange(len(batch[1])))
+            self.net(batch[0])
+        else:
+            super().validation_step(batch, batch_idx)
+
+
+def test_batches_left_out_are_told():
+    with pytest.warns(UserWarning, match="batches of val data left out: 1, the last because the labels are no"):
+        fit([Calibration()], SomeOdd(), limit_val_batches=3)
+
+
 def test_bad_arguments_and_networks():
     with pytest.raises(ValueError, match=r"`Calibration\(num_bins=0\)` must be at least 1"):
         Calibration(num_bins=0)

@@ -15,7 +15,7 @@ from forge_lightning.functional.calibration import temperature_kl
 from forge_lightning.models import ForgeModule
 from tests.callbacks.test_self_model import GPT2, train
 from tests.callbacks.test_self_model import text as text  # a fixture
-from tests.contract.modules import LossOnly, Plain, Stateful, examples
+from tests.contract.modules import Binary, LossOnly, Plain, Stateful, examples
 from tests.contract.rows import fit, weights
 
 FIXED = {"bins": [(2.0, 2.0001)], "overlap": 0.0, "warmup_steps": 0}
@@ -337,6 +337,39 @@ def test_what_it_cannot_serve():
 
     with pytest.raises(MisconfigurationException, match="cannot work with FSDPStrategy: weights cannot be exchanged"):
         TemperatureCurriculum().setup(Fake(), nn.Identity(), "fit")
+
+
+class StartsAtZero(Binary):
+    """Puts out 0 before the first step."""
+
+    def __init__(self):
+        super().__init__()
+        nn.init.zeros_(self.net[3].weight)
+        nn.init.zeros_(self.net[3].bias)
+
+
+class TwoOutputs(StartsAtZero):
+    """The same as two logits, of which one is always 0."""
+
+    def __init__(self):
+        super().__init__()
+        self.net.append(Second())
+
+    def loss(self, batch):
+        return nn.functional.cross_entropy(self.net(batch[0]), (batch[1] > 0).long())
+
+
+class Second(nn.Module):
+    def forward(self, logit):
+        return torch.cat([torch.zeros_like(logit), logit], -1)
+
+
+def test_one_logit_that_starts_at_zero_trains_as_two_logits_do():
+    ours = [
+        weights(fit([TemperatureCurriculum(warmup_steps=0)], module, max_epochs=3)[0])
+        for module in (StartsAtZero, TwoOutputs)
+    ]
+    torch.testing.assert_close(*ours)
 
 
 def test_second_fit_of_one_instance_begins_afresh():

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from forge_lightning.components.labels import LabelReader, NoClassesError, loss_doubt
+from forge_lightning.components.labels import LabelReader, NoClassesError, OutputsOfPass, loss_doubt
 
 X = torch.randn(16, 3, generator=torch.Generator().manual_seed(0))
 Y = torch.randint(0, 3, (16,), generator=torch.Generator().manual_seed(1))
@@ -82,3 +82,86 @@ def test_loss_doubt_names_losses_that_differ_and_no_others():
     assert loss_doubt(0.776, 0.386, "val/loss is") is not None
     for nll, loss in ((2.3, 2.4), (0.05, 0.2), (1.0, 1.25), (float("nan"), 1.0), (1.0, float("inf"))):
         assert loss_doubt(nll, loss, "") is None
+
+
+ZERO_TO_ONE = torch.linspace(0.05, 0.95, 16)[:, None]
+SOME = torch.tensor([0, 1] * 8)
+
+
+def test_one_output_is_read_as_the_loss_of_the_step_reads_it():
+    as_logit = F.binary_cross_entropy_with_logits(ZERO_TO_ONE[:, 0], SOME.float())
+    as_probability = F.binary_cross_entropy(ZERO_TO_ONE[:, 0], SOME.float())
+    for loss in (as_logit, as_probability):
+        logits, found = LabelReader().read((X, SOME), ZERO_TO_ONE, loss)
+        torch.testing.assert_close(F.cross_entropy(logits, found), loss)
+    logits, found = LabelReader().read((X, SOME), ZERO_TO_ONE, torch.tensor(17.0))
+    torch.testing.assert_close(F.cross_entropy(logits, found), as_probability)
+
+
+@pytest.mark.parametrize("loss", [None, torch.tensor(0.6931)])
+def test_a_head_that_starts_at_zero_puts_out_logits(loss):
+    reader = LabelReader()
+    reader.read((X, SOME), torch.zeros(16, 1), loss)
+    assert torch.equal(reader.read((X, SOME), ZERO_TO_ONE, loss)[0][:, 1:], ZERO_TO_ONE)
+
+
+def test_one_output_outside_0_to_1_was_never_a_probability():
+    reader = LabelReader()
+    assert reader.read((X, SOME), ZERO_TO_ONE)[0][:, 0].any(), "logarithms of both"
+    restored = LabelReader()
+    restored.load_state_dict(reader.state_dict())
+    for each in (reader, restored):
+        assert torch.equal(each.read((X, SOME), ONE)[0][:, 1:], ONE)
+        assert torch.equal(each.read((X, SOME), ZERO_TO_ONE)[0][:, 1:], ZERO_TO_ONE)
+    assert reader.state_dict()["probabilities"] is False
+
+
+@torch.no_grad()
+def test_short_batches_of_one_output_are_read_as_training_was():
+    for outputs, loss in ((ZERO_TO_ONE, F.binary_cross_entropy), (ONE, F.binary_cross_entropy_with_logits)):
+        reader = LabelReader()
+        with torch.enable_grad():
+            reader.read((X, SOME), outputs)
+        logits, found = reader.read((X[:3], SOME[:3]), ZERO_TO_ONE[:3])
+        torch.testing.assert_close(F.cross_entropy(logits, found), loss(ZERO_TO_ONE[:3, 0], SOME[:3].float()))
+
+
+def test_outputs_of_a_pass_are_probabilities_only_if_all_can_be():
+    for last, expected in ((ZERO_TO_ONE, True), (torch.tensor([[1.2]]), False)):
+        outputs = OutputsOfPass()
+        for batch in (ZERO_TO_ONE[:3], ZERO_TO_ONE, last):
+            outputs.see(batch)
+        assert outputs.are_probabilities() is expected
+    few = OutputsOfPass()
+    few.see(ZERO_TO_ONE[:3])
+    assert not few.are_probabilities()
+    assert few.are_probabilities((0.5, 0.7), 0.7)
+    zero = OutputsOfPass()
+    zero.see(torch.zeros(100, 1))
+    assert not zero.are_probabilities()
+    many = OutputsOfPass()
+    assert many.see(X.softmax(-1))
+    assert many.are_probabilities()
+    assert not many.see(X)
+    assert not many.are_probabilities()
+
+
+@pytest.mark.parametrize(
+    ("labels", "outputs", "says"),
+    [
+        (2 * SOME - 1, ONE, "hold -1 and never 0, .* set `ignore_index=-1`"),
+        (Y + 1, X, "hold 3 and never 0, .* set `ignore_index=3`"),
+        (SOME + 1, ONE, "hold 2 and never 0"),
+    ],
+)
+def test_classes_that_are_not_counted_from_0_are_refused(labels, outputs, says):
+    with pytest.raises(NoClassesError, match=says):
+        LabelReader().read((X, labels), outputs)
+    ignored = int(labels.min()) if outputs is ONE and labels.min() < 0 else int(labels.max())
+    assert (LabelReader(ignore_index=ignored).classes((X, labels), outputs) == -100).any(), "said to be ignored"
+
+
+def test_a_batch_without_the_first_class_after_one_with_it_is_no_reason_to_refuse():
+    reader = LabelReader()
+    reader.classes((X, SOME), ONE)
+    assert (reader.classes((X, 2 * SOME - 1), ONE) == -100).sum() == 8
