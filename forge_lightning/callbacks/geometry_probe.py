@@ -6,6 +6,7 @@ import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from statistics import median
 from typing import Any, ClassVar, Literal, get_args
 
@@ -29,7 +30,9 @@ from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, loss_of_st
 from forge_lightning.components.activation_tap import ActivationTap, BatchFields, Positions, field_of
 from forge_lightning.components.change_detector import Change, ChangeDetector, LossHealth
 from forge_lightning.components.intrinsic_dimension import check_estimators, estimate, quantities
+from forge_lightning.components.kept_state import buffers_kept, generators_kept
 from forge_lightning.components.layers import select_layers
+from forge_lightning.components.step_log import muted
 from forge_lightning.protocols import SupportsProbe
 
 _MOST_EVENTS = 1000
@@ -72,8 +75,9 @@ class GeometryProbe(ForgeCallback):
             "skdim:MLE" and the like for an estimator of scikit-dimension.
         source: "batch" taps the training batches of one optimizer step, and takes the points that they have. "train"
             and "val" take examples drawn once from that data set, and run them in evaluation mode: an extra forward
-            pass. "auto" is "batch" where a step has ``num_points``, else "train" where the module has a ``forward`` and
-            its loader draws from a data set; else "batch", with a warning.
+            pass, of which nothing is logged, and after which buffers and random generators are as they were. "auto" is
+            "batch" where a step has ``num_points``, else "train" where the module has a ``forward`` and its loader
+            draws from a data set; else "batch", with a warning.
         positions: Which tokens count: "labelled" those with a label, "last" the last one, "all"; "auto" is "labelled"
             where the batch has labels for each token. Padding never counts.
         unique_tokens: Take each token at most once in a probe.
@@ -502,12 +506,18 @@ class GeometryProbe(ForgeCallback):
             warnings.warn(f"GeometryProbe: {message}. NaN is logged. This is said once.", stacklevel=2)
 
     def _run_held_out(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Examples drawn once, in evaluation mode: activations are the only thing that comes of it."""
+        """Take examples that are always the same, in evaluation mode."""
         assert self._tap is not None
         begun = time.perf_counter()
         was_training = [(module, module.training) for module in pl_module.modules()]
         share = self._share(trainer)
-        with isolate_rng(), torch.no_grad():
+        loader = self._held_out_loader(trainer)
+        with ExitStack() as stack:  # activations come of it, and nothing else
+            stack.enter_context(isolate_rng())
+            stack.enter_context(generators_kept(loader))
+            stack.enter_context(buffers_kept(pl_module))
+            stack.enter_context(muted(trainer, pl_module))
+            stack.enter_context(torch.no_grad())
             pl_module.eval()
             try:
                 for number, batch in enumerate(self._held_out_batches(trainer)):
@@ -528,12 +538,15 @@ class GeometryProbe(ForgeCallback):
                     module.training = training
         self._tap.seconds = time.perf_counter() - begun
 
-    def _held_out_batches(self, trainer: Trainer) -> Iterator[Any]:
+    def _held_out_loader(self, trainer: Trainer) -> Any:
         loader: Any = trainer.val_dataloaders if self.source == "val" else trainer.train_dataloader
         if loader is None and self.source == "val":  # before the first validation
             trainer.fit_loop.epoch_loop.val_loop.setup_data()
             loader = trainer.val_dataloaders
-        loader = loader[0] if isinstance(loader, list | tuple) and loader else loader
+        return loader[0] if isinstance(loader, list | tuple) and loader else loader
+
+    def _held_out_batches(self, trainer: Trainer) -> Iterator[Any]:
+        loader = self._held_out_loader(trainer)
         if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset):
             raise MisconfigurationException(
                 f"`GeometryProbe(source={self.source!r})` draws from a DataLoader over a data set with a length, and"

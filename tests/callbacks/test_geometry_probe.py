@@ -1,16 +1,19 @@
 import json
 import math
 import os
+import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, SequentialSampler, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
 
 from forge_lightning.callbacks import GeometryProbe, RNGState
 from forge_lightning.components.intrinsic_dimension import estimate
@@ -332,6 +335,55 @@ def test_a_held_out_probe_leaves_training_as_it_was():
     plain, _ = fit([], Random, max_epochs=2)
     _, _, observed = probed(Random, source="train", trainer={"max_epochs": 2})
     assert torch.equal(weights(plain), weights(observed))
+
+
+class _Noisy(Dataset):
+    """Draws from generators of its own, one of them in a list of transforms."""
+
+    def __init__(self):
+        self.own = torch.Generator().manual_seed(0)
+        self.transforms = [SimpleNamespace(random=np.random.default_rng(0)), SimpleNamespace(random=random.Random(0))]
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        noise = [transform.random.random() for transform in self.transforms]
+        return torch.randn(8, generator=self.own) + sum(noise), index % 2
+
+
+class LeavesTraces(Plain):
+    """Logs and counts in `forward`."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("last", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.last = x.mean()
+        self.log("in training" if self.training else "of the probe", x.mean())
+        return self.net(x)
+
+    def loss(self, batch):
+        return nn.functional.cross_entropy(self(batch[0]), batch[1])
+
+    def train_dataloader(self):
+        return DataLoader(_Noisy(), batch_size=8)
+
+
+@pytest.mark.parametrize("source", ["train", "auto"])
+def test_a_held_out_probe_undoes_what_forward_and_data_set_leave(source):
+    options = {"max_epochs": 2, "limit_val_batches": 0}
+    plain, _ = fit([], LeavesTraces, **options)
+    logged, _, observed = probed(LeavesTraces, source=source, trainer=options)
+    assert any(values["forge/geometry/net.0/num_points"] == 32 for values in logged.values()), "it has run examples"
+    assert torch.equal(weights(plain), weights(observed))
+    assert torch.equal(plain.calls, observed.calls)
+    assert torch.equal(plain.last, observed.last)
+    assert "in training" in observed.trainer.callback_metrics
+    assert "of the probe" not in observed.trainer.callback_metrics
 
 
 def test_a_held_out_probe_says_what_it_needs():
