@@ -15,7 +15,6 @@ from forge_lightning.components.edge_controller import ItemTracker, SkillTracker
 from forge_lightning.protocols import SupportsChoice, SupportsDifficulty, SupportsOutcomes
 
 _SMOOTHING = 128  # outcomes that the logged success rate is a mean of, about
-_IMPOSSIBLE = -1e4  # log-likelihood of an answer whose probability is 0
 
 
 class EdgeController(ForgeCallback):
@@ -350,7 +349,6 @@ class EdgeController(ForgeCallback):
             if self.soft:
                 possible = (values <= 1e-4) | np.isnan(values)  # NaN: an example without labels
                 self._require(values, possible.all(), "log-likelihoods are at most 0")
-                values = np.where(np.isneginf(values), _IMPOSSIBLE, values)
             elif self.loss_threshold is None:
                 right = ((values > -1e-4) & (values < 1 + 1e-4))[np.isfinite(values)].all()
                 self._require(values, right, "success is in [0, 1]; for a loss set `loss_threshold`")

@@ -17,6 +17,9 @@ Integers = NDArray[np.int64]
 _LEAST_LOG_SLOPE = -1.2  # flatter, and slips on easy examples would make hard ones look within reach
 _MOST_AIMED = 4096  # items that the aim is computed from
 _WIDEST_AIM = 6.0  # logits that the aim may be away from the target
+_OFF = 4.0  # standard deviations beside the others from which on an outcome tells the skill nothing more
+_FEW = 8  # outcomes at least that "the others" are
+_LEAST_LOG = -20.0  # logarithm of a probability of 0, where no other outcome was less likely
 _UNITS = 10.0  # a range of difficulties is ten units wide, whatever it is called outside
 
 
@@ -259,6 +262,8 @@ class ItemTracker:
         self._cov = np.diag([4.0, *[1.0] * count])
         self._own = np.zeros(len(x))
         self._own_variance = np.full(len(x), self.item_variance)
+        self._least = _LEAST_LOG  # of all outcomes
+        self._recent: list[float] = []  # how far off the last were
 
     @property
     def skill(self) -> float:
@@ -318,19 +323,24 @@ class ItemTracker:
         return _sigmoid(self._logits()[np.asarray(arms, dtype=np.int64)])
 
     def update(self, arms: Any, success: Any, soft: bool = False, is_log: bool = False) -> None:
-        """Learn from outcomes; those that are not finite are left out.
+        """Learn from outcomes; those that are NaN are left out.
 
         Args:
             arms: Items, ``(B,)``.
-            success: 0 or 1 for each, or, with ``soft``, the probability of the right answer.
-            soft: Take logits of ``success`` as observed, with noise of variance 1.
+            success: 0 or 1 for each, or, with ``soft``, the probability of the right answer. One of 0 counts as the
+                least of all so far.
+            soft: Take logits of ``success`` as observed, with noise of variance 1. What is far from the other outcomes
+                tells of its item alone.
             is_log: With ``soft``, ``success`` holds logarithms of probabilities, at most 0.
         """
         i, y = np.asarray(arms, dtype=np.int64), np.asarray(success, dtype=float)
+        if soft:
+            with np.errstate(divide="ignore"):
+                y = y if is_log else np.log(y)
+            self._least = min(self._least, float(np.min(y, where=np.isfinite(y), initial=0.0)))
+            y = _logit_of_log(np.where(np.isneginf(y), self._least, y))
         there = np.isfinite(y)
         i, y = i[there], y[there]
-        if soft:
-            y = _logit_of_log(y if is_log else np.log(np.maximum(y, np.finfo(float).tiny)))
         self._own_variance = np.minimum(self._own_variance + self.item_drift, self.item_variance)
         if not len(i):
             return
@@ -341,18 +351,24 @@ class ItemTracker:
         predicted = design @ self._mean + self._own[i]
         if soft:
             noise, residual = np.ones(len(i)) / counts, y - predicted
+            self._recent = [*self._recent, *residual.tolist()][-max(_FEW, len(residual)) :]
+            usual = float(np.median(self._recent))
+            self._recent = self._recent[-_FEW:]
         else:
             p = _sigmoid(predicted)
             weight = np.maximum(p * (1 - p), 0.02)
             noise, residual = 1 / (weight * counts), (np.clip(y, 1e-6, 1 - 1e-6) - p) / weight
         own = noise + self._own_variance[i]
+        shared = residual  # what the skill is told
+        if soft:  # an answer that is all but impossible tells of its item, not of the others
+            shared = usual + np.clip(residual - usual, -_OFF * np.sqrt(own), _OFF * np.sqrt(own))
         unit = 1 / own
         toward = design.T @ unit
-        if float(residual @ unit) ** 2 > self.surprise**2 * float(toward @ cov @ toward + unit.sum()):
+        if float(shared @ unit) ** 2 > self.surprise**2 * float(toward @ cov @ toward + unit.sum()):
             cov[0, 0] += 2.0
         # In the form of the few shared numbers, not of the many items.
         cov = np.linalg.inv(np.linalg.inv(cov) + (design.T * unit) @ design)
-        step = cov @ (design.T @ (unit * residual))
+        step = cov @ (design.T @ (unit * shared))
         longest = math.inf if soft else 2.0  # a linearised outcome tells little far from where it was linearised
         self._mean = self._mean + np.clip(step, -longest, longest)
         self._cov = (cov + cov.T) / 2
@@ -371,6 +387,8 @@ class ItemTracker:
             "cov": self._cov.tolist(),
             "own": self._own.tolist(),
             "own_variance": self._own_variance.tolist(),
+            "least": self._least,
+            "recent": list(self._recent),
             "rng": self._rng.bit_generator.state,
         }
 
@@ -384,6 +402,7 @@ class ItemTracker:
             raise ValueError(f"The state is of {len(state['own'])} items, and there are {len(self._own)}.")
         self._mean, self._cov = np.array(state["mean"]), np.array(state["cov"])
         self._own, self._own_variance = np.array(state["own"]), np.array(state["own_variance"])
+        self._least, self._recent = state.get("least", _LEAST_LOG), list(state.get("recent", []))
         self._rng.bit_generator.state = state["rng"]
 
 

@@ -135,6 +135,34 @@ def test_soft_outcomes_tell_items_apart_however_unlikely(nats):
         assert np.corrcoef(*ranks)[0, 1] > 0.85
 
 
+@pytest.mark.parametrize("size", [1, 2, 8])
+@pytest.mark.parametrize("odd", [-100.0, -1e4, -np.inf])
+def test_one_answer_that_is_all_but_impossible_tells_of_its_item_alone(odd, size):
+    rng = np.random.default_rng(0)
+    loss = rng.uniform(0.02, 3, 200)
+    tracker, means = ItemTracker(np.zeros((200, 0)), seed=0), []
+    for step in range(400):
+        arms = tracker.propose(size)
+        found = -loss[arms]
+        if step == 100:
+            skill, before, found[0] = tracker.skill, tracker._logits()[arms[0]], odd
+        tracker.update(arms, found, soft=True, is_log=True)
+        if step == 100:
+            assert tracker.skill == pytest.approx(skill, abs=4), "not by 100"
+            assert tracker._logits()[arms[0]] < before - 1
+        means.append(np.exp(-loss[arms]).mean())
+    assert np.mean(means[101:]) == pytest.approx(0.65, abs=0.06)
+
+
+def test_soft_outcomes_that_are_all_unlikely_move_the_skill():
+    rng = np.random.default_rng(0)
+    tracker = ItemTracker(np.zeros((100, 0)), seed=0)
+    for _ in range(20):
+        arms = tracker.propose(8)
+        tracker.update(arms, -3000 + rng.normal(size=8), soft=True, is_log=True)
+    assert tracker.skill == pytest.approx(-3000, abs=300)
+
+
 def test_features_get_their_weights():
     """The second of two features is what makes items hard, and low values of it do."""
     rng = np.random.default_rng(0)
