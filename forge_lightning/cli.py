@@ -36,6 +36,7 @@ from forge_lightning.data.tokens import TokenDataModule
 from forge_lightning.models.forge_module import refuse_config, refuse_pretrained
 from forge_lightning.models.optimizers import optimizer_config
 
+_MERGE = "tag:yaml.org,2002:merge"
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 
@@ -89,7 +90,11 @@ def resolve_configs(argv: Sequence[str]) -> list[str]:
 
 
 def _resolve(value: str) -> str:
-    return value if ":" in value and "\n" in value else str(find_config(value))
+    return value if _is_inline(value) else str(find_config(value))
+
+
+def _is_inline(value: str) -> bool:
+    return ":" in value and "\n" in value
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -218,13 +223,16 @@ def refuse_cut_off(path: Path) -> None:
         raise MisconfigurationException(f"The checkpoint {path} is {state}. Name another one.")
 
 
-def refuse_doubled_keys(files: Sequence[Path]) -> None:
+def refuse_doubled_keys(argv: Sequence[str]) -> None:
     """Raise if a config says one thing twice: the parser takes the last, and drops the first without a word."""
-    for path in files:
+    for name in _configs(argv):
+        path = "--config"
         try:
-            node = yaml.compose(path.read_text(), Loader=yaml.SafeLoader)
-        except (yaml.YAMLError, UnicodeDecodeError):
-            continue  # which the parser explains
+            if not _is_inline(name):
+                path, name = str(find_config(name)), find_config(name).read_text()
+            node = yaml.compose(name, Loader=yaml.SafeLoader)
+        except (MisconfigurationException, OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
+            continue  # which is explained where it is read
         waiting, seen = [node], set()
         while waiting:
             node = waiting.pop()
@@ -234,16 +242,18 @@ def refuse_doubled_keys(files: Sequence[Path]) -> None:
             if isinstance(node, yaml.SequenceNode):
                 waiting += node.value
             elif isinstance(node, yaml.MappingNode):
-                first: dict[str, int] = {}
+                first: dict[tuple[str, str], int] = {}
                 for key, value in node.value:
-                    line = key.start_mark.line + 1
-                    if key.value in first:
+                    waiting += [key, value]
+                    if not isinstance(key, yaml.ScalarNode) or key.tag == _MERGE:
+                        continue
+                    line, said = key.start_mark.line + 1, (key.tag, key.value)
+                    if said in first:
                         raise MisconfigurationException(
-                            f"{path}, line {line}: `{key.value}` was set in line {first[key.value]} already. Keep one"
-                            " of the two."
+                            f"{path}, line {line}: `{key.value}` was set in line {first[said]} already. Keep one of"
+                            " the two."
                         )
-                    first[str(key.value)] = line
-                    waiting.append(value)
+                    first[said] = line
 
 
 def refuse_missing_files(datamodule: Any, *splits: str) -> None:
@@ -312,7 +322,7 @@ def check(argv: Sequence[str]) -> int:
         print("usage: forge-fit check CONFIG [--config CONFIG ...] [arguments as for fit]\n\n" + (check.__doc__ or ""))
         return 0 if argv else 2
     named = argv[0].split("=")[0] in ("--config", "-c")  # as `fit` takes it
-    refuse_doubled_keys(_config_files(["check", *argv]))
+    refuse_doubled_keys(["check", *argv])
     cli = _CheckCLI(["fit", *resolve_configs([*(() if named else ("--config",)), *argv])])
     trainer = cli.config_init["fit"]["trainer"]
     if isinstance(cli.datamodule, data.CodeTasks):
@@ -382,12 +392,16 @@ def _refuse_names(settings: Any) -> None:
     }
     for name, values in known.items():
         value = settings.get(name)
-        if isinstance(value, str) and value not in values:
+        if isinstance(value, str) and (value if name == "accelerator" else value.lower()) not in values:
             close = get_close_matches(value, values) or sorted(set(values))
             raise MisconfigurationException(f"`--trainer.{name}={value}` is unknown to Lightning. Close: {close}.")
     for name in ("devices", "num_nodes", "accumulate_grad_batches"):
         value = settings.get(name)
-        if value in (0, "0") or (isinstance(value, int) and value < (-1 if name == "devices" else 1)):
+        if name == "devices" and isinstance(value, str) and value != "auto":
+            if not re.fullmatch(r"\s*-?\d+\s*|[\d\s,]*\d[\d\s,]*", value):
+                raise MisconfigurationException(f'`--trainer.devices={value}` must be a number, "0, 2", or "auto".')
+            value = value if "," in value else int(value)
+        if isinstance(value, int) and (value == 0 or value < (-1 if name == "devices" else 1)):
             raise MisconfigurationException(f"`--trainer.{name}={value}` must be at least 1.")
 
 
@@ -622,14 +636,22 @@ def parser_error(message: str, argv: Sequence[str] = ()) -> str:
 
 def _config_files(argv: Sequence[str]) -> list[Path]:
     """The config files that a command line names."""
-    files, expect = [], argv[:1] == ["check"]
+    files = []
+    for name in _configs(argv):
+        with suppress(MisconfigurationException, OSError):  # none of that name; inline YAML
+            files.append(find_config(name))
+    return files
+
+
+def _configs(argv: Sequence[str]) -> list[str]:
+    """What a command line says after `--config`."""
+    said, expect = [], argv[:1] == ["check"]
     for argument in argv[1:]:
         named = argument.startswith(("--config=", "-c="))
         if named or (expect and not argument.startswith("-")):
-            with suppress(MisconfigurationException, OSError):  # none of that name; inline YAML
-                files.append(find_config(argument.partition("=")[2] if named else argument))
+            said.append(argument.partition("=")[2] if named else argument)
         expect = argument in ("--config", "-c")
-    return files
+    return said
 
 
 def _is_no_yaml(path: Path) -> bool:
@@ -685,7 +707,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         variable = f"FORGE_{argv[0].upper()}__CONFIG"
         if variable in os.environ:
             os.environ[variable] = _resolve(os.environ[variable])
-        refuse_doubled_keys(_config_files(argv))
+            refuse_doubled_keys([argv[0], "--config", os.environ[variable]])
+        refuse_doubled_keys(argv)
         # In `sys.argv`, because that is what a strategy's launcher runs again in its other processes.
         sys.argv[1:] = resolve_configs(argv)
         ForgeCLI()

@@ -14,7 +14,7 @@ import torch
 import yaml
 
 from forge_lightning import callbacks, models
-from forge_lightning.cli import config_folders, main, refuse_optimizer, shipped_configs
+from forge_lightning.cli import config_folders, main, refuse_doubled_keys, refuse_optimizer, shipped_configs
 from tests import processes
 from tests.models.test_forge_module import word_tokenizer
 
@@ -734,6 +734,8 @@ def test_a_misspelt_monitor_and_overfitting_made_examples_are_explained(capsys, 
         ("--trainer.strategy=dpp", r"strategy=dpp` is unknown to Lightning. Close: \['ddp'"),
         ("--trainer.profiler=simpel", r"profiler=simpel` is unknown to Lightning. Close: \['simple'"),
         ("--trainer.devices=0", r"devices=0` must be at least 1"),
+        ("--config=trainer:\n  devices: '-2'", r"devices=-2` must be at least 1"),
+        ("--trainer.devices=two", r"devices=two` must be a number, \"0, 2\", or \"auto\""),
         ("--trainer.accumulate_grad_batches=0", r"accumulate_grad_batches=0` must be at least 1"),
     ],
 )
@@ -741,10 +743,47 @@ def test_check_knows_what_no_trainer_takes(capsys, small_config, option, says):
     assert re.search(says, explained(capsys, "check", str(small_config), option))
 
 
-def test_a_key_that_stands_twice_is_refused(capsys, small_config):
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--trainer.profiler=Simple",
+        "--trainer.strategy=DDP",
+        "--config=trainer:\n  devices: '-1'",
+        "--trainer.devices=0, 2",
+        "--config=trainer:\n  devices: '2'",
+        "--trainer.devices=auto",
+    ],
+)
+def test_check_takes_what_lightning_takes(small_config, option):
+    assert main(["check", str(small_config), option]) == 0
+
+
+def test_a_key_that_stands_twice_is_refused(capsys, small_config, monkeypatch):
     small_config.write_text(SMALL + "trainer: {max_steps: 3}\n")
     for command in (("check", "b.yaml"), ("fit", "--config", "b.yaml")):
         assert "b.yaml, line 5: `trainer` was set in line 4 already" in explained(capsys, *command)
+    inline = explained(capsys, "fit", "--config", small_config.read_text())
+    assert "--config, line 5: `trainer` was set in line 4 already" in inline
+    monkeypatch.setenv("FORGE_FIT__CONFIG", "b.yaml")
+    assert "b.yaml, line 5: `trainer` was set in line 4 already" in explained(capsys, "fit")
+
+
+def test_keys_that_only_look_alike_are_taken(tmp_path):
+    texts = {
+        "merged twice": "a: &a {x: 1}\nb: &b {y: 2}\nc:\n  <<: *a\n  <<: *b\n",
+        "a number and its name": "x:\n  1: a\n  '1': b\n",
+        "keys of several parts": "? [a, b]\n: 1\n? [a, c]\n: 2\n",
+        "deep": "[" * 3000,
+    }
+    for text in texts.values():
+        (tmp_path / "some.yaml").write_text(text)
+        refuse_doubled_keys(["fit", "--config", str(tmp_path / "some.yaml")])
+
+
+def test_a_config_that_is_nested_too_deep_is_explained(capsys, small_config):
+    small_config.write_text("[" * 3000)
+    for command in (("check", "b.yaml"), ("fit", "--config", "b.yaml")):
+        assert "b.yaml" in explained(capsys, *command)
 
 
 def test_without_a_logger_a_config_in_the_working_directory_stays(tmp_path, small_config):
