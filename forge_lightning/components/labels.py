@@ -96,7 +96,7 @@ class LabelReader:
         if labels is not None:
             labels = self._classes(labels, outputs, one_output)
         if labels is not None:
-            labels = self._without_ignored(labels, 2 if one_output else outputs.shape[-1], look)
+            labels = self._without_ignored(labels, outputs.shape[-1], look)
         return labels
 
     def logits(self, outputs: Tensor, probable: bool | None = None) -> Tensor:
@@ -144,25 +144,27 @@ class LabelReader:
             labels = labels.squeeze(-1)
         return labels
 
-    def _without_ignored(self, labels: Tensor, num_classes: int, look: bool) -> Tensor:
+    def _without_ignored(self, labels: Tensor, num_outputs: int, look: bool) -> Tensor:
+        num_classes = max(2, num_outputs)
         if self.ignore_index is not None:
             labels = labels.masked_fill(labels == self.ignore_index, IGNORED)
         outside = ((labels < 0) | (labels >= num_classes)) & (labels != IGNORED)
         if look:
-            self._refuse_outside(labels, outside, num_classes)
+            self._refuse_outside(labels, outside, num_outputs)
         return labels.masked_fill(outside, IGNORED)
 
-    def _refuse_outside(self, labels: Tensor, outside: Tensor, num_classes: int) -> None:
-        values = labels[outside].unique().tolist()
-        if len(values) > 1:
+    def _refuse_outside(self, labels: Tensor, outside: Tensor, num_outputs: int) -> None:
+        values, num_classes = labels[outside].unique().tolist(), max(2, num_outputs)
+        if len(values) > 1 or (num_outputs == 1 and values == [2]):  # counts, and no two classes
             raise NoClassesError(
-                f"the labels are no classes below {num_classes}, the network's number of outputs: they hold"
-                f" {values[:4]}. Name the labels with `labels`, the part that returns logits with `network`."
+                f"the labels are no classes below {num_classes}, as the network has {num_outputs} outputs: they hold"
+                f" {values[:4]}. Name the labels with `labels`, the part that returns logits with `network`, and"
+                " what the loss ignores with `ignore_index`."
             )
         self._saw_first_class = self._saw_first_class or bool((labels == 0).any())
         if not values or self._saw_first_class:
             return
-        signs = values == [-1] and num_classes == 2
+        signs = values == [-1] and num_outputs <= 2
         if signs or (values == [num_classes] and int((labels != IGNORED).sum()) >= _EACH * num_classes):
             raise NoClassesError(
                 f"the labels hold {values[0]} and never 0, as those of classes -1 and 1 do, and those counted from 1."
