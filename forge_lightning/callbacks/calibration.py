@@ -2,7 +2,9 @@
 
 import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,10 +13,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, run_directory
+from forge_lightning.callbacks.base import ForgeCallback, is_dev_run, loss_of_step, run_directory
 from forge_lightning.components.calibration import CalibrationMetric, FittedTemperature
 from forge_lightning.components.labels import (
     LabelReader,
+    MiscountedError,
     NoClassesError,
     OutputsOfPass,
     as_logits,
@@ -31,6 +34,9 @@ from forge_lightning.components.logit_tap import (
 )
 from forge_lightning.components.stage_classifier import VAL_LOSS
 
+_LOSSES = re.compile("loss|bce|nll|entropy", re.IGNORECASE)
+"""Names of metrics that may be the mean cross-entropy."""
+
 
 class Calibration(ForgeCallback):
     """Measure calibration on validation and test data, and fit the temperature that would make it best.
@@ -41,8 +47,9 @@ class Calibration(ForgeCallback):
     it. The bins of the reliability diagram are kept in ``calibration.json`` in the run directory.
 
     Reads: logits and labels; probabilities in place of logits, and one logit for two classes, are taken for what they
-    are. Whether the one output of a network is a logit or a probability is said by all of a pass, and by the logged
-    validation loss. A warning says where the cross-entropy is far from that loss.
+    are. Whether the one output of a network is a logit or a probability is said by what computes it in training, else
+    by the losses that the module returns or logs, else by all outputs of a pass. A warning says where the cross-entropy
+    is far from the logged validation loss.
     Changes: nothing.
     Logs: after validation and testing ``forge/calibration/nll`` (nats), ``forge/calibration/ece`` (expected calibration
     error), ``forge/calibration/brier``, ``forge/calibration/accuracy``, ``forge/calibration/entropy`` (nats),
@@ -98,6 +105,7 @@ class Calibration(ForgeCallback):
         self.network, self.labels, self.shift, self.ignore_index = network, labels, shift, ignore_index
         self.fitted_temperature = math.nan
         self._seen_batch = False
+        self._in_training: bool | None = None  # whether the outputs of training are probabilities
         self._tap: LogitTap | None = None
         self._reader = LabelReader()
         self._why_not = ""  # why nothing is measured
@@ -105,6 +113,8 @@ class Calibration(ForgeCallback):
         self._meters: dict[bool, _Meters] = {}  # of outputs taken as logits, and as probabilities
         self._outputs = OutputsOfPass()
         self._left_out = 0
+        self._is_miscounted = False
+        self._returned = [0.0, 0.0]  # sum of the losses that the steps return, and of their labels
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attach(pl_module)  # before the network is compiled
@@ -114,10 +124,25 @@ class Calibration(ForgeCallback):
         if self._seen_batch:
             return
         self._seen_batch = True
+        if self._tap is not None:
+            self._tap.start(with_gradient=True)
         try:
             given_labels(batch, self.labels)
         except ValueError as error:
             self.warn_once(f"{error} That is a training batch; if those of validation are alike, nothing is measured.")
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Of the first batch: what its outputs are."""
+        if self._tap is None or not self._tap.is_active:
+            return
+        with suppress(ValueError):  # which validation tells
+            call = self._tap.take()
+            if call is not None:
+                self._reader.read(batch, call[2], loss_of_step(trainer, outputs))
+                self._in_training = self._reader.are_probabilities
+        self._tap.stop()
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
@@ -163,6 +188,8 @@ class Calibration(ForgeCallback):
             rows, labels = predicted_rows(call[2], labels, None, self._shifted)
         except NoClassesError as error:
             self._why_not = str(error).rstrip(".")
+            if isinstance(error, MiscountedError):  # as were those of the batches before
+                self._is_miscounted = True
             return
         except ValueError as error:
             if not measures:
@@ -175,6 +202,9 @@ class Calibration(ForgeCallback):
             self._why_not = "the batch has no labels of the usual names, or not one class for each"
             return
         self._left_out -= 1
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self._returned = [self._returned[0] + len(labels) * float(loss), self._returned[1] + len(labels)]
         for as_probabilities, meters in self._meters.items():
             if probable or not as_probabilities:
                 meters.update(as_logits(rows, as_probabilities), labels)
@@ -211,13 +241,14 @@ class Calibration(ForgeCallback):
 
     def reset(self) -> None:
         super().reset()
-        self.fitted_temperature = math.nan
+        self.fitted_temperature, self._in_training = math.nan, None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"fitted_temperature": self.fitted_temperature}
+        return {"fitted_temperature": self.fitted_temperature, "probabilities": self._in_training}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.fitted_temperature = state_dict["fitted_temperature"]
+        self._in_training = state_dict.get("probabilities")
 
     def _attach(self, pl_module: LightningModule) -> None:
         self._leave()
@@ -233,7 +264,8 @@ class Calibration(ForgeCallback):
     def _begin(self, pl_module: LightningModule) -> None:
         if self._tap is None:
             self._attach(pl_module)
-        self._outputs, self._left_out = OutputsOfPass(), 0
+        self._outputs, self._left_out, self._returned = OutputsOfPass(), 0, [0.0, 0.0]
+        self._is_miscounted = False
         self._meters = {
             kind: _Meters(self.fitted_temperature, self.num_bins, self.max_rows, pl_module.device)
             for kind in (False, True)
@@ -244,16 +276,23 @@ class Calibration(ForgeCallback):
         if not self._meters:
             return None
         meters, self._meters = self._meters, {}
-        logged = _logged_loss(trainer) if split == "val" else math.nan
         if trainer.world_size > 1:
             for kind in meters.values():
                 kind.sum_over_processes(lambda t: trainer.strategy.reduce(t, reduce_op="sum"))
             device = trainer.strategy.root_device
             self._outputs.sum_over_processes(lambda t: trainer.strategy.reduce(t, reduce_op="sum"), device)
-            logged = float(trainer.strategy.reduce(torch.tensor(logged, device=device), reduce_op="mean"))
-        chosen = meters[self._outputs.are_probabilities((meters[False].nll, meters[True].nll), logged)]
+            miscounted = trainer.strategy.reduce_boolean_decision(self._is_miscounted, all=False)
+        else:
+            miscounted = self._is_miscounted
+        logged = trainer.callback_metrics.items()
+        said = [float(value) for name, value in logged if _LOSSES.search(name) and not name.startswith("train")]
+        if self._returned[1]:
+            said.append(self._returned[0] / self._returned[1])
+        losses = meters[False].nll, meters[True].nll
+        probable = self._outputs.are_probabilities(losses, said, self._in_training)
+        chosen = meters[bool(trainer.strategy.broadcast(probable))]
         plain, fitted, fit = chosen.plain, chosen.fitted, chosen.fit
-        if plain.is_empty:
+        if plain.is_empty or miscounted:
             why = self._why_not or "no label counts"
             self.warn_once(
                 f'nothing is measured on {split} data: {why}. Name the labels with `labels` ("input_ids" where all'

@@ -263,7 +263,7 @@ class ItemTracker:
         self._own = np.zeros(len(x))
         self._own_variance = np.full(len(x), self.item_variance)
         self._least = _LEAST_LOG  # of all outcomes
-        self._recent: list[float] = []  # how far off the last were
+        self._recent = [0.0] * (_FEW // 2)  # how far off the last were
 
     @property
     def skill(self) -> float:
@@ -338,9 +338,11 @@ class ItemTracker:
             with np.errstate(divide="ignore"):
                 y = y if is_log else np.log(y)
             self._least = min(self._least, float(np.min(y, where=np.isfinite(y), initial=0.0)))
-            y = _logit_of_log(np.where(np.isneginf(y), self._least, y))
+            y = np.where(np.isneginf(y), self._least, y)
         there = np.isfinite(y)
         i, y = i[there], y[there]
+        if soft:
+            y = _logit_of_log(y)
         self._own_variance = np.minimum(self._own_variance + self.item_drift, self.item_variance)
         if not len(i):
             return
@@ -402,7 +404,7 @@ class ItemTracker:
             raise ValueError(f"The state is of {len(state['own'])} items, and there are {len(self._own)}.")
         self._mean, self._cov = np.array(state["mean"]), np.array(state["cov"])
         self._own, self._own_variance = np.array(state["own"]), np.array(state["own_variance"])
-        self._least, self._recent = state.get("least", _LEAST_LOG), list(state.get("recent", []))
+        self._least, self._recent = state.get("least", _LEAST_LOG), list(state.get("recent", self._recent))
         self._rng.bit_generator.state = state["rng"]
 
 

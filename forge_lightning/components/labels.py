@@ -1,7 +1,7 @@
 """What a batch's labels and a network's outputs mean: one place for every callback that compares them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,10 +16,22 @@ _ENOUGH = 8
 """Single outputs between 0 and 1, with none outside, that are probabilities, not logits by chance."""
 _EACH = 4
 """Labels for each class, from which on a class that is missing is missing for a reason."""
+_SQUASHES = ("SigmoidBackward", "SoftmaxBackward")
+_LINEAR = ("AddmmBackward", "MmBackward", "BmmBackward", "LinearBackward", "ConvolutionBackward", "MvBackward")
+_PASSES = (
+    "View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "ToCopy", "Select", "Slice", "Transpose", "Permute",
+    "T", "Clone", "Alias", "Clamp", "ClampMin", "ClampMax", "Expand", "Index", "Split", "Unbind",
+    "BackwardHookFunction",
+)  # fmt: skip
+"""Operations, by autograd's names, that leave a logit a logit and a probability a probability."""
 
 
 class NoClassesError(ValueError):
     """Labels or outputs that are not of classes, as those of a regression."""
+
+
+class MiscountedError(NoClassesError):
+    """Labels of classes that are not counted from 0."""
 
 
 class LabelReader:
@@ -28,9 +40,10 @@ class LabelReader:
     Integer and boolean labels of any width are classes. Of a network with one output, labels of 0 and 1, also as
     floats, are two classes, and the output is the logit of the second. Labels that the loss ignores are -100,
     ``ignore_index``, and any one number that is no class, as -1 or 255: no cross-entropy takes it. Outputs that are
-    probabilities are taken by their logarithms. One output of a training step says little of what it is: the reading at
-    which the cross-entropy is the step's own loss, else probabilities where at least eight lie between 0 and 1, and
-    none outside; the first that does ends that.
+    probabilities are taken by their logarithms: what a sigmoid or softmax returns, and what no linear layer returns and
+    lies in [0, 1], with rows that add up to 1. Of one output whose origin is not known, as of a compiled network, the
+    reading at which the cross-entropy is the step's own loss, else probabilities where at least eight lie between 0 and
+    1, and none outside; the first that does ends that.
 
     Args:
         labels: Key or position of the labels in a batch, "auto", or ``None`` for none.
@@ -50,6 +63,12 @@ class LabelReader:
         self._probable: bool | None = None  # whether outputs in training are probabilities
         self._inside: Tensor | None = None  # and none of one output has been outside [0, 1] since
         self._saw_first_class = False
+        self._num_seen = 0
+
+    @property
+    def are_probabilities(self) -> bool | None:
+        """Whether the outputs of training steps are; ``None`` before the first."""
+        return self._probable
 
     def mask(self, batch: Any) -> Tensor | None:
         """The mask of real tokens."""
@@ -77,7 +96,7 @@ class LabelReader:
         labels = self.classes(batch, outputs, look=self._probable is None or not training)
         probable = self._probable
         if probable is None or not (training or one_output):
-            probable = _are_probabilities(outputs, labels, loss)
+            probable = self._of_one_batch(outputs, labels, loss)
         if training:
             self._probable = probable
         return self.logits(outputs, probable), labels
@@ -98,6 +117,27 @@ class LabelReader:
         if labels is not None:
             labels = self._without_ignored(labels, outputs.shape[-1], look)
         return labels
+
+    @torch.no_grad()
+    def _of_one_batch(self, outputs: Tensor, labels: Tensor | None, loss: Tensor | None) -> bool:
+        """Whether the outputs of one batch are probabilities."""
+        origin = _origin(outputs)
+        if origin is False:
+            return False
+        if outputs.shape[-1] > 1:
+            made = origin or self._probable  # rows of few digits add up to 1 badly
+            return bool(_inside(outputs)) if made else may_be_probabilities(outputs)
+        known = self._probable if origin is None else origin
+        if known is not None or not may_be_probabilities(outputs):
+            return bool(known) and bool(_inside(outputs))
+        losses = (math.nan, math.nan)
+        if labels is not None and loss is not None and loss.numel() == 1:
+            rows = (as_logits(outputs.detach(), probable).float().flatten(0, -2) for probable in (False, True))
+            first, second = (float(F.cross_entropy(row, labels.flatten(), ignore_index=IGNORED)) for row in rows)
+            losses = (first, second)
+        between = ((outputs > 0) & (outputs < 1)).sum()
+        said = () if loss is None else (float(loss.mean()),)
+        return _nearest(losses, said, otherwise=bool(between >= _ENOUGH))
 
     def logits(self, outputs: Tensor, probable: bool | None = None) -> Tensor:
         """Logits of at least two classes: of outputs that are logits of one, or probabilities.
@@ -132,6 +172,7 @@ class LabelReader:
             raise NoClassesError("the labels are complex numbers, and no classes.")
         if labels.is_floating_point():
             if one_output:
+                labels = labels.masked_fill(labels.isnan() | (labels == self.ignore_index), IGNORED)
                 known = labels[labels != IGNORED]
                 if not bool(((known == 0) | (known == 1)).all()):
                     raise NoClassesError("the labels are floating-point numbers other than 0 and 1: no classes.")
@@ -161,12 +202,12 @@ class LabelReader:
                 f" {values[:4]}. Name the labels with `labels`, the part that returns logits with `network`, and"
                 " what the loss ignores with `ignore_index`."
             )
+        self._num_seen += int((labels != IGNORED).sum())
         self._saw_first_class = self._saw_first_class or bool((labels == 0).any())
-        if not values or self._saw_first_class:
+        if self._saw_first_class or self._num_seen < _EACH * num_classes:
             return
-        signs = values == [-1] and num_outputs <= 2
-        if signs or (values == [num_classes] and int((labels != IGNORED).sum()) >= _EACH * num_classes):
-            raise NoClassesError(
+        if values == [num_classes] or (values == [-1] and num_outputs <= 2):
+            raise MiscountedError(
                 f"the labels hold {values[0]} and never 0, as those of classes -1 and 1 do, and those counted from 1."
                 f" Classes are counted from 0. If the loss ignores {values[0]}, set `ignore_index={values[0]}`."
             )
@@ -191,25 +232,31 @@ class OutputsOfPass:
         counts = torch.tensor([self.outside, self.between, self.one_output], device=device)
         self.outside, self.between, self.one_output = reduce(counts).tolist()
 
-    def are_probabilities(self, losses: tuple[float, float] = (math.nan, math.nan), loss: float = math.nan) -> bool:
+    def are_probabilities(
+        self,
+        losses: tuple[float, float] = (math.nan, math.nan),
+        said: Sequence[float] = (),
+        in_training: bool | None = None,
+    ) -> bool:
         """What they are, of which `see` alone is sure for more than one output.
 
         Args:
             losses: Cross-entropy if they are logits, and if they are probabilities.
-            loss: What the module says that it is; NaN where it does not.
+            said: Losses that the module logged or returned.
+            in_training: What the outputs of training are, where it is known.
         """
         if self.outside or not self.one_output:
             return not self.outside
-        return _nearest(losses, loss, otherwise=self.between >= _ENOUGH)
+        return _nearest(losses, said, otherwise=self.between >= _ENOUGH if in_training is None else in_training)
 
 
 def as_logits(outputs: Tensor, probable: bool) -> Tensor:
     """Logits of at least two classes, of outputs that are logits, or probabilities."""
     one_output = outputs.shape[-1] == 1
     if probable:
-        outputs = outputs.float()
+        outputs = outputs.to(torch.promote_types(outputs.dtype, torch.float32))
         both = torch.cat([1 - outputs, outputs], -1) if one_output else outputs
-        return both.clamp(min=torch.finfo(torch.float32).tiny).log()
+        return both.clamp(min=torch.finfo(outputs.dtype).tiny).log()
     return torch.cat([torch.zeros_like(outputs), outputs], -1) if one_output else outputs
 
 
@@ -218,31 +265,29 @@ def may_be_probabilities(outputs: Tensor) -> bool:
     rows = outputs.detach().flatten(0, -2).float()
     if not len(rows) or not bool(_inside(rows)):
         return False
-    tolerance = 1e-3 if outputs.dtype in (torch.float32, torch.float64) else 2e-2
-    return rows.shape[-1] == 1 or bool(((rows.sum(-1) - 1).abs() < tolerance).all())
+    return rows.shape[-1] == 1 or bool(((rows.sum(-1) - 1).abs() < 2e-2).all())  # also of 16 bits
 
 
 def _inside(outputs: Tensor) -> Tensor:
     return ((outputs >= 0) & (outputs <= 1 + 1e-3)).all()
 
 
-@torch.no_grad()
-def _are_probabilities(outputs: Tensor, labels: Tensor | None, loss: Tensor | None) -> bool:
-    """What the outputs of one batch are."""
-    if not may_be_probabilities(outputs) or outputs.shape[-1] > 1:
-        return may_be_probabilities(outputs)
-    losses = (math.nan, math.nan)
-    if labels is not None and loss is not None and loss.numel() == 1:
-        rows = (as_logits(outputs.detach(), probable).float().flatten(0, -2) for probable in (False, True))
-        first, second = (float(F.cross_entropy(row, labels.flatten(), ignore_index=IGNORED)) for row in rows)
-        losses = (first, second)
-    between = ((outputs > 0) & (outputs < 1)).sum()
-    return _nearest(losses, math.nan if loss is None else float(loss.mean()), otherwise=bool(between >= _ENOUGH))
+def _origin(outputs: Tensor) -> bool | None:
+    """Whether a sigmoid or softmax has made them, or a linear layer; ``None`` where it is neither, or not known."""
+    node = outputs.grad_fn
+    while node is not None:
+        name = node.name().rstrip("0123456789")
+        if name in _SQUASHES or name in _LINEAR:
+            return name in _SQUASHES
+        if name.removesuffix("Backward") not in _PASSES or not node.next_functions:
+            return None
+        node = node.next_functions[0][0]
+    return None
 
 
-def _nearest(losses: tuple[float, float], loss: float, otherwise: bool) -> bool:
-    """Which of two losses, by its position, is the one that is known, if only one is."""
-    near = [math.isclose(each, loss, rel_tol=1e-2, abs_tol=1e-4) for each in losses]
+def _nearest(losses: tuple[float, float], said: Sequence[float], otherwise: bool) -> bool:
+    """Which of two losses, by its position, is among those that the module says, if only one is."""
+    near = [any(math.isclose(each, loss, rel_tol=1e-2, abs_tol=1e-4) for loss in said) for each in losses]
     return near[1] if near[0] != near[1] else otherwise
 
 

@@ -87,6 +87,11 @@ class LogitTap:
         if self._active and (torch.is_grad_enabled() or not self._with_gradient):
             self._calls[:] = [(args, kwargs, output)]
 
+    @property
+    def is_active(self) -> bool:
+        """Whether calls are remembered."""
+        return self._active
+
     def start(self, with_gradient: bool = False) -> None:
         """Remember calls, or only those with a gradient, until `stop`."""
         self._calls, self._active, self._with_gradient = [], True, with_gradient

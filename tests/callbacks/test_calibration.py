@@ -268,6 +268,55 @@ def test_the_logged_loss_says_what_one_output_between_0_and_1_is():
     )
 
 
+class Weak(OneOutput):
+    """All logits lie between 0 and 1; nothing says what the loss is."""
+
+    where = None
+
+    def __init__(self):
+        super().__init__(logs=False)
+        nn.init.constant_(self.net[0].weight, 0.25)
+        self.net.insert(0, nn.ReLU())
+
+    def validation_step(self, batch, batch_idx):
+        loss = self.loss(batch)
+        if self.where == "logged":
+            self.log("valid/bce", loss)
+        return loss if self.where == "returned" else None
+
+    test_step = validation_step
+
+
+@pytest.mark.parametrize("where", ["training", "logged", "returned"])
+def test_what_one_output_is_where_all_are_between_0_and_1(where):
+    model = Weak()
+    model.where = where
+    options = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    trainer = pl.Trainer(max_epochs=1, callbacks=[Calibration()], enable_checkpointing=False, **options)
+    if where == "training":
+        trainer.fit(model)
+    x, y = model.val_dataloader().dataset.tensors
+    expected = float(nn.functional.binary_cross_entropy_with_logits(model.net(x), y).detach())
+    model.test_dataloader = model.val_dataloader
+    trainer.test(model, verbose=False)
+    assert float(trainer.callback_metrics["forge/calibration/nll"]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_classes_counted_from_1_are_not_measured():
+    class FromOne(Sharp):
+        def loss(self, batch):
+            return super().loss((batch[0], batch[1] - 1))
+
+        def train_dataloader(self):
+            x, y = super().train_dataloader().dataset.tensors
+            return DataLoader(TensorDataset(x, y + 1), batch_size=4)
+
+        val_dataloader = train_dataloader
+
+    with pytest.warns(UserWarning, match="nothing is measured on val data: the labels hold 3 and never 0"):
+        fit([Calibration()], FromOne(), limit_val_batches=5, limit_train_batches=2)
+
+
 class SomeOdd(Sharp):
     """The second batch has labels that are none."""
 

@@ -1,5 +1,8 @@
+import math
+
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from forge_lightning.components.labels import LabelReader, NoClassesError, OutputsOfPass, loss_doubt
@@ -106,6 +109,40 @@ def test_a_head_that_starts_at_zero_puts_out_logits(loss):
     assert torch.equal(reader.read((X, SOME), ZERO_TO_ONE, loss)[0][:, 1:], ZERO_TO_ONE)
 
 
+@pytest.mark.parametrize(("module", "expected"), [(nn.Sigmoid(), True), (nn.Identity(), False)])
+def test_what_computes_outputs_says_what_they_are(module, expected):
+    """Whatever the loss, and however few there are."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(3, 1), module, nn.Flatten(0))
+    nn.init.zeros_(net[0].weight)
+    nn.init.constant_(net[0].bias, 0.5)
+    reader = LabelReader()
+    outputs = net(X[:4]).half().float().unsqueeze(-1).clamp(1e-6, 1 - 1e-6)
+    logits, labels = reader.read((X[:4], SOME[:4]), outputs, (outputs - SOME[:4, None]).square().mean())
+    assert reader.are_probabilities is expected
+    loss = F.binary_cross_entropy if expected else F.binary_cross_entropy_with_logits
+    torch.testing.assert_close(F.cross_entropy(logits, labels), loss(outputs[:, 0], SOME[:4].float()))
+
+
+def test_a_softmax_of_few_digits_returns_probabilities():
+    net = nn.Sequential(nn.Linear(3, 300), nn.Softmax(-1))
+    outputs = net(X)
+    logits, labels = LabelReader().read((X, Y), outputs.bfloat16().float())
+    torch.testing.assert_close(F.cross_entropy(logits, labels), F.nll_loss(outputs.log(), Y), rtol=1e-2, atol=1e-2)
+
+
+def test_missing_float_labels_are_ignored():
+    labels = torch.tensor([0.0, 1.0, -1.0, torch.nan] * 4)
+    _, found = LabelReader(ignore_index=-1).read((X, labels), ONE)
+    assert found.tolist() == [0, 1, -100, -100] * 4
+
+
+def test_double_precision_is_kept():
+    outputs = torch.full((16, 1), 1 - 1e-12, dtype=torch.float64)
+    logits, labels = LabelReader().read((X, torch.zeros(16)), outputs, torch.tensor(0.0))
+    assert float(F.cross_entropy(logits, labels)) == pytest.approx(-math.log(1e-12), rel=1e-3)
+
+
 def test_one_output_outside_0_to_1_was_never_a_probability():
     reader = LabelReader()
     assert reader.read((X, SOME), ZERO_TO_ONE)[0][:, 0].any(), "logarithms of both"
@@ -136,7 +173,8 @@ def test_outputs_of_a_pass_are_probabilities_only_if_all_can_be():
     few = OutputsOfPass()
     few.see(ZERO_TO_ONE[:3])
     assert not few.are_probabilities()
-    assert few.are_probabilities((0.5, 0.7), 0.7)
+    assert few.are_probabilities((0.5, 0.7), [0.3, 0.7])
+    assert few.are_probabilities(in_training=True)
     zero = OutputsOfPass()
     zero.see(torch.zeros(100, 1))
     assert not zero.are_probabilities()
@@ -151,7 +189,7 @@ def test_outputs_of_a_pass_are_probabilities_only_if_all_can_be():
     ("labels", "outputs", "says"),
     [
         (2 * SOME - 1, ONE, "hold -1 and never 0, .* set `ignore_index=-1`"),
-        (Y + 1, X, "hold 3 and never 0, .* set `ignore_index=3`"),
+        (Y.repeat(2) + 1, X.repeat(2, 1), "hold 3 and never 0, .* set `ignore_index=3`"),
     ],
 )
 def test_classes_that_are_not_counted_from_0_are_refused(labels, outputs, says):
