@@ -398,10 +398,16 @@ def _refuse_names(settings: Any) -> None:
     for name in ("devices", "num_nodes", "accumulate_grad_batches"):
         value = settings.get(name)
         if name == "devices" and isinstance(value, str) and value != "auto":
-            if not re.fullmatch(r"\s*-?\d+\s*|[\d\s,]*\d[\d\s,]*", value):
+            if not re.fullmatch(r"\s*[+-]?\d+\s*|\s*\d+\s*(,\s*\d+\s*)*,?\s*", value):
                 raise MisconfigurationException(f'`--trainer.devices={value}` must be a number, "0, 2", or "auto".')
-            value = value if "," in value else int(value)
-        if isinstance(value, int) and (value == 0 or value < (-1 if name == "devices" else 1)):
+            value = [int(part) for part in value.split(",") if part.strip()] if "," in value else int(value)
+        if name == "devices" and isinstance(value, list):
+            if len(set(value)) < len(value) or not value:
+                raise MisconfigurationException(f"`--trainer.devices={value}` must be different devices, at least one.")
+            if settings.get("accelerator") == "cpu":
+                raise MisconfigurationException(f"`--trainer.devices={value}`: CPUs are counted, not numbered.")
+        least = -1 if name == "devices" and settings.get("accelerator") != "cpu" else 1
+        if isinstance(value, int) and (value == 0 or value < least):
             raise MisconfigurationException(f"`--trainer.{name}={value}` must be at least 1.")
 
 
@@ -733,6 +739,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _explain(str(error))
     except RuntimeError as error:
+        if isinstance(error, RecursionError) and _is_of_parser(error):
+            return _explain("The config is nested too deep, or a part of it holds itself.")
         if "more than one stateful callback" in str(error):
             return _explain(f"{error} (`forge-fit check` says which.)")
         if "PytorchStreamReader" in str(error):
@@ -755,6 +763,12 @@ def _is_of_trainer(error: BaseException) -> bool:
     """Whether Lightning's loops or connectors raised it themselves: it tells of a setting."""
     where, ours = Path(traceback.extract_tb(error.__traceback__)[-1].filename), Path(pl.__file__).parent
     return any(where.is_relative_to(ours / part) for part in ("loops", "trainer", "callbacks"))
+
+
+def _is_of_parser(error: BaseException) -> bool:
+    """Whether it was raised while a config was read."""
+    where = Path(traceback.extract_tb(error.__traceback__)[-1].filename)
+    return where.name == "copy.py" or bool({"yaml", "jsonargparse"} & set(where.parts))
 
 
 def _explain(message: str) -> int:

@@ -2,20 +2,24 @@
 
 import inspect
 import math
+import random
 import time
 import warnings
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from copy import deepcopy
 from statistics import median
 from typing import Any, ClassVar, Literal, get_args
 
+import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import (
     DataLoader,
     DistributedSampler,
@@ -37,6 +41,7 @@ from forge_lightning.protocols import SupportsProbe
 
 _MOST_EVENTS = 1000
 _MOST_BATCHES = 64  # of a held-out probe
+_MOST_KEPT = 1 << 26  # bytes of its batches that are kept; more are drawn anew each time
 _MOST_SHORT = 4  # steps to wait for one that has enough points
 _SOURCES = ("auto", "batch", "train", "val")
 
@@ -160,6 +165,7 @@ class GeometryProbe(ForgeCallback):
         self._taps_batches = source in ("auto", "batch")
         self._resumed_taps: tuple[bool, int] | None = None
         self._steps_short = 0  # steps in a row that had too few points
+        self._examples: list[Any] | None = None  # batches of a held-out probe
         self._reset_clock()
 
     @property
@@ -219,8 +225,8 @@ class GeometryProbe(ForgeCallback):
             return  # accumulating
         self._measure_step()
         if not self._taps_batches:
-            if not self._is_due(trainer):
-                return
+            if not self._is_due(trainer) or (self.source == "val" and trainer.val_dataloaders is None):
+                return  # to make validation data earlier than it is made would draw from the global random stream
             self._collecting = True
             self._run_held_out(trainer, pl_module)
         if not self._collecting:
@@ -327,7 +333,7 @@ class GeometryProbe(ForgeCallback):
         if self._tap is not None:
             self._tap.detach()
             self._tap = None
-        self._collecting = False
+        self._collecting, self._examples = False, None
 
     def _refuse_what_cannot_be_tapped(self) -> None:
         assert self._tap is not None
@@ -520,7 +526,7 @@ class GeometryProbe(ForgeCallback):
             stack.enter_context(torch.no_grad())
             pl_module.eval()
             try:
-                for number, batch in enumerate(self._held_out_batches(trainer)):
+                for number, batch in enumerate(self._held_out(trainer)):
                     enough = self._tap.num_rows() >= share
                     if trainer.world_size > 1:
                         enough = trainer.strategy.reduce_boolean_decision(enough, all=True)
@@ -538,11 +544,25 @@ class GeometryProbe(ForgeCallback):
                     module.training = training
         self._tap.seconds = time.perf_counter() - begun
 
+    def _held_out(self, trainer: Trainer) -> Iterator[Any]:
+        """Batches of the held-out examples; kept where that takes little memory, else drawn anew each time."""
+        if self._examples is not None:
+            yield from map(deepcopy, self._examples)
+            return
+        for seed in (torch.manual_seed, np.random.seed, random.seed):  # whenever they are drawn, they are the same
+            seed(self.seed % (1 << 32))
+        kept: list[Any] | None = []
+        size = 0.0
+        try:
+            for batch in self._held_out_batches(trainer):
+                size += _size_of(batch)
+                kept = None if kept is None or size > _MOST_KEPT else [*kept, deepcopy(batch)]
+                yield batch
+        finally:  # also where no more are asked for
+            self._examples = kept
+
     def _held_out_loader(self, trainer: Trainer) -> Any:
         loader: Any = trainer.val_dataloaders if self.source == "val" else trainer.train_dataloader
-        if loader is None and self.source == "val":  # before the first validation
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
-            loader = trainer.val_dataloaders
         return loader[0] if isinstance(loader, list | tuple) and loader else loader
 
     def _held_out_batches(self, trainer: Trainer) -> Iterator[Any]:
@@ -556,13 +576,20 @@ class GeometryProbe(ForgeCallback):
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(self.seed)).tolist()
         mine = order[trainer.global_rank :: trainer.world_size][: len(order) // trainer.world_size]
         size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or 32
-        for start in range(0, min(len(mine), _MOST_BATCHES * size), size):
-            chosen = mine[start : start + size]
-            if loader.batch_sampler is None:  # every item is a batch
-                yield from (loader.collate_fn(data[i]) for i in chosen)
-            else:  # as PyTorch's own fetcher asks for them
-                many = getattr(data, "__getitems__", None)
-                yield loader.collate_fn(many(chosen) if many else [data[i] for i in chosen])
+        mine = mine[: _MOST_BATCHES * size]
+        alone = {"sampler": mine, "batch_size": None}  # every item is a batch
+        batches = {"batch_sampler": [mine[start : start + size] for start in range(0, len(mine), size)]}
+        # In a worker where the loader has some: what the data set opens here, as a file, all later workers would share.
+        examples = DataLoader(
+            data,
+            collate_fn=loader.collate_fn,
+            num_workers=min(1, loader.num_workers),
+            worker_init_fn=loader.worker_init_fn,
+            multiprocessing_context=loader.multiprocessing_context,
+            generator=torch.Generator().manual_seed(self.seed),
+            **(alone if loader.batch_sampler is None else batches),
+        )
+        yield from examples
 
     def _forward(self, pl_module: LightningModule, batch: Any) -> None:
         if isinstance(pl_module, SupportsProbe):
@@ -589,3 +616,11 @@ class GeometryProbe(ForgeCallback):
                 f" batch ({has}): {error}. Give the module a `probe_forward(batch)`, or use `source='batch'`."
             ) from None
         pl_module(*args, **kwargs)
+
+
+def _size_of(batch: Any) -> float:
+    """Bytes of its tensors and arrays; infinite where it holds what is not known."""
+    leaves = tree_leaves(batch)
+    if not all(isinstance(leaf, Tensor | np.ndarray | int | float | bool | str | None) for leaf in leaves):
+        return math.inf
+    return float(sum(leaf.nbytes for leaf in leaves if isinstance(leaf, Tensor | np.ndarray)))

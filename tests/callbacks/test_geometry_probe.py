@@ -13,7 +13,15 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import nn
-from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, SequentialSampler, TensorDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    SequentialSampler,
+    TensorDataset,
+    random_split,
+)
 
 from forge_lightning.callbacks import GeometryProbe, RNGState
 from forge_lightning.components.intrinsic_dimension import estimate
@@ -511,9 +519,44 @@ def test_two_processes_give_the_estimates_of_one(tmp_path):
     close({int(step): values for step, values in tables[0].items()}, one, tolerance=1e-6)
 
 
-def test_a_validation_probe_may_come_before_the_first_validation():
-    logged, *_ = probed(Forwards, source="val", trainer={"max_epochs": 2, "check_val_every_n_epoch": 2})
-    assert next(iter(logged)) == 2
+class _Opens(Dataset):
+    """Opens its file in whatever process asks first."""
+
+    opened = None
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        self.opened = os.getpid() if self.opened is None else self.opened
+        return torch.randn(8, generator=torch.Generator().manual_seed(index)), index % 2
+
+
+@pytest.mark.filterwarnings("ignore:.*does not have many workers")
+def test_a_held_out_probe_of_data_with_workers_opens_nothing_here():
+    class Worked(Forwards):
+        def train_dataloader(self):
+            self.data = _Opens()
+            return DataLoader(self.data, batch_size=8, num_workers=1)
+
+    logged, _, model = probed(Worked, source="train", trainer={"limit_train_batches": 2, "limit_val_batches": 0})
+    assert len(logged) == 1
+    assert model.data.opened is None
+
+
+class SplitsInHook(Forwards):
+    """Makes validation data with the global random stream."""
+
+    def val_dataloader(self):
+        return DataLoader(random_split(super().val_dataloader().dataset, [32, 32])[0], batch_size=8)
+
+
+def test_a_validation_probe_waits_for_validation_data():
+    options = {"max_epochs": 3, "check_val_every_n_epoch": 2}
+    logged, _, observed = probed(SplitsInHook, source="val", trainer=options)
+    assert next(iter(logged)) == 17
+    plain, _ = fit([], SplitsInHook, **options)
+    assert torch.equal(weights(plain), weights(observed))
 
 
 def test_a_loader_with_a_batch_sampler_is_drawn_from_in_batches():

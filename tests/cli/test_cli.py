@@ -735,6 +735,10 @@ def test_a_misspelt_monitor_and_overfitting_made_examples_are_explained(capsys, 
         ("--trainer.profiler=simpel", r"profiler=simpel` is unknown to Lightning. Close: \['simple'"),
         ("--trainer.devices=0", r"devices=0` must be at least 1"),
         ("--config=trainer:\n  devices: '-2'", r"devices=-2` must be at least 1"),
+        ("--trainer.devices=1 2", r"devices=1 2` must be a number"),
+        ("--config=trainer:\n  devices: '1, 1'\n  accelerator: gpu", r"devices=\[1, 1\]` must be different"),
+        ("--config=trainer:\n  devices: '0, 2'", r"devices=\[0, 2\]`: CPUs are counted, not numbered"),
+        ("--config=trainer:\n  devices: '-1'", r"devices=-1` must be at least 1"),
         ("--trainer.devices=two", r"devices=two` must be a number, \"0, 2\", or \"auto\""),
         ("--trainer.accumulate_grad_batches=0", r"accumulate_grad_batches=0` must be at least 1"),
     ],
@@ -748,8 +752,9 @@ def test_check_knows_what_no_trainer_takes(capsys, small_config, option, says):
     [
         "--trainer.profiler=Simple",
         "--trainer.strategy=DDP",
-        "--config=trainer:\n  devices: '-1'",
-        "--trainer.devices=0, 2",
+        "--config=trainer:\n  devices: '-1'\n  accelerator: gpu",
+        "--config=trainer:\n  devices: '+1'",
+        "--config=trainer:\n  devices: '0, 2'\n  accelerator: gpu",
         "--config=trainer:\n  devices: '2'",
         "--trainer.devices=auto",
     ],
@@ -781,9 +786,10 @@ def test_keys_that_only_look_alike_are_taken(tmp_path):
 
 
 def test_a_config_that_is_nested_too_deep_is_explained(capsys, small_config):
-    small_config.write_text("[" * 3000)
-    for command in (("check", "b.yaml"), ("fit", "--config", "b.yaml")):
-        assert "b.yaml" in explained(capsys, *command)
+    for text, says in (("[" * 3000, "b.yaml"), (SMALL + "x: &x [*x]\n", "holds itself")):
+        small_config.write_text(text)
+        for command in (("check", "b.yaml"), ("fit", "--config", "b.yaml")):
+            assert says in explained(capsys, *command)
 
 
 def test_without_a_logger_a_config_in_the_working_directory_stays(tmp_path, small_config):
