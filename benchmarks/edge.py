@@ -21,8 +21,8 @@ from lightning.pytorch.loggers import CSVLogger
 
 from benchmarks.environment import FOLDER, header, keep, of_rows, stored, table
 from forge_lightning.callbacks import EdgeController
-from forge_lightning.components.edge_controller import ItemTracker, SkillTracker
 from forge_lightning.data import GeneratedTasks
+from forge_lightning.edge.trackers import ItemTracker, SkillTracker
 from forge_lightning.models import ForgeModule
 
 SIMULATED, TRAINED, OUT = FOLDER / "edge_simulated.json", FOLDER / "edge.jsonl", FOLDER / "edge.md"

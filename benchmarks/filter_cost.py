@@ -22,9 +22,9 @@ import torch
 
 from benchmarks.environment import FOLDER, header, table
 from forge_lightning.callbacks import Grokfast
-from forge_lightning.components.grokfast import GradientFilter
 from forge_lightning.data import AlgorithmicData
-from forge_lightning.functional import grokfast as F
+from forge_lightning.grokfast import functional as F
+from forge_lightning.grokfast.filter import GradientFilter
 from forge_lightning.models import AlgorithmicModule
 from forge_lightning.models.algorithmic import Decoder
 

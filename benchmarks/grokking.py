@@ -28,8 +28,8 @@ from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
 import forge_lightning.optim
 from benchmarks.environment import FOLDER, keep, of_rows, stored, table
-from forge_lightning.components.grokfast import GradientFilter
 from forge_lightning.data.algorithmic import AlgorithmicData
+from forge_lightning.grokfast.filter import GradientFilter
 from forge_lightning.models.algorithmic import Decoder, scale_initial_weights
 
 PAPER = 39_890  # iterations of the paper's baseline

@@ -37,7 +37,7 @@ from forge_lightning.functional import (
     two_nn_dimension,
 )
 from forge_lightning.models import AlgorithmicModule, ForgeModule
-from tests.functional.test_intrinsic_dimension import ESTIMATORS, SETS, draw, oracle
+from tests.geometry.test_functional import ESTIMATORS, SETS, draw, oracle
 
 
 def accuracy() -> str:

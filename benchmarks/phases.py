@@ -26,11 +26,11 @@ from lightning.pytorch.loggers import CSVLogger
 
 from benchmarks.environment import FOLDER, header, table
 from forge_lightning.callbacks import GeometryProbe, Grokfast, Telemetry
-from forge_lightning.components.change_detector import Change, ChangeDetector, LossHealth
-from forge_lightning.components.stage_classifier import replay
-from forge_lightning.components.trace import read_rows
+from forge_lightning.core.trace import read_rows
 from forge_lightning.data import AlgorithmicData
+from forge_lightning.geometry.change_detector import Change, ChangeDetector, LossHealth
 from forge_lightning.models import AlgorithmicModule
+from forge_lightning.stages.classifier import replay
 
 RECORDED = FOLDER.parent / "tests" / "recorded_runs"
 SERIES = "forge/geometry/model.layers.0/levina_bickel"

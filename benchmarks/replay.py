@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.environment import FOLDER, QUIET, interval, keep, of_rows, stored, table
 from forge_lightning.callbacks import DreamReplay
 from forge_lightning.components import DreamAugmenter, ReplayBuffer
-from forge_lightning.components.code_augmentation import AUGMENTATIONS, CodeExample
-from forge_lightning.components.replay_buffer import STRATEGIES
 from forge_lightning.data.code_tasks import humaneval_problem, mbpp_problem
 from forge_lightning.data.generated_tasks import GeneratedDataset
 from forge_lightning.data.records import read_jsonl
 from forge_lightning.data.tokens import build_tokenizer
+from forge_lightning.dream.buffer import STRATEGIES
+from forge_lightning.dream.code_augmentation import AUGMENTATIONS, CodeExample
 from forge_lightning.models import ForgeModule
 from forge_lightning.sandbox import Sandbox, Task
 

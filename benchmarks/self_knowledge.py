@@ -25,13 +25,13 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from torch.nn import functional as F
 
 from benchmarks.environment import FOLDER, QUIET, half_width, keep, of_rows, stored, table
+from forge_lightning.calibration.metrics import CalibrationMetric, FittedTemperature
 from forge_lightning.callbacks import SelfModel, TemperatureCurriculum
 from forge_lightning.components import SelfModelHead
-from forge_lightning.components.calibration import CalibrationMetric, FittedTemperature
-from forge_lightning.components.ema_teacher import EMATeacher
 from forge_lightning.data import AlgorithmicData, TextData
 from forge_lightning.data.records import read_jsonl
 from forge_lightning.models import AlgorithmicModule, ForgeModule
+from forge_lightning.temperature.teacher import EMATeacher
 
 ROWS, OUT = FOLDER / "self_knowledge.jsonl", FOLDER / "self_knowledge.md"
 SIZES = {"train": 15_000, "val": 10_000, "test": 20_000}

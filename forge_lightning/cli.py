@@ -15,6 +15,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.strategies import StrategyRegistry
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from forge_lightning import callbacks, cards, data, models  # also so that short names are known
+from forge_lightning import callbacks, cards, components, data, models, optim  # also so that short names are known
 from forge_lightning.data.records import DataFileError
 from forge_lightning.data.tokens import TokenDataModule
 from forge_lightning.models.forge_module import refuse_config, refuse_pretrained
@@ -112,6 +113,26 @@ class _SaveConfig(SaveConfigCallback):
                 logger.log_hyperparams({"config": config})
 
 
+class _Parser(LightningArgumentParser):
+    """Writes class paths as users import them: a saved config outlives a move of the code behind the catalogues."""
+
+    def dump(self, *args: Any, **kwargs: Any) -> str:
+        written: str = super().dump(*args, **kwargs)
+        return re.sub(r"\bforge_lightning(\.\w+)+", lambda found: _public_paths().get(found[0], found[0]), written)
+
+
+@cache
+def _public_paths() -> dict[str, str]:
+    """Where a class is exported, by where it is defined."""
+    catalogues = (callbacks, components, optim, data, models)
+    return {
+        f"{exported.__module__}.{exported.__qualname__}": f"{catalogue.__name__}.{name}"
+        for catalogue in catalogues
+        for name in catalogue.__all__
+        if isinstance(exported := getattr(catalogue, name), type)
+    }
+
+
 class ForgeCLI(LightningCLI):
     """LightningCLI as this project wants it: explicit settings win over a checkpoint's, variables ``FORGE_...``."""
 
@@ -136,6 +157,12 @@ class ForgeCLI(LightningCLI):
             args=args,
             **kwargs,
         )
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's, which writes public class paths."""
+        parser = super().init_parser(**kwargs)
+        parser.__class__ = _Parser
+        return parser
 
     def instantiate_classes(self) -> None:
         """What an ``__init__`` refuses is a mistake in the config: keep its words, drop the parser's around them."""

@@ -14,7 +14,15 @@ def new_modules(before, module):
     return {name.split(".")[0] for name in json.loads(result.stdout.splitlines()[-1])}
 
 
-@pytest.mark.parametrize("module", ["forge_lightning.functional", "forge_lightning.optim", "forge_lightning.sandbox"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "forge_lightning.functional",
+        "forge_lightning.optim",
+        "forge_lightning.sandbox",
+        "forge_lightning.geometry.estimators",
+    ],
+)
 def test_the_core_is_plain_torch(module):
     loaded = new_modules("", module)
     assert not loaded & {"lightning", "transformers", "datasets", "torchmetrics", "wandb", "matplotlib"}

@@ -9,7 +9,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from forge_lightning.data.stateful import StatefulDataLoader
+from forge_lightning.core.stateful_loader import StatefulDataLoader
 
 Operation = Literal["add", "subtract", "multiply", "divide", "s5", "sparse_parity"]
 

@@ -13,12 +13,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from forge_lightning.components.tokens import pad_id
-from forge_lightning.data.difficulty import DifficultySampler
+from forge_lightning.core.stateful_loader import StatefulDataLoader
+from forge_lightning.core.tokens import pad_id
 from forge_lightning.data.records import read_jsonl
-from forge_lightning.data.stateful import StatefulDataLoader
 from forge_lightning.data.tokens import Example, ExampleDataset, TokenDataModule, encode_example
-from forge_lightning.functional import ast_complexity, lempel_ziv_complexity, mean_rank, shannon_entropy
+from forge_lightning.edge.complexity import ast_complexity, lempel_ziv_complexity, mean_rank, shannon_entropy
+from forge_lightning.edge.sampler import DifficultySampler
 from forge_lightning.sandbox import Task
 
 Benchmark = Literal["mbpp", "humaneval"]

@@ -10,11 +10,11 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from forge_lightning.components.tokens import pad_id
+from forge_lightning.core.stateful_loader import StatefulDataLoader
+from forge_lightning.core.tokens import pad_id
 from forge_lightning.data.code_tasks import Problem
-from forge_lightning.data.difficulty import DifficultySampler
-from forge_lightning.data.stateful import StatefulDataLoader
 from forge_lightning.data.tokens import Example, ExampleDataset, TokenDataModule, encode_example
+from forge_lightning.edge.sampler import DifficultySampler
 
 Family = Literal["addition", "expression", "python"]
 

@@ -2,9 +2,9 @@
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from forge_lightning.components.tokens import pad_id
+from forge_lightning.core.stateful_loader import StatefulDataLoader
+from forge_lightning.core.tokens import pad_id
 from forge_lightning.data.records import read_text
-from forge_lightning.data.stateful import StatefulDataLoader
 from forge_lightning.data.tokens import Example, ExampleDataset, TokenDataModule
 
 

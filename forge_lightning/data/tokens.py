@@ -11,9 +11,9 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from forge_lightning.components.tokens import IGNORED, completion_ids, has_vocabulary, pad_id, prompt_ids
-from forge_lightning.data.stateful import StatefulDataLoader
-from forge_lightning.protocols import SupportsPretrained
+from forge_lightning.core.protocols import SupportsPretrained
+from forge_lightning.core.stateful_loader import StatefulDataLoader
+from forge_lightning.core.tokens import IGNORED, completion_ids, has_vocabulary, pad_id, prompt_ids
 
 
 def build_tokenizer(name: str, **options: Any) -> Any:

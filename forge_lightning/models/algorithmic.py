@@ -11,8 +11,8 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from forge_lightning.core.protocols import SupportsTokens
 from forge_lightning.models.optimizers import optimizer_config
-from forge_lightning.protocols import SupportsTokens
 
 
 class Block(nn.Module):

@@ -15,13 +15,13 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from forge_lightning.components.layers import block_list
-from forge_lightning.components.loss_terms import TASK_LOSS
-from forge_lightning.components.self_model import SelfModelHead
-from forge_lightning.components.step_log import is_logging_step, log_at_this_step
-from forge_lightning.components.tokens import IGNORED, has_vocabulary
+from forge_lightning.core.layers import block_list
+from forge_lightning.core.loss_terms import TASK_LOSS
+from forge_lightning.core.protocols import SupportsTokenizer
+from forge_lightning.core.step_log import is_logging_step, log_at_this_step
+from forge_lightning.core.tokens import IGNORED, has_vocabulary
 from forge_lightning.models.optimizers import one_group, optimizer_config, weight_decay_groups
-from forge_lightning.protocols import SupportsTokenizer
+from forge_lightning.self_model.head import SelfModelHead
 
 _ALWAYS_KNOWN = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype"}
 _WEIGHTS = (".safetensors", ".bin")

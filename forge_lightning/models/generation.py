@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forge_lightning.components.tokens import continuation_text, pad_id, prompt_ids
+from forge_lightning.core.tokens import continuation_text, pad_id, prompt_ids
 
 
 def generate(

@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from forge_lightning.components.stage_classifier import VAL_LOSS
-from forge_lightning.components.step_timer import CATEGORIES
-from forge_lightning.components.trace import number
+from forge_lightning.core.metric_names import VAL_LOSS
+from forge_lightning.core.trace import number
 from forge_lightning.reports import dream, figures, self_knowledge
 from forge_lightning.reports.trace import SUCCESS, RunTrace, join_resumed, read_run, stage_spans
+from forge_lightning.telemetry.step_timer import CATEGORIES
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --line: #d9d9d9; --soft: #f4f5f7; }

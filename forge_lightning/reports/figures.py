@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from forge_lightning.components.stage_classifier import VAL_LOSS
-from forge_lightning.components.step_timer import CATEGORIES
+from forge_lightning.core.metric_names import VAL_LOSS
 from forge_lightning.reports.learning_curves import Series, logarithmic
 from forge_lightning.reports.trace import SUCCESS, RunTrace, group_names, stage_spans
+from forge_lightning.telemetry.step_timer import CATEGORIES
 
 # Okabe and Ito's palette; its black is the text's colour.
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW = (

@@ -11,9 +11,10 @@ from typing import Any
 
 import yaml
 
-from forge_lightning.components.stage_classifier import VAL_LOSS, VAL_SUCCESS, plain_metric, replay
-from forge_lightning.components.trace import FILE_NAME, VERSION, number, read_rows
+from forge_lightning.core.metric_names import VAL_LOSS, VAL_SUCCESS, plain_metric
+from forge_lightning.core.trace import FILE_NAME, VERSION, number, read_rows
 from forge_lightning.reports.learning_curves import Series, read_metrics, split_of
+from forge_lightning.stages.classifier import replay
 
 _NO_SETTING = re.compile(r"(^|\.)(seed_everything|seed|ckpt_path|default_root_dir|dirpath|logger)(\.|$)")
 """Settings in which runs of one group may differ."""

@@ -1,6 +1,7 @@
 """The command line, in this process where that is enough."""
 
 import gzip
+import importlib
 import json
 import os
 import re
@@ -761,6 +762,17 @@ def test_check_knows_what_no_trainer_takes(capsys, small_config, option, says):
 )
 def test_check_takes_what_lightning_takes(small_config, option):
     assert main(["check", str(small_config), option]) == 0
+
+
+def test_a_saved_config_names_classes_as_users_import_them(capsys):
+    for name in ("full_suite_tiny.yaml", "grokking_fast.yaml"):
+        with pytest.raises(SystemExit, match="^0$"):
+            main(["fit", "--config", name, "--print_config"])
+    named = set(re.findall(r"class_path: (forge_lightning\S+)", capsys.readouterr().out))
+    assert {path.rpartition(".")[0] for path in named} == {
+        f"forge_lightning.{catalogue}" for catalogue in ("callbacks", "components", "data", "models", "optim")
+    }
+    assert all(hasattr(importlib.import_module(path.rpartition(".")[0]), path.rpartition(".")[2]) for path in named)
 
 
 def test_a_key_that_stands_twice_is_refused(capsys, small_config, monkeypatch):

@@ -10,8 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
-from forge_lightning.data.difficulty import DifficultySampler
-from forge_lightning.data.stateful import StatefulDataLoader
+from forge_lightning.core.stateful_loader import StatefulDataLoader
+from forge_lightning.edge.sampler import DifficultySampler
 from forge_lightning.sandbox import Task
 
 

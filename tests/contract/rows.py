@@ -18,7 +18,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 
-from forge_lightning.components.layers import network_modules
+from forge_lightning.core.layers import network_modules
 from tests.contract.modules import (
     FOREIGN,
     SHAPES,

@@ -9,7 +9,7 @@ from lightning.pytorch.demos.transformer import LightningTransformer
 from torch.utils.data import DataLoader, TensorDataset
 
 from forge_lightning import callbacks
-from forge_lightning.components.logit_tap import predicted_rows
+from forge_lightning.core.logit_tap import predicted_rows
 from tests.contract.rows import fit, weights
 
 OBSERVERS = ("Calibration", "GeometryProbe", "InterruptCheckpoint", "RNGState", "RunSummary", "StageClassifier")

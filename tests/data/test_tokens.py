@@ -3,7 +3,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-from forge_lightning.components.tokens import continuation_text, prompt_ids
+from forge_lightning.core.tokens import continuation_text, prompt_ids
 from forge_lightning.data import TextData
 from forge_lightning.data.tokens import build_tokenizer, encode_example
 

@@ -1,0 +1,1 @@
+"""Calibration: how far probabilities can be trusted."""

@@ -1,0 +1,1 @@
+"""What several enhancements share: the callbacks' base, loss terms, taps, labels, logs."""

@@ -1,0 +1,298 @@
+"""What a network was last called with, and the logits it gave."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
+
+from forge_lightning.core.batch import field_of
+from forge_lightning.core.hooks import Hook
+from forge_lightning.core.layers import plain_name
+from forge_lightning.core.tokens import IGNORED
+
+_COMMON = ("model", "net", "network")
+SHIFT_DOUBT = "the labels fit the positions before them much better. If your loss shifts them, set `shift=True`."
+_LABELS = ("labels", "target", "targets", "label", "y")
+
+
+def find_network(module: nn.Module, name: str | None = None) -> nn.Module:
+    """The part of a LightningModule that puts out logits.
+
+    Args:
+        module: Where to look.
+        name: Its name. Default: the only child that has parameters, else "model", "net" or "network".
+
+    Raises:
+        ValueError: If there is none of that name, or none that is meant without doubt.
+    """
+    if name is not None:
+        modules: dict[str, nn.Module] = {plain_name(key): m for key, m in module.named_modules() if key}
+        if name not in modules:
+            raise ValueError(f"no part is called {name!r}. There are {list(modules)[:8]}.")
+        return modules[name]
+    children = {
+        key: child
+        for key, child in module.named_children()
+        if not getattr(child, "is_auxiliary", False) and any(True for _ in child.parameters())
+    }
+    if len(children) == 1:
+        return next(iter(children.values()))
+    found = next((children[key] for key in _COMMON if key in children), None)
+    if found is None:
+        raise ValueError(f"which of {list(children)} puts out the logits cannot be told. Name it: `network`.")
+    return found
+
+
+def logits_of(output: Any) -> Tensor:
+    """The logits in what a network puts out: a tensor, ``.logits`` or "logits", or the first tensor of a tuple.
+
+    Raises:
+        ValueError: If there are none.
+    """
+    found: Any = output
+    if isinstance(output, Mapping):
+        found = output.get("logits")
+    elif not isinstance(output, Tensor) and hasattr(output, "logits"):
+        found = output.logits
+    elif isinstance(output, tuple | list):
+        found = next((value for value in output if isinstance(value, Tensor)), None)
+    if isinstance(found, Tensor) and found.is_floating_point() and found.ndim == 1:
+        return found.unsqueeze(-1)  # of a head with one output
+    if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim not in (2, 3):
+        shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
+        raise ValueError(f"the network returns {shape}; logits are (B, V) or (B, T, V). Name the part: `network`.")
+    return found
+
+
+class LogitTap:
+    """A forward hook that remembers the last call of a network while switched on.
+
+    In training, the last one that a gradient can go back through: not what somebody only looks at.
+
+    Args:
+        network: Puts out logits.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        self.network = network
+        self._calls: list[tuple[Any, Any, Any]] = []  # a list: a compiler follows what is put into it
+        self._active = self._with_gradient = False
+        self._handle = network.register_forward_hook(Hook(self._remember), with_kwargs=True)
+
+    def _remember(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._active and (torch.is_grad_enabled() or not self._with_gradient):
+            self._calls[:] = [(args, kwargs, output)]
+
+    @property
+    def is_active(self) -> bool:
+        """Whether calls are remembered."""
+        return self._active
+
+    def start(self, with_gradient: bool = False) -> None:
+        """Remember calls, or only those with a gradient, until `stop`."""
+        self._calls, self._active, self._with_gradient = [], True, with_gradient
+
+    def stop(self) -> None:
+        """Forget the call."""
+        self._calls, self._active = [], False
+
+    def detach(self) -> None:
+        """Remove the hook."""
+        self._handle.remove()
+        self.stop()
+
+    def take(self) -> tuple[Any, Any, Tensor] | None:
+        """Arguments and logits of the last call, once; ``None`` where there was none.
+
+        Raises:
+            ValueError: If the network put out no logits.
+        """
+        calls, self._calls = self._calls, []
+        if not calls:
+            return None
+        args, kwargs, output = calls[0]
+        return args, kwargs, logits_of(output)
+
+
+def given_labels(
+    batch: Any, key: str | int | None, shifted: bool = False, mask: str | int | None = "attention_mask"
+) -> Tensor | None:
+    """A batch's labels by key or position, as they are; "auto" takes the usual keys, and the last of a tuple.
+
+    Args:
+        batch: Of a step.
+        key: A key or position, "auto", or ``None`` for no labels.
+        shifted: Of a model whose labels are the tokens themselves: then "auto" takes "input_ids" where the batch has
+            no labels and a mask says which tokens are real. Without a mask, padding could not be told from text.
+        mask: Key or position of that mask.
+
+    Raises:
+        ValueError: If the batch has nothing under a key that was named.
+    """
+    if key != "auto":
+        found = field_of(batch, key)
+        if found is None and key is not None:
+            there = list(batch) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+            raise ValueError(f"`labels={key!r}`: the batch has no such entry. It is {there}.")
+        return found
+    if isinstance(batch, Mapping):
+        found = next((field_of(batch, name) for name in _LABELS if name in batch), None)
+        if found is None and shifted:
+            tokens, real = field_of(batch, "input_ids"), field_of(batch, mask)
+            if tokens is not None and real is not None and real.shape == tokens.shape:
+                found = tokens.long().masked_fill(real == 0, IGNORED)
+        return found
+    return field_of(batch, -1) if not isinstance(batch, Sequence) or len(batch) > 1 else None
+
+
+def by_position(logits: Tensor, places: Tensor) -> Tensor:
+    """Logits that a network flattens to ``(B · T, V)``, batch first, as ``(B, T, V)``; ``places`` is ``(B, T)``."""
+    flat = logits.ndim == 2 and places.ndim == 2 and len(logits) == places.numel()
+    return logits.unflatten(0, places.shape) if flat else logits
+
+
+def predicted_places(
+    logits: Tensor, labels: Tensor | None, mask: Tensor | None, shift: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Where the logits that count stand, and what they should have said.
+
+    Args:
+        logits: ``(B, V)``, ``(B, T, V)``, or the latter flattened to ``(B · T, V)``.
+        labels: ``(B,)`` or ``(B, T)``, -100 where there is none.
+        mask: ``(B, T)``, true at real tokens; of use where there are no labels for each token.
+        shift: Whether the label of a position is what the position before it predicts; the logits may have one position
+            less, of inputs without the last.
+
+    Returns:
+        Places in the logits flattened to rows, ``(N,)``, and labels ``(N,)``, or ``None`` without labels.
+
+    Raises:
+        ValueError: If there are labels, and they do not fit.
+    """
+    rows = logits.shape[:-1].numel()
+    if labels is not None:
+        shape = by_position(logits, labels).shape[:-1]
+        if shift and len(shape) == 2 and labels.shape == (shape[0], shape[1] + 1):
+            labels, shift = labels[:, 1:], False  # the module has cut its inputs
+        if labels.shape != shape:
+            raise ValueError(
+                f"the labels are {tuple(labels.shape)}, the logits {tuple(logits.shape)}, which without the classes,"
+                " their last dimension, must be alike, or with `shift=True` one position shorter. Name the labels with"
+                " `labels`, the part that puts out logits with `network`."
+            )
+        if shift and labels.shape[-1] == 1 and labels.ndim == 2:
+            raise ValueError("labels of one position each cannot be shifted. Set `shift=False`.")
+        if shift and labels.ndim == 2:
+            labels = F.pad(labels[:, 1:].long(), (0, 1), value=IGNORED)
+        labels = labels.flatten()
+        places = (labels != IGNORED).nonzero().squeeze(1)
+        return places, labels[places]
+    if mask is not None and by_position(logits, mask).shape[:-1] == mask.shape and mask.ndim == 2:
+        return mask.flatten().nonzero().squeeze(1), None
+    return torch.arange(rows, device=logits.device), None
+
+
+def share_of_rows(
+    call: tuple[Any, Any, Tensor], labels: Tensor | None, mask: Tensor | None, fraction: float, step: int
+) -> tuple[tuple[Any, Any, Tensor], Tensor | None, Tensor | None]:
+    """A call of a network with some of its rows, which go round from step to step.
+
+    Args:
+        call: Arguments, keyword arguments and logits; rows of the arguments are those of the first tensor in them, and
+            what has another number of rows stays as it is. Logits may be flattened over positions.
+        labels: ``(B,)``, ``(B, T)`` or ``(B · T,)``.
+        mask: As the labels.
+        fraction: Share of the rows, in (0, 1]; at least one is taken.
+        step: Number of the step.
+
+    Returns:
+        The call, labels and mask, of these rows.
+
+    Raises:
+        ValueError: If the rows cannot be told apart.
+    """
+    args, kwargs, logits = call
+    inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
+    if not inputs:
+        raise ValueError("the network is called without a tensor, and its rows are not known. Set `fraction=1`.")
+    size = len(inputs[0])
+    count = math.ceil(fraction * size)
+    chosen = (step * count + torch.arange(count, device=logits.device)) % size
+
+    def of(tensor: Tensor) -> Tensor:
+        if len(tensor) == size:
+            return tensor[chosen]
+        if len(tensor) % size:
+            raise ValueError(
+                f"the network is called with {size} rows, and what belongs to them is {tuple(tensor.shape)}. Set"
+                " `fraction=1`."
+            )
+        rows: Tensor = tensor.unflatten(0, (size, -1))[chosen].flatten(0, 1)
+        return rows
+
+    def of_argument(leaf: Any) -> Any:
+        return leaf[chosen.to(leaf.device)] if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == size else leaf
+
+    args, kwargs = tree_map(of_argument, (args, kwargs))
+    return (
+        (args, kwargs, of(logits)),
+        None if labels is None else of(labels),
+        None if mask is None or labels is not None else of(mask),
+    )
+
+
+def predicted_rows(
+    logits: Tensor, labels: Tensor | None, mask: Tensor | None, shift: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The logits that count, as rows ``(N, V)``, and labels ``(N,)``; arguments and errors of `predicted_places`."""
+    places, labels = predicted_places(logits, labels, mask, shift)
+    return logits.flatten(0, -2)[places], labels
+
+
+@torch.no_grad()
+def scores_of_rows(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor, Tensor]:
+    """How each example of a batch did: mean loss over its labels, and whether all of them were the likeliest.
+
+    Args:
+        logits: ``(B, V)`` or ``(B, T, V)``.
+        labels: ``(B,)`` or ``(B, T)``, -100 where there is none.
+        shift: Whether the label of a position is what the position before it predicts.
+
+    Returns:
+        Loss and success, ``(B,)`` fp32 each; NaN for an example without labels.
+    """
+    if logits.ndim == 2:
+        logits, labels = logits.unsqueeze(1), labels.unsqueeze(1)
+    elif shift:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    known = labels != IGNORED
+    count = known.sum(1)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    right = ((logits.argmax(-1) == labels) | ~known).all(1).float()
+    nothing = torch.full_like(right, torch.nan)
+    return torch.where(count > 0, losses.sum(1) / count, nothing), torch.where(count > 0, right, nothing)
+
+
+@torch.no_grad()
+def fits_better_shifted(logits: Tensor, labels: Tensor | None) -> bool:
+    """Whether labels taken as aligned fit clearly better when they are shifted, by half a nat and a quarter."""
+    if labels is None:
+        return False
+    logits = by_position(logits, labels)
+    if logits.ndim != 3 or labels.shape != logits.shape[:2] or logits.shape[1] < 2:
+        return False
+    losses = []
+    for shift in (False, True):
+        rows, targets = predicted_rows(logits, labels, None, shift)
+        losses.append(float(F.cross_entropy(rows.float(), targets)) if targets is not None and len(targets) else 0.0)
+    return losses[1] < min(losses[0] - 0.5, 0.75 * losses[0])
+
+
+def is_shifted(network: nn.Module) -> bool:
+    """Whether a network's labels are those of Hugging Face's causal language models: the tokens themselves."""
+    decoder_only = not getattr(getattr(network, "config", None), "is_encoder_decoder", False)
+    return decoder_only and getattr(network, "generation_config", None) is not None

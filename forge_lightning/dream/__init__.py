@@ -1,0 +1,1 @@
+"""Dream replay: training again on stored and varied examples."""

@@ -1,0 +1,113 @@
+"""What is made of programs that were met: variants of them, and what the model writes in their place."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from forge_lightning.dream.augmenter import DreamAugmenter, Run
+from forge_lightning.dream.code_augmentation import CodeExample
+
+Dream = tuple[int, str, str]
+"""Number of the problem that it was made of, prompt and completion."""
+
+
+class ProgramDreams:
+    """Makes programs of programs, and counts how many held when they were run.
+
+    Args:
+        augmenter: Makes variants; ``None`` for none.
+        temperatures: At which the model writes programs of its own, above 0 each.
+        max_new_tokens: Tokens of such a program at most.
+    """
+
+    def __init__(self, augmenter: DreamAugmenter | None, temperatures: Sequence[float], max_new_tokens: int) -> None:
+        self.augmenter, self.temperatures, self.max_new_tokens = augmenter, list(temperatures), max_new_tokens
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin to count afresh."""
+        self.rounds = 0
+        self.written, self.passed = 0, 0
+        if self.augmenter is not None:
+            self.augmenter.load_state_dict({"tried": {}, "kept": {}})
+
+    @property
+    def is_on(self) -> bool:
+        """Whether anything is ever made."""
+        return self.augmenter is not None or bool(self.temperatures)
+
+    def make(
+        self,
+        problems: Mapping[int, Any],
+        run: Run,
+        run_tasks: Callable[[Sequence[Any]], Sequence[Any]],
+        complete: Callable[..., Sequence[str]] | None,
+        seed: int,
+    ) -> Iterator[Dream]:
+        """Variants of problems that hold, then what the model writes and passes with.
+
+        Args:
+            problems: By number, as `forge_lightning.data.Problem`.
+            run: Runs programs on their tests, confined.
+            run_tasks: The same, of what ``problem.task(completion)`` gives.
+            complete: Continues prompts; of use with ``temperatures``.
+            seed: Of all choices.
+        """
+        if not problems:
+            return
+        yield from self._variants(problems, run, seed)
+        if complete is not None:
+            yield from self._written(problems, run_tasks, complete, seed)
+
+    def _variants(self, problems: Mapping[int, Any], run: Run, seed: int) -> Iterator[Dream]:
+        if self.augmenter is None:
+            return
+        examples = [CodeExample.of(problem) for problem in problems.values()]
+        for i, variants in zip(problems, self.augmenter.augment(examples, run, seed), strict=True):
+            yield from ((i, variant.example.prompt, variant.example.solution) for variant in variants)
+
+    def _written(
+        self,
+        problems: Mapping[int, Any],
+        run_tasks: Callable[[Sequence[Any]], Sequence[Any]],
+        complete: Callable[..., Sequence[str]],
+        seed: int,
+    ) -> Iterator[Dream]:
+        """Where it passes, and is not the answer that was given."""
+        prompts = [problem.prompt for problem in problems.values()]
+        for temperature in self.temperatures:
+            options = {"max_new_tokens": self.max_new_tokens, "temperature": temperature, "seed": seed % (1 << 31)}
+            texts = complete(prompts, **options)
+            tasks = [problem.task(text) for problem, text in zip(problems.values(), texts, strict=True)]
+            for (i, problem), task, verdict in zip(problems.items(), tasks, run_tasks(tasks), strict=True):
+                completion = task.solution[len(problem.before) :].rstrip()
+                self.written += 1
+                if verdict.passed and completion != problem.solution.rstrip():
+                    self.passed += 1
+                    yield i, problem.prompt, completion
+
+    def counts(self) -> list[float]:
+        """Variants made and held, programs written and passed; numbers that can be summed over processes."""
+        tried, kept = ({}, {}) if self.augmenter is None else (self.augmenter.tried, self.augmenter.kept)
+        return [*(float(sum(each.values())) for each in (tried, kept)), float(self.written), float(self.passed)]
+
+    def metrics(self, counts: Sequence[float]) -> dict[str, float]:
+        """What to log of `counts`: of what is made at all; NaN before the first."""
+        tried, kept, written, passed = counts
+        found: dict[str, float] = {}
+        if self.augmenter is not None:
+            found |= {"augmented": kept, "yield": kept / tried if tried else math.nan}
+        if self.temperatures:
+            found |= {"sampled": passed, "sampled_yield": passed / written if written else math.nan}
+        return found
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain numbers."""
+        of_augmenter = {} if self.augmenter is None else {"augmenter": self.augmenter.state_dict()}
+        return {"rounds": self.rounds, "written": self.written, "passed": self.passed, **of_augmenter}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state_dict`."""
+        self.rounds, self.written, self.passed = (int(state[key]) for key in ("rounds", "written", "passed"))
+        if self.augmenter is not None and "augmenter" in state:
+            self.augmenter.load_state_dict(state["augmenter"])

@@ -1,0 +1,1 @@
+"""Code evaluation: programs that are run, and pass@k."""

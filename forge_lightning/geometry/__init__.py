@@ -1,0 +1,1 @@
+"""Geometry: the dimension of what layers return."""

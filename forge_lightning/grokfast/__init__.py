@@ -1,0 +1,1 @@
+"""Grokfast: gradients whose slow part is amplified."""

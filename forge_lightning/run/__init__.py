@@ -1,0 +1,1 @@
+"""The run itself: random state, interruption, summary."""

@@ -1,0 +1,1 @@
+"""The self-model head: a network that predicts its own activations."""

@@ -1,0 +1,1 @@
+"""Stages: which phase training is in."""

@@ -1,0 +1,1 @@
+"""Telemetry: where time, memory and gradients go."""

@@ -1,0 +1,1 @@
+"""The temperature curriculum: agreement with a running mean of the model."""

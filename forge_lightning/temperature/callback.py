@@ -1,0 +1,408 @@
+"""TemperatureCurriculum: agreement with a running mean of the model itself, at temperatures that change."""
+
+import math
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor
+from torch.nn import functional as F
+
+from forge_lightning.calibration.metrics import CalibrationMetric
+from forge_lightning.core.callback import ForgeCallback, is_logging_step, is_skipped, uses_strategy
+from forge_lightning.core.labels import LabelReader, NoClassesError, loss_doubt
+from forge_lightning.core.layers import network_modules
+from forge_lightning.core.logit_tap import (
+    SHIFT_DOUBT,
+    LogitTap,
+    find_network,
+    fits_better_shifted,
+    is_shifted,
+    logits_of,
+    predicted_places,
+    predicted_rows,
+    share_of_rows,
+)
+from forge_lightning.core.loss_terms import add_loss_term, no_backward, remove_loss_term
+from forge_lightning.temperature.functional import temperature_kl
+from forge_lightning.temperature.schedule import TemperatureSchedule
+from forge_lightning.temperature.teacher import EMATeacher
+
+
+class TemperatureCurriculum(ForgeCallback):
+    r"""Train towards agreement with a running mean of the model's own weights, at temperatures that move through bins.
+
+    The loss becomes ``(1 - weight) · loss + weight · τ² KL(teacher at τ ‖ model at τ)``, averaged over the tokens that
+    have a label. Round 1 takes one bin of temperatures at a time, and goes on when the held-out likelihood there stops
+    improving; round 2 draws from all bins, widened so that they overlap, in proportion to their held-out negative
+    log-likelihood. Nothing is generated. Several validation loaders are taken together.
+
+    Hooks: a forward hook on the network; the module's ``training_step`` is wrapped while fitting, and its loss, with
+    whatever it already holds, is what ``1 - weight`` scales. Under manual optimization that is the loss of the first
+    backward pass after each call of the network.
+
+    Reads: logits, labels, the batch's mask.
+    Changes: the loss.
+    Logs: at logging steps ``forge/temperature/temperature`` (τ), ``forge/temperature/kl`` (τ² KL, in nats),
+    ``forge/temperature/weight``, ``forge/temperature/round`` and ``forge/temperature/bin`` (place of the bin in
+    ``bins``); after each validation, of the model at the middle of each bin, ``forge/temperature/<low>-<high>/nll``,
+    ``forge/temperature/<low>-<high>/ece``, ``forge/temperature/<low>-<high>/entropy`` and
+    ``forge/temperature/<low>-<high>/p_correct`` (how often a sample would be right), and
+    ``forge/temperature/accuracy``.
+
+    Cost: a forward pass a step and the comparison of all logits, 37 % of a GPT-2-small step, 27 % of one with a
+    vocabulary of 1,024, and with ``fraction=0.25`` 11 and 9 %; an fp32 copy of the trainable weights; in validation a
+    softmax for each bin.
+
+    When to use: a run that over-fits, and is to be more careful in what it says.
+
+    When it does not help: the gain is that of agreeing with a mean of the weights, at whatever temperature. Where it
+    was measured, averaging the weights gained as much, and a temperature fitted afterwards calibrated better; both cost
+    next to nothing. A task that has to be grokked came much later (benchmarks/self_knowledge.md).
+
+    Args:
+        bins: ``(low, high)`` of the temperatures, in the order of round 1.
+        weight: Share of the divergence in the loss, in [0, 1); 0 turns it off.
+        teacher_decay: Decay of the running mean of the weights, in [0, 1).
+        warmup_steps: Optimizer steps over which the weight rises from 0.
+        fraction: Share of each batch's rows that is compared, in (0, 1]; they go round from step to step. What it costs
+            shrinks with it. Where it was measured, 0.25 did as well as all.
+        overlap: Share of a bin's width by which round 2 widens it at both ends. Widths are ratios.
+        patience: Validations without improvement that end a bin of round 1.
+        max_steps_per_bin: Optimizer steps of a bin of round 1 at most. Default: so many that round 1 takes half the
+            training, where its length is known.
+        network: Name of the part of the module that puts out logits, ``(B, V)`` or ``(B, T, V)``, from its inputs: only
+            its weights have a running mean. Its last call before the loss counts. Default: the only part with
+            parameters, or "model", "net", "network".
+        labels: Key or position in the batch of the labels; "auto" for the usual names, or the last of a tuple; of a
+            causal language model whose batch has none of these, the tokens of "input_ids" that ``mask`` calls real.
+        mask: Key or position of the attention mask, for batches without a label for each token.
+        shift: Whether the label of a position is what the position before it predicts, as where the labels are the
+            tokens themselves. Default: true for causal language models of Hugging Face, else false.
+        ignore_index: Label that the loss ignores, beside -100 and a number that is no class, as -1 or 255: 0 where that
+            is padding.
+        seed: Of the temperatures.
+        name: Tells two instances apart.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        MisconfigurationException: At start, if the network is not found; at the first step, if it puts out no logits.
+
+    References:
+        Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015.
+        Tarvainen and Valpola, `Mean teachers are better role models <https://arxiv.org/abs/1703.01780>`_, 2017.
+    """
+
+    namespace: ClassVar[str] = "temperature"
+
+    def __init__(
+        self,
+        bins: Sequence[Sequence[float]] = ((2.0, 4.0), (1.0, 2.0), (0.5, 1.0)),
+        weight: float = 0.5,
+        teacher_decay: float = 0.995,
+        warmup_steps: int = 100,
+        fraction: float = 1.0,
+        overlap: float = 0.1,
+        patience: int = 2,
+        max_steps_per_bin: int | None = None,
+        network: str | None = None,
+        labels: str | int | None = "auto",
+        mask: str | int | None = "attention_mask",
+        shift: bool | None = None,
+        ignore_index: int | None = None,
+        seed: int = 0,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(name)
+        if not 0 <= weight < 1:
+            raise ValueError(f"`TemperatureCurriculum(weight={weight})` must be in [0, 1).")
+        if not 0 <= teacher_decay < 1:
+            raise ValueError(f"`TemperatureCurriculum(teacher_decay={teacher_decay})` must be in [0, 1).")
+        if warmup_steps < 0:
+            raise ValueError(f"`TemperatureCurriculum(warmup_steps={warmup_steps})` must be at least 0.")
+        if not 0 < fraction <= 1:
+            raise ValueError(f"`TemperatureCurriculum(fraction={fraction})` must be in (0, 1].")
+        self.fraction = fraction
+        self._new_schedule = partial(
+            TemperatureSchedule, bins, overlap, patience, seed=seed, owner="TemperatureCurriculum"
+        )
+        # Refuses bad arguments here, where they were written.
+        self._schedule = self._new_schedule(max_steps_per_bin=max_steps_per_bin)
+        self.weight, self.teacher_decay, self.warmup_steps = weight, teacher_decay, warmup_steps
+        self.max_steps_per_bin = max_steps_per_bin
+        self.network, self.labels, self.mask, self.shift = network, labels, mask, shift
+        self.ignore_index = ignore_index
+        self._reader = LabelReader()
+        self._shifted = False
+        self._losses: tuple[Tensor, Tensor] | None = None  # cross-entropy and the module's own loss, to compare
+        self._keys = [f"{low:g}-{high:g}" for low, high in self._schedule.bins]
+        self._restored: dict[str, Any] = {}
+        self._teacher: EMATeacher | None = None
+        self._tap: LogitTap | None = None
+        self._metrics: list[CalibrationMetric] = []
+        self._trainer: Trainer | None = None
+        self._batch: Any = None
+        self._divergences: list[Tensor] = []
+        self._step_before = -1
+        self._acted = False
+
+    @property
+    def temperature(self) -> float:
+        """τ of the step under way."""
+        return self._schedule.draw(self._step())[1]
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if self.weight and uses_strategy(trainer, "DeepSpeedStrategy", "FSDPStrategy"):
+            raise self.refuse(
+                type(trainer.strategy).__name__,
+                "weights cannot be exchanged for their mean there",
+                "Use DDP, or `ModelParallelStrategy` (FSDP2).",
+            )
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave(pl_module)
+        if not self.weight:
+            return
+        try:
+            network = find_network(pl_module, self.network)
+        except ValueError as error:
+            raise MisconfigurationException(
+                f"`TemperatureCurriculum(network={self.network!r})`: {error} Only the named part has a running mean: an"
+                " encoder and its head belong into one module."
+            ) from None
+        inside, trained = (
+            [p.numel() for _, m in network_modules(part) for p in m.parameters(recurse=False) if p.requires_grad]
+            for part in (network, pl_module)
+        )
+        if 0 < 2 * sum(inside) < sum(trained):
+            self.warn_once(
+                f"{type(network).__name__} holds {sum(inside):,} of the module's"
+                f" {sum(trained):,} trained weights, and only these have a running mean. Put it and what comes before"
+                " it into one module, and name that with `network`."
+            )
+        others = [c.weight for c in trainer.callbacks if isinstance(c, TemperatureCurriculum)]  # type: ignore[attr-defined]
+        if sum(others) >= 1:
+            raise MisconfigurationException(
+                f"`TemperatureCurriculum(weight=...)`: {len(others)} instances with {others} together leave nothing of"
+                " the module's own loss. Their sum must be below 1."
+            )
+        self._trainer, self._acted = trainer, False
+        self._shifted = is_shifted(network) if self.shift is None else self.shift
+        self._reader = LabelReader(self.labels, self.mask, self._shifted, self.ignore_index)
+        self._teacher = EMATeacher(network, self.teacher_decay)
+        self._tap = LogitTap(network)
+        self._schedule = self._new_schedule(max_steps_per_bin=self.max_steps_per_bin)
+        self._take_restored()
+        add_loss_term(pl_module, self)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self._teacher is None:
+            return
+        try:
+            self._teacher.begin()
+        except ValueError as error:
+            raise MisconfigurationException(f"`TemperatureCurriculum`: {error}") from None
+        total = trainer.estimated_stepping_batches
+        if self.max_steps_per_bin is None and math.isfinite(total):
+            self._schedule.max_steps_per_bin = max(1, int(total) // (2 * len(self._schedule.bins)))
+
+    def begin(self, batch: Any) -> None:
+        """Called by the wrapped training step."""
+        assert self._tap is not None
+        self._batch = batch
+        self._tap.start(with_gradient=True)
+
+    def added(self, loss: Tensor) -> Tensor | None:
+        """Called by the wrapped training step."""
+        assert self._tap is not None
+        assert self._teacher is not None
+        try:
+            call = self._tap.take()
+            if call is None:
+                return None
+            self._acted = True
+            logits, labels = self._read(self._batch, call[2], loss.detach())
+            mask = self._reader.mask(self._batch)
+            call = (*call[:2], logits)
+            if self.fraction < 1:
+                call, labels, mask = share_of_rows(call, labels, mask, self.fraction, self._step())
+            args, kwargs, logits = call
+            taught = self._reader.logits(logits_of(self._teacher(*args, **kwargs)))
+            places, targets = predicted_places(logits, labels, mask, self._shifted)
+        except ValueError as error:
+            raise MisconfigurationException(f"`TemperatureCurriculum`: {error}") from None
+        if len(places) == 0:
+            return None
+        if targets is not None and self._trainer is not None and is_logging_step(self._trainer):
+            with torch.no_grad():
+                rows = logits.detach().flatten(0, -2)[places].float()
+                self._losses = F.cross_entropy(rows, targets), loss.detach()
+        divergence = temperature_kl(logits, taught, self.temperature, places).mean()
+        self._divergences.append(divergence.detach())
+        return self._weight_at(self._step()) * (divergence - loss)
+
+    def end(self) -> None:
+        """Called by the wrapped training step."""
+        self._batch = None
+        if self._tap is not None:
+            self._tap.stop()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step_before = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._teacher is None or trainer.global_step == self._step_before:
+            return
+        if not self._acted:
+            if is_skipped(trainer, outputs):
+                return
+            raise self.refuse(
+                type(pl_module).__name__,
+                f"`training_step` did not call {type(self._teacher.network).__name__} with a gradient",
+                f"{no_backward(pl_module)}Name the part that puts out its logits with `network`.",
+            )
+        if is_logging_step(trainer):
+            self._log_step(trainer, pl_module)
+        self._divergences = []
+        self._teacher.update()
+        self._schedule.count_step()
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._metrics = []
+        if self._tap is not None:  # in the sanity check too, which only looks whether it could
+            self._metrics = [self._metric(t).to(pl_module.device) for t in self._schedule.middles]
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._tap is not None and self._metrics:
+            self._tap.start()
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        if self._tap is None or not self._metrics:
+            return
+        try:
+            call = self._tap.take()
+            if call is None:
+                return
+            logits, labels = self._read(batch, call[2])
+            doubtful = batch_idx == 0 and not self._shifted and self.shift is None
+            if doubtful and fits_better_shifted(logits, labels):
+                self.warn_once(SHIFT_DOUBT)
+            rows, labels = predicted_rows(logits, labels, self._reader.mask(batch), self._shifted)
+        except ValueError as error:
+            raise MisconfigurationException(f"`TemperatureCurriculum`: {error}") from None
+        finally:
+            self._tap.stop()
+        if labels is not None:
+            for metric in self._metrics:
+                metric.update(rows, labels)
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._metrics:
+            return
+        if trainer.world_size > 1:
+            for metric in self._metrics:
+                metric.sum_over_processes(lambda t: trainer.strategy.reduce(t, reduce_op="sum"))
+        metrics_of_bins, self._metrics = self._metrics, []
+        if metrics_of_bins[0].is_empty:
+            self.warn_once(
+                "validation gave no labels that fit the logits, and the bins go on by steps alone. Name them with"
+                ' `labels` ("input_ids" where all tokens are text to learn), and the part that puts out logits with'
+                " `network`."
+            )
+            return
+        if trainer.sanity_checking:
+            return
+        measured = [metric.compute() for metric in metrics_of_bins]
+        self._schedule.observe([float(values["nll"]) for values in measured])
+        metrics = {"accuracy": float(measured[0]["accuracy"])}
+        for key, values in zip(self._keys, measured, strict=True):
+            metrics |= {f"{key}/{name}": float(values[name]) for name in ("nll", "ece", "entropy", "p_correct")}
+        self.log_metrics(trainer, metrics)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._leave(pl_module)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._leave(pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._leave(pl_module)
+
+    def state_dict(self) -> dict[str, Any]:
+        if self._teacher is None:
+            return dict(self._restored)
+        return {
+            "schedule": self._schedule.state_dict(),
+            "teacher": self._teacher.state_dict(),
+            "outputs": self._reader.state_dict(),
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = dict(state_dict)
+        if self._tap is not None:  # some strategies restore after `on_fit_start`, others before
+            self._take_restored()
+
+    def _take_restored(self) -> None:
+        if self._restored and self._teacher is not None:
+            self._schedule.load_state_dict(self._restored["schedule"])
+            self._teacher.load_state_dict(self._restored["teacher"])
+            if "outputs" in self._restored:
+                self._reader.load_state_dict(self._restored["outputs"])
+            self._restored = {}
+
+    def _leave(self, pl_module: LightningModule) -> None:
+        remove_loss_term(pl_module, self)
+        if self._tap is not None:
+            self._tap.detach()
+        self._tap = self._trainer = self._batch = None
+        self._metrics, self._divergences = [], []
+
+    def _metric(self, temperature: float) -> CalibrationMetric:
+        return CalibrationMetric(temperature, sync_on_compute=False)  # summed here
+
+    def _step(self) -> int:
+        return 0 if self._trainer is None else self._trainer.global_step
+
+    def _weight_at(self, step: int) -> float:
+        ramp = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
+        return self.weight * ramp
+
+    def _read(self, batch: Any, outputs: Tensor, loss: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        try:
+            return self._reader.read(batch, outputs, loss)
+        except NoClassesError as error:
+            raise ValueError(
+                f"{error} It compares distributions over classes, and does nothing sensible on a regression. If the"
+                " outputs are logits all the same, set `labels` to their labels, or to null."
+            ) from None
+
+    def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._losses is not None:
+            nll, loss = (float(value) for value in self._losses)
+            if doubt := loss_doubt(nll, loss, "the loss of the step is"):
+                self.warn_once(doubt, key="loss")
+            self._losses = None
+        mean = torch.stack(self._divergences).mean() if self._divergences else torch.tensor(torch.nan)
+        if trainer.world_size > 1:
+            mean = trainer.strategy.reduce(mean.to(pl_module.device), reduce_op="mean")
+        step = self._step_before
+        index, temperature = self._schedule.draw(step)
+        metrics = {"temperature": temperature, "kl": float(mean), "weight": self._weight_at(step)}
+        self.log_metrics(trainer, metrics | {"round": float(self._schedule.round), "bin": float(index)})
