@@ -55,7 +55,7 @@ class DreamReplay(ForgeCallback):
     ``log``, and draw from random numbers of their own. Unless ``with_callbacks`` is set, no other callback sees them:
     Grokfast's filter neither acts on them nor takes them up. What was replayed is not stored as new.
 
-    Hooks: ``training_step`` is wrapped while fitting, with "mix" also the strategy's ``batch_to_device``; a sleep comes
+    Hook: ``training_step`` is wrapped while fitting, with "mix" also the strategy's ``batch_to_device``; a sleep comes
     after all callbacks' ``on_train_batch_end``.
 
     Reads: batches that are a mapping or tuple of tensors ``(B, ...)``; in what ``training_step`` returns

@@ -24,7 +24,7 @@ class EdgeController(ForgeCallback):
     lines. What was drawn is compared with how it went, an estimate of skill is kept, and the sampler asks it what to
     draw next.
 
-    Hooks: the start and end of every training batch.
+    Hook: the start and end of every training batch.
 
     Reads: ``signal`` in what ``training_step`` returns; the datamodule's ``difficulty``, where it has one, as features.
     Changes: which examples are drawn.

@@ -40,6 +40,9 @@ class CodeEvaluation(ForgeCallback):
 
     When to use: a model that writes programs.
 
+    When it does not help: a small model may solve no problem for hours, and pass@k stays 0. Watch token accuracy until
+    then, or train on easier tasks.
+
     Args:
         k: The k of pass@k, each at least 1 and at most ``num_samples``.
         num_samples: Programs to generate for each problem.

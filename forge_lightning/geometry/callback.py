@@ -50,7 +50,7 @@ _SOURCES = ("auto", "batch", "train", "val")
 class GeometryProbe(ForgeCallback):
     """Measure the intrinsic dimension of layers while training, and find its phase transitions.
 
-    Hooks: forward hooks on the layers copy ``num_points`` sampled rows of a training step (no extra forward pass); the
+    Hook: forward hooks on the layers copy ``num_points`` sampled rows of a training step (no extra forward pass); the
     estimates are made after the optimizer step. All points are of the same weights: points of several steps lie on
     clouds that the steps have moved apart. Where the batches of a step have fewer points, examples of the training data
     are run in evaluation mode, the same each time, once four steps in a row had too few.

@@ -29,6 +29,9 @@ class InterruptCheckpoint(ForgeCallback):
 
     When to use: where a run may be stopped, by you or by a scheduler.
 
+    When it does not help: no program can catch SIGKILL. A step that takes longer than the scheduler's grace period is
+    killed before it ends.
+
     Args:
         dirpath: Folder of ``interrupted.ckpt``. Default: ``checkpoints`` in the run directory.
         name: Tells two instances apart.

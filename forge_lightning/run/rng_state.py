@@ -23,7 +23,8 @@ class RNGState(ForgeCallback):
 
     When to use: always, where a run may be resumed.
 
-    With a different number of processes than the checkpoint was written by, the generators are left as they are.
+    When it does not help: a loader that keeps no state begins its epoch anew (use `StatefulDataLoader`). A resume with
+    a different number of processes leaves the generators as they are.
 
     Args:
         name: Tells two instances apart.

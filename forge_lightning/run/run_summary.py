@@ -31,6 +31,8 @@ class RunSummary(ForgeCallback):
 
     When to use: always.
 
+    When it does not help: a run that is killed ends without a summary. `forge-fit analyze` reads what it left.
+
     Args:
         monitor: Validation metric whose best value is reported, and its first step at ``threshold`` or better.
         threshold: That value. ``None`` reports no such step.

@@ -18,7 +18,7 @@ from forge_lightning.self_model.head import Form, SelfModelHead
 class SelfModel(ForgeCallback):
     """Add to the loss how badly the network's activations are predicted, by a small head that is trained along.
 
-    Hooks: forward hooks on the layers; the module's ``training_step`` is wrapped while fitting. The head becomes the
+    Hook: forward hooks on the layers; the module's ``training_step`` is wrapped while fitting. The head becomes the
     module's ``self_model_head`` in ``configure_model``, so that strategies, precision, clipping and checkpoints treat
     it as the module's own. Its weights are in the checkpoint and in the optimizer (where ``configure_optimizers``
     leaves them out, they join the first parameter group that takes them), and a run cannot go on without this callback;

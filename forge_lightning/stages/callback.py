@@ -30,7 +30,7 @@ class StageClassifier(ForgeCallback):
 
     Warm-up, memorisation, onset, generalisation, consolidation, plateau or divergence.
 
-    Hooks: the end of every validation; a loss that is not finite is seen at the next of ``log_every_n_steps``. The
+    Hook: the end of every validation; a loss that is not finite is seen at the next of ``log_every_n_steps``. The
     stages are numbered 0 to 6 in this order; ``Grokfast(schedule="by_stage")`` reads the number. Place it behind
     `GeometryProbe`, whose falls of dimension it counts as the onset of generalisation. Same decision on all ranks.
 

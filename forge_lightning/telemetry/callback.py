@@ -38,7 +38,7 @@ _OPTIONAL = ("loss", "success", "tokens", "examples")  # what a module or a batc
 class Telemetry(ForgeCallback):
     """Log what a step did, and write it with everything the other callbacks logged into a trace that survives a kill.
 
-    Hooks: the end of every optimizer step, and of every validation. Place it last in the list: it then sees what the
+    Hook: the end of every optimizer step, and of every validation. Place it last in the list: it then sees what the
     other callbacks logged at the step. The trace, ``trace.jsonl`` in the run directory, is one JSON object a line:
     steps with the values of that step, validations with their metrics, events (transitions of the geometry, changes
     of stage). A resumed run continues it without gap or repetition. `forge-fit analyze` draws it. Without a logger

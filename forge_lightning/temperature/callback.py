@@ -40,7 +40,7 @@ class TemperatureCurriculum(ForgeCallback):
     improving; round 2 draws from all bins, widened so that they overlap, in proportion to their held-out negative
     log-likelihood. Nothing is generated. Several validation loaders are taken together.
 
-    Hooks: a forward hook on the network; the module's ``training_step`` is wrapped while fitting, and its loss, with
+    Hook: a forward hook on the network; the module's ``training_step`` is wrapped while fitting, and its loss, with
     whatever it already holds, is what ``1 - weight`` scales. Under manual optimization that is the loss of the first
     backward pass after each call of the network.
 
