@@ -61,8 +61,8 @@ class Calibration(ForgeCallback):
 
     When to use: wherever probabilities are to be believed.
 
-    When it does not help: on regressions, which it does not measure. A fitted temperature makes probabilities honest, and
-    changes no prediction and no weight.
+    When it does not help: on regressions, which it does not measure. A fitted temperature makes probabilities honest,
+    and changes no prediction and no weight.
 
     Args:
         num_bins: Bins of confidence.

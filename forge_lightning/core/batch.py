@@ -6,6 +6,9 @@ from typing import Any
 
 from torch import Tensor
 
+LABEL_NAMES = ("labels", "target", "targets", "label", "y")
+"""Usual names of the labels in a batch, ours first."""
+
 
 @dataclass(frozen=True)
 class BatchFields:

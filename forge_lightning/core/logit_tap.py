@@ -9,14 +9,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map
 
-from forge_lightning.core.batch import field_of
+from forge_lightning.core.batch import LABEL_NAMES, field_of
 from forge_lightning.core.hooks import Hook
 from forge_lightning.core.layers import plain_name
 from forge_lightning.core.tokens import IGNORED
 
 _COMMON = ("model", "net", "network")
 SHIFT_DOUBT = "the labels fit the positions before them much better. If your loss shifts them, set `shift=True`."
-_LABELS = ("labels", "target", "targets", "label", "y")
 
 
 def find_network(module: nn.Module, name: str | None = None) -> nn.Module:
@@ -140,7 +139,7 @@ def given_labels(
             raise ValueError(f"`labels={key!r}`: the batch has no such entry. It is {there}.")
         return found
     if isinstance(batch, Mapping):
-        found = next((field_of(batch, name) for name in _LABELS if name in batch), None)
+        found = next((field_of(batch, name) for name in LABEL_NAMES if name in batch), None)
         if found is None and shifted:
             tokens, real = field_of(batch, "input_ids"), field_of(batch, mask)
             if tokens is not None and real is not None and real.shape == tokens.shape:

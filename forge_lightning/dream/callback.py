@@ -12,6 +12,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from forge_lightning.core.batch import LABEL_NAMES
 from forge_lightning.core.callback import (
     ForgeCallback,
     is_dev_run,
@@ -33,7 +34,6 @@ from forge_lightning.dream.programs import ProgramDreams
 from forge_lightning.dream.scores import KEPT, RowScores
 from forge_lightning.sandbox import Sandbox, SandboxError, Task, Verdict
 
-_USUAL_LABELS = ("labels", "target", "targets", "label", "y")
 _COUNTERS = (
     *("steps", "last_sleep", "remaining", "cycles", "extra_steps", "carry", "dream_carry", "size", "most_rows"),
     *("offered", "probe_closed", "computed", "before", "lowest", "stage", "replayed", "fits"),
@@ -212,7 +212,7 @@ class DreamReplay(ForgeCallback):
         require(all(n >= 0 for n in by_stage.values()), "every_n_steps_by_stage", by_stage, "at least 0 each")
         if by_stage and mode == "mix":
             raise ValueError("`DreamReplay(every_n_steps_by_stage=...)` goes with mode='cycle': 'mix' has no sleep.")
-        filled = _USUAL_LABELS if labels == "auto" else (str(labels),)
+        filled = LABEL_NAMES if labels == "auto" else (str(labels),)
         label_pad = IGNORED if ignore_index is None else ignore_index
         self._new_buffer = partial(ReplayBuffer, mask=mask, labels=filled, label_pad=label_pad, owner="DreamReplay")
         self._new_main = partial(self._new_buffer, capacity, frontier, max_bytes, memory_map=memory_map)
