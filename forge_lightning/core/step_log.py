@@ -8,6 +8,8 @@ from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
+from forge_lightning.core.metric_names import plain_metric
+
 _logged: WeakKeyDictionary[Any, dict[str, tuple[int, float]]] = WeakKeyDictionary()
 _intervals: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
 _muted: WeakSet[Any] = WeakSet()
@@ -88,6 +90,13 @@ def logged_at_this_step(trainer: Any) -> dict[str, float]:
 
 
 def last_logged(trainer: Any, *names: str) -> float:
-    """The value that callbacks of the suite logged last under the first of these full names; NaN without one."""
+    """The value that callbacks of the suite logged last under the first of these full names; NaN without one.
+
+    Instances with a ``name`` count as those without.
+    """
     logged = _logged.get(trainer, {})
-    return next((logged[name][1] for name in names if name in logged), math.nan)
+    for name in names:
+        found = [entry for key, entry in logged.items() if plain_metric(key) == name]
+        if found:
+            return max(found, key=lambda entry: entry[0])[1]
+    return math.nan

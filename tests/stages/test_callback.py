@@ -54,6 +54,20 @@ def test_the_stages_of_a_run_are_named_and_published():
     assert seen == sorted(seen)
 
 
+@pytest.mark.parametrize("name", [None, "second"])
+def test_named_grokfast_is_evidence_as_the_unnamed_one_is(name):
+    class Moves(Scripted):
+        def training_step(self, batch, batch_idx):
+            outputs = super().training_step(batch, batch_idx)
+            return outputs | {"loss": outputs["loss"] + 1e-6 * self.loss(batch)}
+
+    classifier = StageClassifier()
+    run([Grokfast(name=name), classifier], Moves, log_every_n_steps=1)
+    evidence = [event["evidence"] for event in classifier.events]
+    assert evidence
+    assert all(math.isfinite(each["cosine"]) and math.isfinite(each["grad_norm"]) for each in evidence)
+
+
 def test_a_stage_drives_grokfast():
     """λ is that of the stage, from the step after it was declared."""
     lambs = {}
