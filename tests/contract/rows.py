@@ -6,6 +6,8 @@ import math
 import pickle
 import random
 import re
+import signal
+import types
 import warnings
 import weakref
 from contextvars import ContextVar
@@ -13,10 +15,11 @@ from contextvars import ContextVar
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
+from torch.utils.data import DataLoader
 
 from forge_lightning.core.layers import network_modules
 from tests.contract.modules import (
@@ -36,6 +39,13 @@ ADAPT = ContextVar("adapt", default=lambda module: module)
 
 
 def fit(callbacks=(), module=LossOnly, ckpt_path=None, **kwargs):
+    model, trainer = made(callbacks, module, **kwargs)
+    trainer.fit(model, ckpt_path=ckpt_path)
+    return model, trainer
+
+
+def made(callbacks=(), module=LossOnly, **kwargs):
+    """A model and its trainer, before anything ran."""
     seed_everything(0, verbose=False)  # before the module is built: the same initial weights in every run
     model = ADAPT.get()(module)() if isinstance(module, type) else module
     defaults = {
@@ -49,9 +59,7 @@ def fit(callbacks=(), module=LossOnly, ckpt_path=None, **kwargs):
         "enable_progress_bar": False,
         "enable_model_summary": False,
     }
-    trainer = Trainer(**defaults | {"callbacks": list(callbacks)} | kwargs)
-    trainer.fit(model, ckpt_path=ckpt_path)
-    return model, trainer
+    return model, Trainer(**defaults | {"callbacks": list(callbacks)} | kwargs)
 
 
 def weights(model):
@@ -137,9 +145,12 @@ def shapes_of_others(case, tmp_path):
 
 
 def precisions(case, tmp_path):
+    """In each it trains, and acts as it does in 32 bits."""
     for precision in ("32-true", "bf16-mixed", "64-true", "bf16-true"):
-        model, _ = fit([case.build()], precision=precision)
+        model, _ = fit([case.build()], precision=precision, max_epochs=2)
         assert weights(model).isfinite().all(), precision
+        without, _ = fit(precision=precision, max_epochs=2)
+        assert torch.equal(weights(model), weights(without)) == (case.observer or "acts" in case.exempt), precision
 
 
 def fp16_overflow(case, tmp_path):
@@ -258,8 +269,14 @@ def checkpoints_cross(case, tmp_path):
     for first, second in (([case.build()], []), ([], [case.build()])):
         folder = tmp_path / str(len(first))
         fit([*first, ModelCheckpoint(folder, save_last=True)], Plain, enable_checkpointing=True)
-        model, _ = fit(second, Plain, max_epochs=2, ckpt_path=folder / "last.ckpt")
+        model, trainer = fit(second, Plain, max_epochs=2, ckpt_path=folder / "last.ckpt")
+        assert trainer.global_step == 16
         assert weights(model).isfinite().all()
+        stripped = torch.load(folder / "last.ckpt", weights_only=True) | {"callbacks": {}}
+        torch.save(stripped, folder / "stripped.ckpt")
+        plain_run, _ = fit((), Plain, max_epochs=2, ckpt_path=folder / "stripped.ckpt")
+        acts = bool(second) and not (case.observer or "acts" in case.exempt)
+        assert torch.equal(weights(model), weights(plain_run)) != acts, "what it left behind goes on" if first else ""
 
 
 def two_instances(case, tmp_path):
@@ -274,36 +291,80 @@ def two_instances(case, tmp_path):
 def other_stages(case, tmp_path):
     """`validate`, `test` and `predict` without `fit`, `fast_dev_run`, and one instance fitted twice."""
     callback = case.build()
-    model, trainer = fit([callback], max_steps=0, limit_val_batches=2)
-    for run in (trainer.validate, trainer.test, trainer.predict):
-        run(model, **({} if run == trainer.predict else {"verbose": False}))
+    results = []
+    for callbacks in ([callback], ()):
+        model, trainer = made(callbacks, limit_val_batches=2)
+        before = weights(model)
+        results.append([trainer.validate(model, verbose=False), trainer.test(model, verbose=False)])
+        results[-1] = [{k: v for k, v in found.items() if "forge/" not in k} for (found,) in results[-1]]
+        results[-1].append(torch.cat(trainer.predict(model)).tolist())
+        assert torch.equal(weights(model), before)
+    assert results[0] == results[1]
     fit([case.build()], fast_dev_run=2)
-    fit([callback])
-    fit([callback])
+    first, _ = fit([callback])
+    second, trainer = fit([callback])
+    assert trainer.global_step == 8
+    assert not case.observer or torch.equal(weights(first), weights(second))
 
 
 def nothing_left_behind(case, tmp_path):
     callback = case.build()
     for module in (LossOnly, RaisesAtStep):
-        model = ADAPT.get()(module)()
+        model, watches = ADAPT.get()(module)(), Watches()
         before = set(vars(model))
         try:
-            fit([callback], model)
+            fit([watches, callback], model)
         except RuntimeError as error:
             assert "on purpose" in str(error)
         assert not any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in model.modules())
         patched = {k for k in set(vars(model)) - before if callable(vars(model)[k])}
         assert not patched, patched
+        trainer = watches.trainer
+        assert set(trainer.callbacks) == set(watches.callbacks)
+        for part in (trainer, trainer.strategy, trainer.strategy.precision_plugin, *model.modules()):
+            assert not shadowed(part), type(part).__name__
+        for optimizer in trainer.optimizers:
+            assert not {**optimizer._optimizer_step_pre_hooks, **optimizer._optimizer_step_post_hooks}
+        assert {number: signal.getsignal(number) for number in watches.signals} == watches.signals
+
+
+class Watches(Callback):
+    """Remembers how things were before a fit."""
+
+    def setup(self, trainer, pl_module, stage):
+        self.trainer, self.callbacks = trainer, list(trainer.callbacks)
+        self.signals = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+
+def shadowed(part):
+    """Methods of an object that somebody has put others in place of."""
+    return {name for name in vars(part) if callable(getattr(type(part), name, None)) and callable(vars(part)[name])}
+
+
+def reachable_bytes(callback):
+    """Of all tensors that a callback keeps alive, apart from those of the model and the trainer."""
+    skipped = (Trainer, torch.nn.Module, DataLoader, type, types.ModuleType, types.FunctionType, types.FrameType)
+    seen, waiting, size = set(), [vars(callback)], 0
+    while waiting:
+        found = waiting.pop()
+        if id(found) in seen or issubclass(type(found), skipped):
+            continue
+        seen.add(id(found))
+        if isinstance(found, torch.Tensor):
+            size += found.nbytes
+        else:
+            waiting += gc.get_referents(found)
+    return size
 
 
 def memory_is_bounded(case, tmp_path):
-    """The state stops growing, and no graph is kept alive."""
+    """The state stops growing, as does all else that is kept, and no graph is kept alive."""
     sizes = []
 
     class Measures(type(case.build())):
         def on_train_epoch_end(self, trainer, pl_module):
             super().on_train_epoch_end(trainer, pl_module)
-            sizes.append(sum(t.nbytes for t in tensors(self.state_dict())))
+            sizes.append((sum(t.nbytes for t in tensors(self.state_dict())), reachable_bytes(self)))
 
     graphs = []
 

@@ -5,8 +5,9 @@ import torch
 from lightning.pytorch import Callback
 
 from forge_lightning import callbacks
-from tests.contract import distributed, naive
-from tests.contract.cases import CASES, Case
+from tests.contract import distributed
+from tests.contract.bad import MUST_FAIL
+from tests.contract.cases import CASES
 from tests.contract.modules import FOREIGN
 from tests.contract.rows import ADAPT, ROWS
 
@@ -34,12 +35,14 @@ def test_promise(case, row, tmp_path):
         ADAPT.reset(token)
 
 
-NAIVE = Case(build=lambda: naive.NaiveGrokfast(alpha=0.9, lamb=2.0), id="naive")
-
-
-@pytest.mark.parametrize("row", naive.MUST_FAIL)
-def test_the_naive_way_breaks(row, tmp_path):
-    """Negative control: the matrix sees what is wrong with the published recipe dropped into the obvious hook."""
-    with pytest.raises((AssertionError, KeyError)):
-        next(r for r in ROWS if r.__name__ == row)(NAIVE, tmp_path)
+@pytest.mark.parametrize(("row", "case"), MUST_FAIL, ids=lambda part: str(part))
+@pytest.mark.filterwarnings("ignore")
+def test_a_bad_callback_is_caught(row, case, tmp_path):
+    """Negative control: each row sees what breaks its promise."""
+    with pytest.raises((AssertionError, AttributeError, KeyError, RuntimeError, TypeError)):
+        next(r for r in ROWS if r.__name__ == row)(case, tmp_path)
     assert torch.is_grad_enabled()
+
+
+def test_every_row_has_a_bad_callback():
+    assert {row.__name__ for row in ROWS} == {row for row, _ in MUST_FAIL}

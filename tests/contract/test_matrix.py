@@ -10,8 +10,8 @@ import pytest
 from forge_lightning import callbacks
 from tests import processes
 from tests.contract import matrix
+from tests.contract.bad import NAIVE
 from tests.contract.cases import CASES, Case
-from tests.contract.test_contract import NAIVE
 
 ROOT = Path(__file__).parents[2]
 
