@@ -248,8 +248,9 @@ def test_layers_that_are_not_used_are_refused():
 
 
 def test_it_travels_to_other_processes():
-    callback = pickle.loads(pickle.dumps(SelfModel(layers=["net.0"])))
-    fit([callback])
+    settings = {"layers": ["net.0"], "warmup_steps": 0}
+    sent = pickle.loads(pickle.dumps(SelfModel(**settings)))
+    assert torch.equal(weights(fit([sent])[0]), weights(fit([SelfModel(**settings)])[0]))
 
 
 @pytest.mark.parametrize(
