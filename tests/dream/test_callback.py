@@ -272,6 +272,60 @@ def test_the_probe_is_kept_apart_and_forgetting_is_measured_on_it(tmp_path):
     )
 
 
+class Told(Plain):
+    """Loss and success of an example are known from its numbers, whatever the weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    @staticmethod
+    def outcomes(x):
+        return x[:, 0].abs(), (x[:, 1] > 0).float()
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch[0].clone())
+        loss, success = self.outcomes(batch[0])
+        return {"loss": self.loss(batch), "example_loss": loss, "example_success": success}
+
+
+def test_what_is_logged_of_replayed_rows_is_theirs():
+    logged = []
+
+    class Reads(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            logged.append({k.rsplit("/", 1)[1]: float(v) for k, v in trainer.callback_metrics.items() if "dream" in k})
+
+    replay = DreamReplay(fraction=0.5, probe_size=0)
+    model, _ = fit([replay, Reads()], Told, log_every_n_steps=1)
+    sizes = [len(x) for x in model.seen]
+    assert sizes[0] == 8
+    assert max(sizes) > 8
+    for step, (x, found) in enumerate(zip(model.seen, logged, strict=True), start=1):
+        assert found["share"] == pytest.approx(1 - 8 * step / sum(sizes[:step]))
+        loss, success = (value[8:].mean().item() for value in model.outcomes(x))
+        assert found["replay_loss"] == pytest.approx(loss, rel=1e-5, nan_ok=True)
+        assert found["replay_success"] == pytest.approx(success, rel=1e-5, nan_ok=True)
+    assert 0 < logged[-1]["frontier"] < logged[-1]["stored"] == len(replay.buffer)
+
+
+def test_what_is_logged_before_and_after_a_sleep_is_of_the_watched_rows():
+    seen = {}
+
+    class Reads(Callback):
+        def on_train_end(self, trainer, pl_module):
+            seen.update({key: float(value) for key, value in trainer.callback_metrics.items()})
+            seen["x"] = next(iter(replay._watched.read(replay._watched.slots()).rows.values()))
+
+    replay = DreamReplay(**SLEEPS | {"num_steps": 1, "every_n_steps": 8})
+    fit([replay, Reads()], Told)
+    loss, success = (float(value.mean()) for value in Told.outcomes(seen["x"]))
+    assert 0 < success < 1
+    for when in ("before", "after"):
+        assert seen[f"forge/dream/loss_{when}"] == pytest.approx(loss, rel=1e-5)
+        assert seen[f"forge/dream/success_{when}"] == pytest.approx(success, rel=1e-5)
+
+
 def test_sleeping_on_stored_rows_lowers_their_loss():
     replay = DreamReplay(**SLEEPS | {"num_steps": 30, "every_n_steps": 8})
     seen = {}
@@ -485,6 +539,34 @@ def test_keeping_to_logits_of_weights_that_have_not_moved_adds_nothing():
     fit([Notes(fraction=0.5, probe_size=0, distillation=1.0)], Still, max_epochs=2)
     assert len(added) > 5
     assert max(added) < 1e-5, "half-precision of what was stored"
+
+
+def test_moved_logits_are_drawn_back_by_their_squared_distance():
+    """One logit of two has moved by 0.3 since they were stored: 0.3² / 2 for each stored row, of all rows."""
+    added = {}
+
+    class Notes(DreamReplay):
+        def added(self, loss):
+            term = super().added(loss)
+            if term is not None:
+                stored = sum(len(values) > 0 for values in self._drawn.extras["stored_values"])
+                added[self._trainer.global_step] = term.item(), stored, len(self._drawn)
+            return term
+
+    class Jumps(Plain):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+        def on_train_batch_start(self, batch, batch_idx):
+            if batch_idx == 5:
+                with torch.no_grad():
+                    self.net[-1].bias[0] += 0.3
+
+    fit([Notes(fraction=0.5, probe_size=0, distillation=2.0, top_k=2)], Jumps)
+    term, stored, drawn = added[5]
+    assert stored > 0
+    assert term == pytest.approx(2.0 * stored * 0.045 / (8 + drawn), rel=1e-2)
+    assert added[4][0] < 1e-5
 
 
 @pytest.mark.filterwarnings("ignore:.*generated functions take", "ignore:.*are longer than max_length")

@@ -316,6 +316,13 @@ def test_activations_that_are_not_finite_give_nan_and_one_warning():
     assert math.isnan(values["forge/geometry/net.0/two_nn"])
 
 
+def test_overhead_is_the_fastest_probe_over_the_steps_between():
+    probe = GeometryProbe()
+    probe._probe_seconds.extend([0.3, 0.1, 0.2])
+    probe._step_seconds.extend([0.01, 0.02, 0.06])
+    assert probe._overhead(10) == pytest.approx(0.1 / (10 * 0.02))
+
+
 class Forwards(Plain):
     def forward(self, x):
         assert not self.training

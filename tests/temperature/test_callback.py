@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -34,8 +35,14 @@ def test_steps_are_those_of_the_formula(fraction, count):
             super().on_train_batch_start(*args)
             temperatures.append(self.temperature)
 
+    logged = []
+
+    class Reads(Callback):
+        def on_train_batch_end(self, trainer, *_):
+            logged.append(float(trainer.callback_metrics["forge/temperature/kl"]))
+
     callback = Looks(weight=0.4, teacher_decay=0.9, fraction=fraction, **FIXED)
-    ours, _ = fit([callback], Plain)
+    ours, _ = fit([callback, Reads()], Plain, log_every_n_steps=1)
     start, _ = fit((), Plain, max_steps=0)
     student, teacher = start.net, type(start)().net
     teacher.load_state_dict(student.state_dict())
@@ -46,6 +53,7 @@ def test_steps_are_those_of_the_formula(fraction, count):
         with torch.no_grad():
             goal = teacher(x)
         kl = temperature_kl(logits[rows], goal[rows], temperatures[n - 1]).mean()
+        assert logged[n - 1] == pytest.approx(kl.item(), rel=1e-3, abs=1e-6)
         loss = 0.6 * F.cross_entropy(logits, y) + 0.4 * kl
         optimizer.zero_grad()
         loss.backward()
