@@ -64,7 +64,7 @@ def test_list_tells_of_callbacks_what_they_tell_of_themselves(capsys):
     assert main(["list", "--callbacks", "DreamReplay"]) == 0
     card = capsys.readouterr().out
     for part in (
-        "Hooks:",
+        "Hook:",
         "Reads:",
         "Changes:",
         "forge/dream/stored",

@@ -3,7 +3,7 @@ from itertools import combinations
 import pytest
 import torch
 
-from forge_lightning.evaluation import functional as pass_at_k
+from forge_lightning.evaluation.functional import pass_at_k
 from forge_lightning.evaluation.metric import PassAtK
 
 
