@@ -44,6 +44,17 @@ def fit(callbacks=(), module=LossOnly, ckpt_path=None, **kwargs):
     return model, trainer
 
 
+_WITHOUT = {}
+
+
+def weights_without(module=LossOnly, **kwargs):
+    """Those of the same fit without callbacks, which is run once for all cases."""
+    key = (module, ADAPT.get(), tuple(sorted(kwargs.items())))
+    if key not in _WITHOUT:
+        _WITHOUT[key] = weights(fit((), module, **kwargs)[0])
+    return _WITHOUT[key]
+
+
 def made(callbacks=(), module=LossOnly, **kwargs):
     """A model and its trainer, before anything ran."""
     seed_everything(0, verbose=False)  # before the module is built: the same initial weights in every run
@@ -92,15 +103,13 @@ def plain(tree):
 def off_is_off(case, tmp_path):
     build = case.build if case.observer else case.inert
     with_callback, _ = fit([build()], max_epochs=2)
-    without, _ = fit(max_epochs=2)
-    assert torch.equal(weights(with_callback), weights(without))
+    assert torch.equal(weights(with_callback), weights_without(max_epochs=2))
 
 
 def acts(case, tmp_path):
     """The other half of "off is off": with its own settings, it changes training (an observer does not)."""
     with_callback, _ = fit([case.build()], max_epochs=2)
-    without, _ = fit(max_epochs=2)
-    assert torch.equal(weights(with_callback), weights(without)) == case.observer
+    assert torch.equal(weights(with_callback), weights_without(max_epochs=2)) == case.observer
 
 
 def random_stream_untouched(case, tmp_path):
@@ -116,9 +125,9 @@ def foreign_modules(case, tmp_path):
             warnings.filterwarnings("ignore", module.warns)
             model, _ = fit([case.build()], module)
         assert weights(model).isfinite().all(), module.__name__
-        without, _ = fit((), module)
         nothing_to_do = f"foreign_modules: {module.__name__}" in case.exempt
-        assert torch.equal(weights(model), weights(without)) == (case.observer or nothing_to_do), module.__name__
+        same = torch.equal(weights(model), weights_without(module))
+        assert same == (case.observer or nothing_to_do), module.__name__
 
 
 def shapes_of_others(case, tmp_path):
@@ -128,7 +137,7 @@ def shapes_of_others(case, tmp_path):
         saved = ModelCheckpoint(tmp_path / module.__name__, every_n_train_steps=2, save_top_k=-1)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what a callback cannot do there, it says
-            without, _ = fit((), module, **options)
+            without = weights_without(module, **options)
             try:
                 model, _ = fit([case.build(), saved], module, enable_checkpointing=True, **options)
             except MisconfigurationException as error:
@@ -138,7 +147,7 @@ def shapes_of_others(case, tmp_path):
                 continue
         assert weights(model).isfinite().all(), module.__name__
         if case.observer:
-            assert torch.equal(weights(model), weights(without)), module.__name__
+            assert torch.equal(weights(model), without), module.__name__
         if module is Given:
             kept = torch.load(saved.best_model_path, weights_only=False)["hyper_parameters"]
             assert b"forge_lightning" not in pickle.dumps(kept), "something of ours came with the hyperparameters"
@@ -149,8 +158,8 @@ def precisions(case, tmp_path):
     for precision in ("32-true", "bf16-mixed", "64-true", "bf16-true"):
         model, _ = fit([case.build()], precision=precision, max_epochs=2)
         assert weights(model).isfinite().all(), precision
-        without, _ = fit(precision=precision, max_epochs=2)
-        assert torch.equal(weights(model), weights(without)) == (case.observer or "acts" in case.exempt), precision
+        same = torch.equal(weights(model), weights_without(precision=precision, max_epochs=2))
+        assert same == (case.observer or "acts" in case.exempt), precision
 
 
 def fp16_overflow(case, tmp_path):
