@@ -798,10 +798,10 @@ def test_keys_that_only_look_alike_are_taken(tmp_path):
 
 
 def test_a_config_that_is_nested_too_deep_is_explained(capsys, small_config):
-    for text, says in (("[" * 3000, "b.yaml"), (SMALL + "x: &x [*x]\n", "holds itself")):
-        small_config.write_text(text)
-        for command in (("check", "b.yaml"), ("fit", "--config", "b.yaml")):
-            assert says in explained(capsys, *command)
+    small_config.write_text("[" * 3000)
+    assert "b.yaml" in explained(capsys, "check", "b.yaml")
+    small_config.write_text(SMALL + "x: &x [*x]\n")
+    assert "holds itself" in explained(capsys, "fit", "--config", "b.yaml")
 
 
 def test_without_a_logger_a_config_in_the_working_directory_stays(tmp_path, small_config):

@@ -136,7 +136,7 @@ def test_soft_outcomes_tell_items_apart_however_unlikely(nats):
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
-@pytest.mark.parametrize("odd", [-100.0, -1e4, -np.inf])
+@pytest.mark.parametrize("odd", [-1e4, -np.inf])
 def test_one_answer_that_is_all_but_impossible_tells_of_its_item_alone(odd, size):
     rng = np.random.default_rng(0)
     loss = rng.uniform(0.02, 3, 200)
