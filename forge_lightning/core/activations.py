@@ -9,7 +9,7 @@ from forge_lightning.core.batch import BatchFields
 
 
 def activation_of(output: Any, name: str, key: str | None = None) -> Tensor:
-    """The activation in what a layer puts out: a tensor; the first of a tuple or list; of a mapping that of a key.
+    """Return the activation in a layer's output: a tensor, the first of a tuple or list, or a mapping's entry.
 
     Raises:
         ValueError: If it holds none, naming the layer.
@@ -20,7 +20,7 @@ def activation_of(output: Any, name: str, key: str | None = None) -> Tensor:
         output = next((value for value in output if isinstance(value, Tensor)), None)
     if not isinstance(output, Tensor) or not output.is_floating_point():
         raise ValueError(
-            f"Layer {name!r} puts out {type(output).__name__}, which holds no activations. Name another layer, or"
+            f"Layer {name!r} returns {type(output).__name__}, which holds no activations. Name another layer, or"
             " the entry with `output_key`."
         )
     return output

@@ -361,7 +361,7 @@ class ItemTracker:
             weight = np.maximum(p * (1 - p), 0.02)
             noise, residual = 1 / (weight * counts), (np.clip(y, 1e-6, 1 - 1e-6) - p) / weight
         own = noise + self._own_variance[i]
-        shared = residual  # what the skill is told
+        shared = residual  # what the shared skill learns from
         if soft:  # an answer that is all but impossible tells of its item, not of the others
             shared = usual + np.clip(residual - usual, -_OFF * np.sqrt(own), _OFF * np.sqrt(own))
         unit = 1 / own

@@ -42,7 +42,7 @@ from forge_lightning.geometry.estimators import check_estimators, estimate, quan
 
 _MOST_EVENTS = 1000
 _MOST_BATCHES = 64  # of a held-out probe
-_MOST_KEPT = 1 << 26  # bytes of its batches that are kept; more are drawn anew each time
+_MOST_KEPT = 1 << 26  # bytes of batches to cache; larger ones are loaded again for each probe
 _MOST_SHORT = 4  # steps to wait for one that has enough points
 _SOURCES = ("auto", "batch", "train", "val")
 
@@ -546,7 +546,7 @@ class GeometryProbe(ForgeCallback):
         self._tap.seconds = time.perf_counter() - begun
 
     def _held_out(self, trainer: Trainer) -> Iterator[Any]:
-        """Batches of the held-out examples; kept where that takes little memory, else drawn anew each time."""
+        """Yield the held-out batches, cached up to `_MOST_KEPT` bytes."""
         if self._examples is not None:
             yield from map(deepcopy, self._examples)
             return
