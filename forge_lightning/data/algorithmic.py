@@ -1,5 +1,6 @@
 """Tasks small enough to watch a model grok: modular arithmetic, permutations, parity."""
 
+from functools import partial
 from itertools import permutations
 from typing import Any, Literal, get_args
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from forge_lightning.core.stateful_loader import StatefulDataLoader
+from forge_lightning.core.validate import require
 
 Operation = Literal["add", "subtract", "multiply", "divide", "s5", "sparse_parity"]
 
@@ -81,20 +83,17 @@ class AlgorithmicData(LightningDataModule):
     ) -> None:
         super().__init__()
 
-        def require(ok: bool, argument: str, value: object, allowed: str) -> None:
-            if not ok:
-                raise ValueError(f"`AlgorithmicData({argument}={value!r})` must be {allowed}.")
-
-        require(operation in get_args(Operation), "operation", operation, f"one of {list(get_args(Operation))}")
-        require(num_workers >= 0, "num_workers", num_workers, "at least 0")
-        require(modulus >= 3, "modulus", modulus, "at least 3")
+        check = partial(require, "AlgorithmicData")
+        check(operation in get_args(Operation), "operation", operation, f"one of {list(get_args(Operation))}")
+        check(num_workers >= 0, "num_workers", num_workers, "at least 0")
+        check(modulus >= 3, "modulus", modulus, "at least 3")
         if operation == "divide":
             prime = all(modulus % d for d in range(2, int(modulus**0.5) + 1))
-            require(prime, "modulus", modulus, "a prime for operation='divide', where every b needs an inverse")
-        require(0 < train_fraction < 1, "train_fraction", train_fraction, "in (0, 1)")
-        require(batch_size >= 1, "batch_size", batch_size, "at least 1")
-        require(1 <= num_relevant_bits <= num_bits, "num_relevant_bits", num_relevant_bits, f"in [1, {num_bits}]")
-        require(num_examples >= 2, "num_examples", num_examples, "at least 2")
+            check(prime, "modulus", modulus, "a prime for operation='divide', where every b needs an inverse")
+        check(0 < train_fraction < 1, "train_fraction", train_fraction, "in (0, 1)")
+        check(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        check(1 <= num_relevant_bits <= num_bits, "num_relevant_bits", num_relevant_bits, f"in [1, {num_bits}]")
+        check(num_examples >= 2, "num_examples", num_examples, "at least 2")
         self.operation = operation
         self.modulus = modulus
         self.train_fraction = train_fraction

@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 
 from forge_lightning.core.stateful_loader import StatefulDataLoader
 from forge_lightning.core.tokens import pad_id
+from forge_lightning.core.validate import require
 from forge_lightning.data.code_tasks import Problem
 from forge_lightning.data.tokens import Example, ExampleDataset, TokenDataModule, encode_example
 from forge_lightning.edge.sampler import DifficultySampler
@@ -182,16 +184,13 @@ class GeneratedTasks(TokenDataModule):
     ) -> None:
         super().__init__(tokenizer, batch_size, seed, num_workers)
 
-        def require(ok: bool, argument: str, value: object, allowed: str) -> None:
-            if not ok:
-                raise ValueError(f"`GeneratedTasks({argument}={value!r})` must be {allowed}.")
-
-        require(bool(families) and set(families) <= set(FAMILIES), "families", families, f"of {list(FAMILIES)}")
-        require(order in ("uniform", "easy_to_hard"), "order", order, "'uniform' or 'easy_to_hard'")
-        require(max_level >= 2, "max_level", max_level, "at least 2")
-        require(bool(widths) and min(widths) >= 1, "widths", widths, "at least 1 each")
+        check = partial(require, "GeneratedTasks")
+        check(bool(families) and set(families) <= set(FAMILIES), "families", families, f"of {list(FAMILIES)}")
+        check(order in ("uniform", "easy_to_hard"), "order", order, "'uniform' or 'easy_to_hard'")
+        check(max_level >= 2, "max_level", max_level, "at least 2")
+        check(bool(widths) and min(widths) >= 1, "widths", widths, "at least 1 each")
         for argument, value in (("steps_per_epoch", steps_per_epoch), ("num_val", num_val), ("ramp_steps", ramp_steps)):
-            require(value >= 1, argument, value, "at least 1")
+            check(value >= 1, argument, value, "at least 1")
         self.families, self.max_level, self.widths = list(families), max_level, list(widths)
         self.steps_per_epoch, self.num_val = steps_per_epoch, num_val
         self.order, self.ramp_steps = order, ramp_steps

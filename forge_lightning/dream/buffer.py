@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from forge_lightning.core.tokens import IGNORED
+from forge_lightning.core.validate import require
 from forge_lightning.dream.batch_rows import rows_of
 from forge_lightning.dream.functional import gumbel_top_k, importance_weights, replay_priority
 from forge_lightning.dream.store import RowStore
@@ -129,17 +131,14 @@ class ReplayBuffer:
         seed: int = 0,
         owner: str = "ReplayBuffer",
     ) -> None:
-        def require(ok: bool, argument: str, value: object, allowed: str) -> None:
-            if not ok:
-                raise ValueError(f"`{owner}({argument}={value!r})` must be {allowed}.")
-
-        require(capacity >= 1, "capacity", capacity, "at least 1")
-        require(0 <= frontier < 1, "frontier", frontier, "in [0, 1)")
-        require(max_bytes >= 1, "max_bytes", max_bytes, "at least 1")
-        require(alpha >= 0, "alpha", alpha, "at least 0")
-        require(0 <= beta <= 1, "beta", beta, "in [0, 1]")
+        check = partial(require, owner)
+        check(capacity >= 1, "capacity", capacity, "at least 1")
+        check(0 <= frontier < 1, "frontier", frontier, "in [0, 1)")
+        check(max_bytes >= 1, "max_bytes", max_bytes, "at least 1")
+        check(alpha >= 0, "alpha", alpha, "at least 0")
+        check(0 <= beta <= 1, "beta", beta, "in [0, 1]")
         above = memory_map is None or Path(memory_map).absolute().parent.is_dir()
-        require(above, "memory_map", memory_map and str(memory_map), "a folder in one that exists")
+        check(above, "memory_map", memory_map and str(memory_map), "a folder in one that exists")
         self.capacity, self.max_bytes, self.mask = capacity, max_bytes, mask
         self.alpha, self.beta, self.seed, self.owner = alpha, beta, seed, owner
         self.memory_map, self.labels, self.label_pad = memory_map, tuple(labels), label_pad

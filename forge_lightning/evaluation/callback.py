@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from forge_lightning.core.callback import ForgeCallback, is_dev_run, run_directory, uses_strategy
 from forge_lightning.core.protocols import SupportsGenerate, SupportsProblems
+from forge_lightning.core.validate import require
 from forge_lightning.evaluation.functional import pass_at_k
 from forge_lightning.evaluation.metric import PassAtK
 from forge_lightning.sandbox import NO_TIME, Sandbox, SandboxError, Verdict
@@ -97,25 +99,22 @@ class CodeEvaluation(ForgeCallback):
     ) -> None:
         super().__init__(name)
 
-        def require(ok: bool, argument: str, value: object, allowed: str) -> None:
-            if not ok:
-                raise ValueError(f"`CodeEvaluation({argument}={value!r})` must be {allowed}.")
-
-        require(num_samples >= 1, "num_samples", num_samples, "at least 1")
-        require(bool(k) and all(1 <= n <= num_samples for n in k), "k", k, f"in [1, num_samples={num_samples}] each")
-        require(temperature >= 0, "temperature", temperature, "at least 0")
-        require(all(t > 0 for t in temperatures), "temperatures", temperatures, "above 0 each")
-        require(len(set(temperatures)) == len(temperatures), "temperatures", temperatures, "different from each other")
+        check = partial(require, "CodeEvaluation")
+        check(num_samples >= 1, "num_samples", num_samples, "at least 1")
+        check(bool(k) and all(1 <= n <= num_samples for n in k), "k", k, f"in [1, num_samples={num_samples}] each")
+        check(temperature >= 0, "temperature", temperature, "at least 0")
+        check(all(t > 0 for t in temperatures), "temperatures", temperatures, "above 0 each")
+        check(len(set(temperatures)) == len(temperatures), "temperatures", temperatures, "different from each other")
         if num_samples > 1 and not temperatures:
-            require(temperature > 0, "temperature", temperature, "above 0 for num_samples > 1, or all are equal")
-        require(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
-        require(limit_problems is None or limit_problems >= 1, "limit_problems", limit_problems, "at least 1")
-        require(every_n_validations >= 1, "every_n_validations", every_n_validations, "at least 1")
-        require(every_n_steps is None or every_n_steps >= 1, "every_n_steps", every_n_steps, "at least 1")
-        require(max_seconds is None or max_seconds > 0, "max_seconds", max_seconds, "above 0")
-        require(batch_size >= 1, "batch_size", batch_size, "at least 1")
-        require(timeout > 0, "timeout", timeout, "above 0")
-        require(memory_mb >= 64, "memory_mb", memory_mb, "at least 64")
+            check(temperature > 0, "temperature", temperature, "above 0 for num_samples > 1, or all are equal")
+        check(max_new_tokens >= 1, "max_new_tokens", max_new_tokens, "at least 1")
+        check(limit_problems is None or limit_problems >= 1, "limit_problems", limit_problems, "at least 1")
+        check(every_n_validations >= 1, "every_n_validations", every_n_validations, "at least 1")
+        check(every_n_steps is None or every_n_steps >= 1, "every_n_steps", every_n_steps, "at least 1")
+        check(max_seconds is None or max_seconds > 0, "max_seconds", max_seconds, "above 0")
+        check(batch_size >= 1, "batch_size", batch_size, "at least 1")
+        check(timeout > 0, "timeout", timeout, "above 0")
+        check(memory_mb >= 64, "memory_mb", memory_mb, "at least 64")
         self.k = sorted(set(k))
         self.num_samples = num_samples
         self.temperature = temperature

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import zeros as dtensor_zeros
 
+from forge_lightning.core.validate import require
 from forge_lightning.grokfast import functional as F
 
 FilterName = Literal["ema", "ma", "projection"]
@@ -79,26 +81,23 @@ class GradientFilter:
         *,
         owner: str = "GradientFilter",
     ) -> None:
-        def require(ok: bool, argument: str, value: object, allowed: str) -> None:
-            if not ok:
-                raise ValueError(f"`{owner}({argument}={value!r})` must be {allowed}.")
-
-        require(filter in get_args(FilterName), "filter", filter, f"one of {list(get_args(FilterName))}")
-        require(schedule in get_args(ScheduleName), "schedule", schedule, f"one of {list(get_args(ScheduleName))}")
+        check = partial(require, owner)
+        check(filter in get_args(FilterName), "filter", filter, f"one of {list(get_args(FilterName))}")
+        check(schedule in get_args(ScheduleName), "schedule", schedule, f"one of {list(get_args(ScheduleName))}")
         lamb_init = LAMB_DEFAULTS[filter][0] if lamb_init is None else lamb_init
         lamb = LAMB_DEFAULTS[filter][1] if lamb is None else lamb
-        require(0 <= alpha < 1, "alpha", alpha, "in [0, 1)")
-        require(0 <= lamb < math.inf, "lamb", lamb, "at least 0 and finite")
-        require(window_size >= 1, "window_size", window_size, "at least 1")
+        check(0 <= alpha < 1, "alpha", alpha, "in [0, 1)")
+        check(0 <= lamb < math.inf, "lamb", lamb, "at least 0 and finite")
+        check(window_size >= 1, "window_size", window_size, "at least 1")
         if schedule != "constant" and lamb > 0:
-            require(0 <= lamb_init <= lamb, "lamb_init", lamb_init, f"in [0, lamb={lamb}]")
-        require(warmup_steps >= 1, "warmup_steps", warmup_steps, "at least 1")
-        require(0 <= cosine_decay < 1, "cosine_decay", cosine_decay, "in [0, 1)")
-        require(ring_dtype in ("float32", "bfloat16"), "ring_dtype", ring_dtype, "'float32' or 'bfloat16'")
+            check(0 <= lamb_init <= lamb, "lamb_init", lamb_init, f"in [0, lamb={lamb}]")
+        check(warmup_steps >= 1, "warmup_steps", warmup_steps, "at least 1")
+        check(0 <= cosine_decay < 1, "cosine_decay", cosine_decay, "in [0, 1)")
+        check(ring_dtype in ("float32", "bfloat16"), "ring_dtype", ring_dtype, "'float32' or 'bfloat16'")
         if schedule == "by_stage":
-            require(bool(stage_lambs), "stage_lambs", stage_lambs, "given with schedule='by_stage', e.g. {1: 0, 2: 2}")
+            check(bool(stage_lambs), "stage_lambs", stage_lambs, "given with schedule='by_stage', e.g. {1: 0, 2: 2}")
             for stage, value in (stage_lambs or {}).items():
-                require(0 <= value <= lamb, "stage_lambs", {stage: value}, f"in [0, lamb={lamb}]")
+                check(0 <= value <= lamb, "stage_lambs", {stage: value}, f"in [0, lamb={lamb}]")
         self.filter = filter
         self.alpha = alpha
         self.lamb = lamb

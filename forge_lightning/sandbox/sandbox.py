@@ -15,9 +15,11 @@ import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from forge_lightning.core.validate import require
 from forge_lightning.sandbox.wire import MOST_BYTES, frame
 
 Status = Literal["passed", "failed", "timeout", "out of memory", "killed", "could not run"]
@@ -166,13 +168,10 @@ class Sandbox:
         bubblewrap: bool = True,
         allow_weaker: bool = False,
     ) -> None:
-        def require(ok: bool, argument: str, value: object, allowed: str) -> None:
-            if not ok:
-                raise ValueError(f"`Sandbox({argument}={value!r})` must be {allowed}.")
-
-        require(timeout_seconds > 0, "timeout_seconds", timeout_seconds, "above 0")
-        require(memory_bytes >= 64 << 20, "memory_bytes", memory_bytes, "at least 64 MiB")
-        require(num_workers is None or num_workers >= 1, "num_workers", num_workers, "at least 1")
+        check = partial(require, "Sandbox")
+        check(timeout_seconds > 0, "timeout_seconds", timeout_seconds, "above 0")
+        check(memory_bytes >= 64 << 20, "memory_bytes", memory_bytes, "at least 64 MiB")
+        check(num_workers is None or num_workers >= 1, "num_workers", num_workers, "at least 1")
         self.timeout_seconds = timeout_seconds
         self.memory_bytes = memory_bytes
         self.num_workers = num_workers or os.cpu_count() or 1

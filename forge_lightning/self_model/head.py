@@ -14,6 +14,7 @@ from forge_lightning.core.activations import activation_of, is_positions_first
 from forge_lightning.core.batch import BatchFields
 from forge_lightning.core.hooks import Hook
 from forge_lightning.core.layers import network_modules, output_layer, output_width, select_layers
+from forge_lightning.core.validate import require
 from forge_lightning.geometry.functional import participation_ratio
 from forge_lightning.self_model.functional import (
     explained_variance,
@@ -90,18 +91,15 @@ class SelfModelHead(nn.Module):
     ) -> None:
         super().__init__()
 
-        def require(ok: bool, argument: str, value: object, allowed: str) -> None:
-            if not ok:
-                raise ValueError(f"`{self.owner}({argument}={value!r})` must be {allowed}.")
-
-        require(form in get_args(Form), "form", form, f"one of {list(get_args(Form))}")
-        require(0 <= weight < math.inf, "weight", weight, "at least 0 and finite")
-        require(warmup_steps >= 0, "warmup_steps", warmup_steps, "at least 0")
-        require(hidden_size >= 1, "hidden_size", hidden_size, "at least 1")
-        require(collapse_below is None or 0 < collapse_below < 1, "collapse_below", collapse_below, "in (0, 1) or None")
-        require(watch_every_n_steps >= 1, "watch_every_n_steps", watch_every_n_steps, "at least 1")
+        check = partial(require, self.owner)
+        check(form in get_args(Form), "form", form, f"one of {list(get_args(Form))}")
+        check(0 <= weight < math.inf, "weight", weight, "at least 0 and finite")
+        check(warmup_steps >= 0, "warmup_steps", warmup_steps, "at least 0")
+        check(hidden_size >= 1, "hidden_size", hidden_size, "at least 1")
+        check(collapse_below is None or 0 < collapse_below < 1, "collapse_below", collapse_below, "in (0, 1) or None")
+        check(watch_every_n_steps >= 1, "watch_every_n_steps", watch_every_n_steps, "at least 1")
         if form == "next_latent":
-            require(layers is None, "layers", layers, "left out with form='next_latent', which predicts the features")
+            check(layers is None, "layers", layers, "left out with form='next_latent', which predicts the features")
         self.form = form
         self.layers = layers
         self.weight = weight

@@ -2,9 +2,12 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
+
+from forge_lightning.core.validate import require
 
 
 class TemperatureSchedule:
@@ -38,18 +41,15 @@ class TemperatureSchedule:
         *,
         owner: str = "TemperatureSchedule",
     ) -> None:
-        def require(ok: bool, argument: str, value: object, allowed: str) -> None:
-            if not ok:
-                raise ValueError(f"`{owner}({argument}={value!r})` must be {allowed}.")
-
-        require(bool(bins), "bins", bins, "at least one (low, high)")
+        check = partial(require, owner)
+        check(bool(bins), "bins", bins, "at least one (low, high)")
         for edges in bins:
             ok = isinstance(edges, list | tuple) and len(edges) == 2 and 0 < edges[0] < edges[1] < math.inf
-            require(ok, "bins", bins, f"a list of (low, high) with 0 < low < high, not {edges!r}")
-        require(0 <= overlap < math.inf, "overlap", overlap, "at least 0")
-        require(patience >= 1, "patience", patience, "at least 1")
-        require(min_improvement >= 0, "min_improvement", min_improvement, "at least 0")
-        require(
+            check(ok, "bins", bins, f"a list of (low, high) with 0 < low < high, not {edges!r}")
+        check(0 <= overlap < math.inf, "overlap", overlap, "at least 0")
+        check(patience >= 1, "patience", patience, "at least 1")
+        check(min_improvement >= 0, "min_improvement", min_improvement, "at least 0")
+        check(
             max_steps_per_bin is None or max_steps_per_bin >= 1,
             "max_steps_per_bin",
             max_steps_per_bin,
