@@ -7,7 +7,7 @@ GPT-2's shapes with random weights and tokens, fp32, AdamW, one thread, CPU time
 between forward and backward passes is timed by its own hooks, in one fit with all of them, logging every 10 steps to a
 CSV file: median of a step's sum, but means for what comes only every so often (`GeometryProbe`: a probe of all blocks,
 copying included, over 50 steps; `EdgeController` without the sampler's draws, which edge.md has). Of
-`DreamReplay(mode="mix")`, in a fit of its own, all that it does beside the rows' own compute. `SelfModel` and
+`DreamReplay(schedule=Mix())`, in a fit of its own, all that it does beside the rows' own compute. `SelfModel` and
 `TemperatureCurriculum` add to the loss in every other step: the median difference of neighbouring steps, plus what
 their hooks take. What only works at checkpoints, in validation or at the end (`RNGState`, `Calibration`,
 `CodeEvaluation`, `RunSummary`, most of `StageClassifier`) adds nothing to a step. Rows are kept in overhead.jsonl; to
@@ -25,7 +25,7 @@ from statistics import mean, median
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
@@ -63,7 +63,6 @@ SIZES = {
     "small": Size("2 M, 8 × 256", {"n_layer": 4, "n_embd": 192, "n_head": 4, "vocab_size": 1024}, 8, 256, 24, 5),
     "gpt2": Size("GPT-2 small, 4 × 256", {"vocab_size": 50257}, 4, 256, 6, 3),
 }
-OWN = ("_mixed", "begin", "added", "returned", "end", "_after_step")  # of replay, called from inside the step
 QUARTER = "TemperatureCurriculum(fraction=0.25)"
 INSIDE: dict[str, Callable[[], forge.SelfModel | forge.TemperatureCurriculum]] = {
     "SelfModel": forge.SelfModel,
@@ -128,6 +127,22 @@ class _Last(Callback):
         self.times.seconds[-1] = time.process_time() - self.times.started
 
 
+class _TimedReplay(forge.DreamReplay):
+    """Times what replay does inside the step too."""
+
+    hooks: Hooks
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        assert self._session is not None
+        for part, names in (
+            (self._session.step, ("begin", "added", "returned", "end")),
+            (trainer.strategy, ("batch_to_device",)),
+        ):
+            for name in names:
+                setattr(part, name, self.hooks.timed(getattr(part, name), last=False))
+
+
 def between(size: Size) -> dict[str, float]:
     """Milliseconds a step of what works between the passes, by its hooks."""
     probe = _TimedProbe(layers="all", every_n_steps=2)
@@ -140,8 +155,8 @@ def between(size: Size) -> dict[str, float]:
     ]
     hooks = {type(callback).__name__: Hooks(callback) for callback in built}
     fit(size, [probe, *built], size.batch, max(size.steps, 12))
-    replay = forge.DreamReplay(mode="mix", fraction=0.25, probe_size=0)
-    hooks["DreamReplay"] = Hooks(replay, OWN)
+    replay = _TimedReplay(schedule=forge.Mix(fraction=0.25), probe_size=0)
+    hooks["DreamReplay"] = replay.hooks = Hooks(replay, ("end_step",))
     fit(size, [replay], size.batch, max(size.steps, 12))
     often = {name: 1e3 * median(kept.steps[1:]) for name, kept in hooks.items()}
     often["Telemetry"] = 1e3 * mean(hooks["Telemetry"].steps[1:])  # loggers are written to every 10 steps

@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.environment import FOLDER, QUIET, interval, keep, of_rows, stored, table
-from forge_lightning.callbacks import DreamReplay
+from forge_lightning.callbacks import BatchFields, DreamReplay, Mix, Sleep, Storage
 from forge_lightning.components import DreamAugmenter, ReplayBuffer
 from forge_lightning.data.code_tasks import humaneval_problem, mbpp_problem
 from forge_lightning.data.generated_tasks import GeneratedDataset
@@ -32,6 +32,7 @@ from forge_lightning.data.records import read_jsonl
 from forge_lightning.data.tokens import build_tokenizer
 from forge_lightning.dream.buffer import STRATEGIES
 from forge_lightning.dream.code_augmentation import AUGMENTATIONS, CodeExample
+from forge_lightning.dream.memory import ReplayMemory
 from forge_lightning.models import ForgeModule
 from forge_lightning.sandbox import Sandbox, Task
 
@@ -43,12 +44,12 @@ TUNING, SEEDS = (100, 101), range(6)
 DIGITS = {
     "no replay": None,
     "first in, first out": {},
-    "near the threshold only": {"frontier": 0.99, "strategy": "near_threshold"},
+    "near the threshold only": {"buffer": Storage(200, frontier=0.99), "strategy": "near_threshold"},
     "reservoir": {},
-    "reservoir by class": {"family": 1},
+    "reservoir by class": {"fields": BatchFields(family=1)},
     "reservoir, logits kept, weight 0.5": {"distillation": 0.5},
     "reservoir, logits kept, weight 1": {"distillation": 1.0},
-    "reservoir by class, logits kept, weight 1": {"distillation": 1.0, "family": 1},
+    "reservoir by class, logits kept, weight 1": {"distillation": 1.0, "fields": BatchFields(family=1)},
     "priority, logits kept, weight 1": {"distillation": 1.0, "strategy": "priority"},
 }
 
@@ -60,6 +61,12 @@ class Latest(ReplayBuffer):
         if self._num_held == self._limit:
             self._leave_reservoir(min(self._held[family], key=lambda slot: self._c["step"][slot]))
         return True
+
+
+class LatestMemory(ReplayMemory):
+    def clear(self, rank=0):
+        super().clear(rank)
+        self.buffer.__class__ = Latest
 
 
 class Digits(LightningModule):
@@ -98,11 +105,11 @@ def digits(variant, seed):
     options = DIGITS[variant]
     callbacks = []
     if options is not None:
-        defaults = {"fraction": 0.5, "capacity": 200, "frontier": 0.0, "probe_size": 0, "family": None, "seed": seed}
+        fields, buffer = BatchFields(family=None), Storage(200, frontier=0.0)
+        defaults = {"schedule": Mix(0.5), "buffer": buffer, "fields": fields, "probe_size": 0, "seed": seed}
         replay = DreamReplay(**defaults | options)
         if variant == "first in, first out":
-            inner = replay._new_main
-            replay._new_main = lambda **kwargs: Latest(*inner.args, **inner.keywords | kwargs)
+            replay.memory = LatestMemory(buffer, fields, "uniform", probe_size=0, program_fraction=0.0, seed=seed)
         callbacks = [replay]
     Trainer(max_epochs=1, callbacks=callbacks, **QUIET).fit(module)
     with torch.no_grad():
@@ -120,16 +127,17 @@ STREAMS = {
     "sequence": {"families": ("addition", "expression"), "levels": range(1, 5)},
     "hard": {"families": ("addition",), "levels": range(1, 13)},
 }
-MIX, CYCLE = {"mode": "mix", "fraction": 0.25}, {"mode": "cycle", "every_n_steps": EVERY, "num_steps": SLEEP}
+MIX, SLEEPS = {"schedule": Mix(0.25)}, {"schedule": Sleep(EVERY, SLEEP)}
+NO_FRONTIER = {"buffer": Storage(frontier=0.0)}
 METHODS = {
     "no replay": None,
-    "uniform": MIX | {"frontier": 0.0},
+    "uniform": MIX | NO_FRONTIER,
     "near threshold": MIX | {"strategy": "near_threshold"},
     "priority": MIX | {"strategy": "priority"},
-    "uniform, logits kept": MIX | {"frontier": 0.0, "distillation": 0.5},
-    "sleeps, uniform": CYCLE | {"frontier": 0.0},
-    "sleeps, near threshold": CYCLE | {"strategy": "near_threshold"},
-    "sleeps, priority": CYCLE | {"strategy": "priority"},
+    "uniform, logits kept": MIX | NO_FRONTIER | {"distillation": 0.5},
+    "sleeps, uniform": SLEEPS | NO_FRONTIER,
+    "sleeps, near threshold": SLEEPS | {"strategy": "near_threshold"},
+    "sleeps, priority": SLEEPS | {"strategy": "priority"},
 }
 
 
@@ -166,8 +174,8 @@ def study(stream, method, lr, seed):
     optimizer = lambda p: torch.optim.AdamW(p, lr=lr, betas=(0.9, 0.98), weight_decay=0.01)  # noqa: E731
     module = ForgeModule(config=config, optimizer=optimizer)
     module.build(tokenizer)
-    mixing = options is not None and options["mode"] == "mix"
-    sleeping = options is not None and options["mode"] == "cycle"
+    schedule = None if options is None else options["schedule"]
+    mixing, sleeping = isinstance(schedule, Mix), isinstance(schedule, Sleep)
     size = BATCH * 3 // 4 if mixing else BATCH
     steps = STEPS * EVERY // (EVERY + SLEEP) if sleeping else STEPS
     keys = keys_of(data, stream, steps * size, seed)
@@ -279,7 +287,7 @@ def cost(seed):
             rows["attention_mask"], rows["labels"] = torch.ones_like(rows["input_ids"]), rows["input_ids"].clone()
             size = 6 if self.mixed else 8
             data = [{name: t[i * size : i * size + size] for name, t in rows.items()} for i in range(steps)]
-            callbacks = [DreamReplay(fraction=0.25, probe_size=0)] if self.mixed else []
+            callbacks = [DreamReplay(schedule=Mix(0.25), probe_size=0)] if self.mixed else []
             start = time.process_time()
             Trainer(max_epochs=1, callbacks=callbacks, **QUIET).fit(self.module, DataLoader(data, batch_size=None))
             self.times.append((time.process_time() - start) / steps)

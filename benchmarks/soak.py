@@ -79,13 +79,9 @@ def everything(folder: Path, every: int) -> list[Callback]:
     return [
         forge.EdgeController(),
         forge.DreamReplay(
-            mode="cycle",
-            every_n_steps=500,
-            num_steps=4,
-            capacity=2000,
-            batch_size=8,
-            augmenter=DreamAugmenter(),
-            problems_per_cycle=2,
+            schedule=forge.Sleep(every_n_steps=500, num_steps=4, batch_size=8),
+            buffer=forge.Storage(capacity=2000),
+            programs=forge.ProgramReplay(augmenter=DreamAugmenter(), problems_per_cycle=2),
         ),
         forge.TemperatureCurriculum(weight=0.3),
         forge.SelfModel(layers=["model.transformer.h.0"]),

@@ -2,6 +2,11 @@
 
 from forge_lightning.calibration.callback import Calibration as Calibration
 from forge_lightning.dream.callback import DreamReplay as DreamReplay
+from forge_lightning.dream.options import BatchFields as BatchFields
+from forge_lightning.dream.options import Mix as Mix
+from forge_lightning.dream.options import ProgramReplay as ProgramReplay
+from forge_lightning.dream.options import Sleep as Sleep
+from forge_lightning.dream.options import Storage as Storage
 from forge_lightning.edge.callback import EdgeController as EdgeController
 from forge_lightning.evaluation.callback import CodeEvaluation as CodeEvaluation
 from forge_lightning.geometry.callback import GeometryProbe as GeometryProbe
@@ -16,6 +21,7 @@ from forge_lightning.telemetry.callback import Telemetry as Telemetry
 from forge_lightning.temperature.callback import TemperatureCurriculum as TemperatureCurriculum
 
 __all__ = [
+    "BatchFields",
     "Calibration",
     "CodeEvaluation",
     "DreamReplay",
@@ -23,10 +29,14 @@ __all__ = [
     "GeometryProbe",
     "Grokfast",
     "InterruptCheckpoint",
+    "Mix",
+    "ProgramReplay",
     "RNGState",
     "RunSummary",
     "SelfModel",
+    "Sleep",
     "StageClassifier",
+    "Storage",
     "Telemetry",
     "TemperatureCurriculum",
     "TrainingStage",

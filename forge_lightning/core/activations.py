@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from forge_lightning.core.batch import BatchFields
+from forge_lightning.core.batch import PositionFields
 
 
 def activation_of(output: Any, name: str, key: str | None = None) -> Tensor:
@@ -26,7 +26,7 @@ def activation_of(output: Any, name: str, key: str | None = None) -> Tensor:
     return output
 
 
-def is_positions_first(x: Tensor, fields: BatchFields) -> bool:
+def is_positions_first(x: Tensor, fields: PositionFields) -> bool:
     """Whether activations are ``(T, B, D)``, by what the batch holds as ``(B, T)``."""
     known = [tuple(t.shape) for t in (fields.mask, fields.labels, fields.tokens) if t is not None and t.ndim == 2]
     shape = tuple(x.shape[:2])

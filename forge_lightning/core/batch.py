@@ -11,7 +11,7 @@ LABEL_NAMES = ("labels", "target", "targets", "label", "y")
 
 
 @dataclass(frozen=True)
-class BatchFields:
+class PositionFields:
     """What of a batch says which positions count; each ``(B, T)`` or absent."""
 
     mask: Tensor | None = None

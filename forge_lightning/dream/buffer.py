@@ -131,14 +131,9 @@ class ReplayBuffer:
         seed: int = 0,
         owner: str = "ReplayBuffer",
     ) -> None:
-        check = partial(require, owner)
-        check(capacity >= 1, "capacity", capacity, "at least 1")
-        check(0 <= frontier < 1, "frontier", frontier, "in [0, 1)")
-        check(max_bytes >= 1, "max_bytes", max_bytes, "at least 1")
-        check(alpha >= 0, "alpha", alpha, "at least 0")
-        check(0 <= beta <= 1, "beta", beta, "in [0, 1]")
-        above = memory_map is None or Path(memory_map).absolute().parent.is_dir()
-        check(above, "memory_map", memory_map and str(memory_map), "a folder in one that exists")
+        check_limits(owner, capacity, frontier, max_bytes, memory_map)
+        require(owner, alpha >= 0, "alpha", alpha, "at least 0")
+        require(owner, 0 <= beta <= 1, "beta", beta, "in [0, 1]")
         self.capacity, self.max_bytes, self.mask = capacity, max_bytes, mask
         self.alpha, self.beta, self.seed, self.owner = alpha, beta, seed, owner
         self.memory_map, self.labels, self.label_pad = memory_map, tuple(labels), label_pad
@@ -711,6 +706,16 @@ class ReplayBuffer:
         places = gumbel_top_k(log_weights, count, noise)
         probability = torch.exp(log_weights[places] - log_weights.logsumexp(0))
         return used[places].tolist(), importance_weights(probability, len(used), self.beta)
+
+
+def check_limits(owner: str, capacity: int, frontier: float, max_bytes: int, memory_map: str | Path | None) -> None:
+    """Raise a `ValueError` if a buffer cannot have these limits."""
+    check = partial(require, owner)
+    check(capacity >= 1, "capacity", capacity, "at least 1")
+    check(0 <= frontier < 1, "frontier", frontier, "in [0, 1)")
+    check(max_bytes >= 1, "max_bytes", max_bytes, "at least 1")
+    above = memory_map is None or Path(memory_map).absolute().parent.is_dir()
+    check(above, "memory_map", memory_map and str(memory_map), "a folder in one that exists")
 
 
 def _listed(values: Any, size: int, name: str, whole: bool = False) -> list[Any]:

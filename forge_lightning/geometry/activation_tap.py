@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from forge_lightning.core.activations import activation_of, is_positions_first
-from forge_lightning.core.batch import BatchFields
+from forge_lightning.core.batch import PositionFields
 from forge_lightning.core.hooks import Hook
 
 Positions = Literal["auto", "labelled", "all", "last"]
@@ -67,7 +67,7 @@ class ActivationTap:
         self.stop()
         self.clear()
 
-    def start(self, fields: BatchFields, limit: int, seed: int) -> None:
+    def start(self, fields: PositionFields, limit: int, seed: int) -> None:
         """Copy at most ``limit`` rows of each layer from the next forward pass.
 
         Args:
@@ -89,7 +89,7 @@ class ActivationTap:
         if self._eager is not None:
             self._eager.__exit__(None, None, None)
             self._eager = None
-        self._fields, self._index = BatchFields(), {}
+        self._fields, self._index = PositionFields(), {}
         self._tokens_taken |= self._tokens_now
         self._tokens_now = set()
 

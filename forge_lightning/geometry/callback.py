@@ -30,7 +30,7 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
-from forge_lightning.core.batch import BatchFields, field_of
+from forge_lightning.core.batch import PositionFields, field_of
 from forge_lightning.core.callback import ForgeCallback, is_dev_run, loss_of_step, overrides
 from forge_lightning.core.kept_state import buffers_kept, generators_kept
 from forge_lightning.core.layers import select_layers
@@ -361,8 +361,8 @@ class GeometryProbe(ForgeCallback):
         parts = (self.seed, trainer.global_step, batch_idx, trainer.global_rank)
         return hash(parts) % 2**63  # of integers: the same in every process
 
-    def _fields(self, batch: Any) -> BatchFields:
-        return BatchFields(*(field_of(batch, key) for key in (self.mask, self.labels, self.tokens)))
+    def _fields(self, batch: Any) -> PositionFields:
+        return PositionFields(*(field_of(batch, key) for key in (self.mask, self.labels, self.tokens)))
 
     def _measure_step(self) -> None:
         now = time.perf_counter()

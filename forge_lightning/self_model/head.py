@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from forge_lightning.core.activations import activation_of, is_positions_first
-from forge_lightning.core.batch import BatchFields
+from forge_lightning.core.batch import PositionFields
 from forge_lightning.core.hooks import Hook
 from forge_lightning.core.layers import network_modules, output_layer, output_width, select_layers
 from forge_lightning.core.validate import require
@@ -463,7 +463,7 @@ class SelfModelHead(nn.Module):
             )
         if x.ndim == 2:
             return x[:, None]
-        return x.transpose(0, 1) if is_positions_first(x, BatchFields(mask=mask)) else x
+        return x.transpose(0, 1) if is_positions_first(x, PositionFields(mask=mask)) else x
 
     def _rows(self, captured: Mapping[str, Tensor], mask: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
         """Rows of sources, and of targets, at the real tokens of the last positions that all of them have."""

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassCalibrationError
 
-from forge_lightning.callbacks import Calibration, DreamReplay, TemperatureCurriculum
+from forge_lightning.callbacks import Calibration, DreamReplay, Mix, TemperatureCurriculum
 from forge_lightning.models import ForgeModule
 from tests.contract.modules import LossOnly
 from tests.contract.rows import fit
@@ -165,7 +165,7 @@ class TokensAlone(LossOnly):
 
 
 def test_tokens_are_the_labels_where_a_causal_model_has_no_others(recwarn):
-    callbacks = [TemperatureCurriculum(), Calibration(), DreamReplay(every_n_steps=2, mode="mix", fraction=0.5)]
+    callbacks = [TemperatureCurriculum(), Calibration(), DreamReplay(schedule=Mix(0.5, every_n_steps=2))]
     _, trainer = fit(callbacks, TokensAlone, log_every_n_steps=1)
     metrics = trainer.callback_metrics
     assert float(metrics["forge/calibration/nll"]) == pytest.approx(float(metrics["val/loss"]), rel=1e-4)

@@ -43,8 +43,10 @@ def suite(*more):
     config["trainer"] |= {"callbacks": [*callbacks, *more], "enable_progress_bar": False}
     for callback in callbacks:
         if callback["class_path"] == "DreamReplay":
-            short = {"every_n_steps": 4, "num_steps": 3, "problems_per_cycle": 2, "probe_size": 2}
-            callback["init_args"] |= short
+            options = callback["init_args"]
+            options["probe_size"] = 2
+            options["schedule"]["init_args"] |= {"every_n_steps": 4, "num_steps": 3}
+            options["programs"]["problems_per_cycle"] = 2
     Path("suite.yaml").write_text(yaml.safe_dump(config))
 
 

@@ -7,6 +7,7 @@ from lightning.pytorch import Callback
 
 from forge_lightning import callbacks
 from tests.contract.modules import with_choices
+from tests.dream import build
 
 
 @dataclass(frozen=True)
@@ -137,10 +138,10 @@ def dream_replay(mode, logs, exempt, **kwargs) -> Case:
     options = {"mode": mode, "every_n_steps": 2, "num_steps": 2, "probe_size": 8, "batch_size": 8, **kwargs}
     off = {"fraction": 0.0} if mode == "mix" else {"num_steps": 0}
     return Case(
-        build=lambda: callbacks.DreamReplay(**options),
+        build=lambda: build.dream_replay(**options),
         id=f"dream-replay-{mode}",
-        inert=lambda: callbacks.DreamReplay(**options | off),
-        twin=lambda: callbacks.DreamReplay(**options | {"mode": "cycle"}, name="second"),  # one of them can mix
+        inert=lambda: build.dream_replay(**options | off),
+        twin=lambda: build.dream_replay(**options | {"mode": "cycle"}, name="second"),  # one of them can mix
         logs=frozenset(f"forge/dream/{key}" for key in logs),
         constant_logs=frozenset({"forge/dream/forgetting"}),  # 0 as long as the probe gets better
         exempt=exempt,

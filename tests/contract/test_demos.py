@@ -3,19 +3,21 @@
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback
 from lightning.pytorch.demos.boring_classes import BoringDataModuleNoLen, BoringModel, ManualOptimBoringModel
 from lightning.pytorch.demos.lstm import LightningLSTM
 from lightning.pytorch.demos.transformer import LightningTransformer
 from torch.utils.data import DataLoader, TensorDataset
 
 from forge_lightning import callbacks
+from forge_lightning.callbacks import DreamReplay, Mix, Sleep
 from forge_lightning.core.logit_tap import predicted_rows
 from tests.contract.rows import fit, weights
 
 OBSERVERS = ("Calibration", "GeometryProbe", "InterruptCheckpoint", "RNGState", "RunSummary", "StageClassifier")
 ACT = ("DreamReplay", "Grokfast", "SelfModel", "TemperatureCurriculum")
 REFUSE = {"CodeEvaluation": "no method `complete", "EdgeController": "no loader has a `DifficultySampler`"}
-NEEDS = {"DreamReplay": {"every_n_steps": 2}, "TemperatureCurriculum": {"warmup_steps": 0}}
+NEEDS = {"DreamReplay": {"schedule": Mix(every_n_steps=2)}, "TemperatureCurriculum": {"warmup_steps": 0}}
 
 
 class NoLength(BoringModel):
@@ -59,7 +61,7 @@ SPECIAL = {
 
 
 def test_every_callback_is_here():
-    names = {name for name in callbacks.__all__ if name != "TrainingStage"}
+    names = {name for name in callbacks.__all__ if issubclass(getattr(callbacks, name), Callback)}
     assert names == {*OBSERVERS, "Telemetry", *ACT, *REFUSE}
 
 
@@ -82,16 +84,16 @@ def test_on_modules_of_others(module, name):
 
 @pytest.mark.filterwarnings("ignore")
 def test_sleeps_go_with_a_state_of_the_batch_size():
-    replay = callbacks.DreamReplay(mode="cycle", batch_size=4, every_n_steps=4, num_steps=1)
+    replay = DreamReplay(schedule=Sleep(every_n_steps=4, num_steps=1, batch_size=4))
     model, _ = fit([replay], MODULES["LightningLSTM"], max_steps=8, max_epochs=-1)
     assert weights(model).isfinite().all()
 
 
 def test_flattened_logits_are_scored_by_position():
     """Loss and success of whole sequences, as if the network had not flattened them."""
-    replay = callbacks.DreamReplay(mode="cycle", every_n_steps=8, num_steps=1, batch_size=4, probe_size=0)
+    replay = DreamReplay(schedule=Sleep(every_n_steps=8, num_steps=1, batch_size=4), probe_size=0)
     fit([replay], MODULES["LightningTransformer"], max_steps=8, max_epochs=-1, limit_val_batches=0)
-    losses = replay.buffer.column("loss")
+    losses = replay.memory.buffer.column("loss")
     assert losses.isfinite().all()
     assert len(losses) > 4
 

@@ -25,7 +25,7 @@ OBSERVERS = {
     "Telemetry": lambda: callbacks.Telemetry(),
 }
 ACT = {
-    "DreamReplay": lambda: callbacks.DreamReplay(fraction=0.5),
+    "DreamReplay": lambda: callbacks.DreamReplay(schedule=callbacks.Mix(0.5)),
     "Grokfast": lambda: callbacks.Grokfast(),
     "SelfModel": lambda: callbacks.SelfModel(warmup_steps=0),
     "TemperatureCurriculum": lambda: callbacks.TemperatureCurriculum(warmup_steps=0),

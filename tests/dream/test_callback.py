@@ -15,15 +15,20 @@ from lightning.pytorch.strategies import DeepSpeedStrategy
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from forge_lightning.callbacks import DreamReplay, EdgeController, Grokfast, InterruptCheckpoint, RNGState
+from forge_lightning.callbacks import DreamReplay, EdgeController, Grokfast, InterruptCheckpoint, RNGState, Sleep
 from forge_lightning.components import DreamAugmenter
 from forge_lightning.data import CodeTasks, GeneratedTasks, TextData
 from forge_lightning.dream.code_augmentation import CodeExample
+from forge_lightning.dream.memory import ReplayMemory
+from forge_lightning.dream.options import MOVED, BatchFields, Mix, ProgramReplay, Storage
+from forge_lightning.dream.progress import Progress
+from forge_lightning.dream.session import ReplayStep
 from forge_lightning.models import ForgeModule
 from forge_lightning.sandbox import Sandbox
 from tests.cli.test_full_suite import StopsInSleep
 from tests.contract.modules import LossOnly, Plain, Regression, Stateful, TwoOptimizers, examples, with_choices
 from tests.contract.rows import fit, weights
+from tests.dream.build import dream_replay
 
 SLEEPS = {"mode": "cycle", "every_n_steps": 4, "num_steps": 3, "probe_size": 8, "batch_size": 8}
 TINY = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 512}
@@ -70,7 +75,7 @@ def rows_in(tensor):
 
 
 def test_mixed_batches_hold_what_was_seen_before_and_is_stored_exactly():
-    replay = DreamReplay(fraction=0.2, probe_size=8)
+    replay = dream_replay(fraction=0.2, probe_size=8)
     model, _ = fit([replay], Watched, max_epochs=2)
     known = rows_in(model.batches[0][0])
     data = examples().tensors[0]
@@ -82,14 +87,16 @@ def test_mixed_batches_hold_what_was_seen_before_and_is_stored_exactly():
         assert rows_in(replayed).isdisjoint(rows_in(data[:32:4])), "not the probe"
         known |= rows_in(fresh)
     assert total == pytest.approx(15 * 8 * 0.25, abs=1), "a fifth of the batch, on top; none while nothing is stored"
-    assert len(replay.buffer) == 64 - 8, "nothing is stored twice"
-    assert replay.buffer.num_seen == 2 * 64 - 2 * 8, "and what is replayed is not offered again"
-    assert rows_in(replay.buffer.read(replay.buffer.slots()).rows["0"]) == rows_in(data) - rows_in(data[:32:4])
+    assert len(replay.memory.buffer) == 64 - 8, "nothing is stored twice"
+    assert replay.memory.buffer.num_seen == 2 * 64 - 2 * 8, "and what is replayed is not offered again"
+    assert rows_in(replay.memory.buffer.read(replay.memory.buffer.slots()).rows["0"]) == rows_in(data) - rows_in(
+        data[:32:4]
+    )
 
 
 def test_other_callbacks_see_the_fresh_rows_of_what_a_step_returns():
     outputs = Outputs()
-    fit([DreamReplay(fraction=0.5), outputs], PerExample)
+    fit([dream_replay(fraction=0.5), outputs], PerExample)
     assert outputs.sizes == [8] * 8
 
 
@@ -99,13 +106,13 @@ def test_the_edge_controller_is_not_confused_by_replayed_rows():
             return super().training_step(batch, batch_idx) | {"example_success": torch.ones(len(batch[0]))}
 
     edge = EdgeController(policy="item", target_range=(0.5, 0.9))
-    fit([DreamReplay(fraction=0.5), edge], Chosen)
+    fit([dream_replay(fraction=0.5), edge], Chosen)
     assert edge.success_rate == 1
 
 
 def test_a_sleep_makes_the_steps_it_says_and_the_trainer_counts_none():
     seen = Steps()
-    model, trainer = fit([DreamReplay(**SLEEPS), seen], Watched, max_epochs=2)
+    model, trainer = fit([dream_replay(**SLEEPS), seen], Watched, max_epochs=2)
     assert trainer.global_step == 16
     assert seen.steps == 16, "no other callback sees them"
     trained = [batch for batch, mode in zip(model.batches, model.modes, strict=True) if mode]
@@ -124,7 +131,7 @@ def test_learning_rates_and_schedules_are_left_alone():
             schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
             return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
-    _, trainer = fit([DreamReplay(**SLEEPS, lr_scale=0.1)], Scheduled)
+    _, trainer = fit([dream_replay(**SLEEPS, lr_scale=0.1)], Scheduled)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * 0.5**8)
     awake = [0.1 * 0.5**n for n in range(8)]
     asleep = [[0.1 * 0.1 * 0.5**n] * 3 for n in (4, 8)]
@@ -138,7 +145,7 @@ def test_what_is_logged_is_of_the_loop_alone(tmp_path):
             return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
 
     plain = losses([], "plain")
-    slept = losses([DreamReplay(**SLEEPS)], "slept")
+    slept = losses([dream_replay(**SLEEPS)], "slept")
     assert slept[:4] == plain[:4], "the fourth is not that of a dream"
     assert len(slept) == len(plain) == 8
 
@@ -154,13 +161,13 @@ def test_whether_a_gradient_filter_sees_dreams_is_a_choice(with_callbacks):
             super().on_before_optimizer_step(*args)
 
     grokfast.__class__ = Counting
-    fit([DreamReplay(**SLEEPS, with_callbacks=with_callbacks), grokfast], Plain)
+    fit([dream_replay(**SLEEPS, with_callbacks=with_callbacks), grokfast], Plain)
     assert len(calls) == 8 + (6 if with_callbacks else 0)
 
 
 def test_dropout_of_a_sleep_does_not_move_the_dropout_of_training():
     torch.manual_seed(0)
-    fit([DreamReplay(**SLEEPS)], LossOnly)
+    fit([dream_replay(**SLEEPS)], LossOnly)
     after = torch.rand(1)
     fit([], LossOnly)
     assert torch.equal(torch.rand(1), after)
@@ -172,7 +179,7 @@ def test_a_run_stopped_in_the_middle_of_a_sleep_goes_on_bit_by_bit(strategy, cal
     """In the first sleep, or the second; Grokfast comes after in the list of callbacks."""
 
     def made(*more):
-        return [DreamReplay(**SLEEPS, strategy=strategy, lr_scale=0.5), Grokfast(alpha=0.9), RNGState(), *more]
+        return [dream_replay(**SLEEPS, strategy=strategy, lr_scale=0.5), Grokfast(alpha=0.9), RNGState(), *more]
 
     straight, _ = fit(made(), Stateful, max_epochs=2)
     path = tmp_path / "asleep.ckpt"
@@ -196,21 +203,21 @@ def test_ctrl_c_in_a_sleep_is_heard_between_its_steps(tmp_path):
             return super().training_step(batch, batch_idx)
 
     with pytest.raises((KeyboardInterrupt, SystemExit)):
-        fit([DreamReplay(**SLEEPS), interrupt], Impatient)
+        fit([dream_replay(**SLEEPS), interrupt], Impatient)
     saved = torch.load(tmp_path / "interrupted.ckpt", weights_only=True)
     assert saved["callbacks"]["DreamReplay"]["ranks"][0]["counters"]["remaining"] == 1
 
 
 @pytest.mark.filterwarnings("ignore:.*it will not sleep")
 def test_state_of_two_processes_is_taken_over_by_one():
-    first, second = DreamReplay(**SLEEPS), DreamReplay(**SLEEPS)
+    first, second = dream_replay(**SLEEPS), dream_replay(**SLEEPS)
     fit([first], with_data(0))
     fit([second], with_data(1))
-    one = DreamReplay(**SLEEPS)
+    one = dream_replay(**SLEEPS)
     one.load_state_dict({"ranks": [*first.state_dict()["ranks"], *second.state_dict()["ranks"]]})
     fit([one], Plain, max_steps=1)
-    stored = rows_in(one.buffer.read(one.buffer.slots()).rows["0"])
-    both = [rows_in(c.buffer.read(c.buffer.slots()).rows["0"]) for c in (first, second)]
+    stored = rows_in(one.memory.buffer.read(one.memory.buffer.slots()).rows["0"])
+    both = [rows_in(c.memory.buffer.read(c.memory.buffer.slots()).rows["0"]) for c in (first, second)]
     assert stored >= both[0] | both[1]
 
 
@@ -225,14 +232,14 @@ def with_data(seed):
 
 @pytest.mark.filterwarnings("ignore:.*it will not sleep")
 def test_without_the_buffer_in_checkpoints_a_resumed_run_begins_with_an_empty_one():
-    replay = DreamReplay(**SLEEPS, save_buffer=False)
+    replay = dream_replay(**SLEEPS, save_buffer=False)
     fit([replay], Plain)
     (state,) = replay.state_dict()["ranks"]
     assert set(state) == {"counters"}
-    again = DreamReplay(**SLEEPS, save_buffer=False)
+    again = dream_replay(**SLEEPS, save_buffer=False)
     again.load_state_dict(replay.state_dict())
     fit([again], Plain, max_steps=1)
-    assert again._steps == 9
+    assert again._progress.steps == 9
 
 
 def test_intervals_follow_the_stage():
@@ -241,9 +248,9 @@ def test_intervals_follow_the_stage():
             self.trainer.callback_metrics["forge/stage/number"] = torch.tensor(float(self.current_epoch))
 
     def cycles(by_stage):
-        replay = DreamReplay(**SLEEPS, every_n_steps_by_stage=by_stage)
+        replay = dream_replay(**SLEEPS, every_n_steps_by_stage=by_stage)
         fit([replay], Staged, max_epochs=3)
-        return replay._cycles
+        return replay._progress.cycles
 
     assert cycles({}) == 6
     assert cycles({1: 0}) == 4
@@ -259,7 +266,7 @@ def test_the_probe_is_kept_apart_and_forgetting_is_measured_on_it(tmp_path):
             x, y = examples(64).tensors
             return DataLoader(TensorDataset(x.repeat(4, 1), torch.cat([y, y, 1 - y, 1 - y])), batch_size=8)
 
-    replay = DreamReplay(fraction=0.01, capacity=4, every_n_steps=4, probe_size=16)
+    replay = dream_replay(fraction=0.01, capacity=4, every_n_steps=4, probe_size=16)
     logger = CSVLogger(tmp_path, name="", version="")
     fit([replay], Switch, logger=logger, log_every_n_steps=4)
     with open(tmp_path / "metrics.csv") as file:
@@ -296,7 +303,7 @@ def test_what_is_logged_of_replayed_rows_is_theirs():
         def on_train_batch_end(self, trainer, *_):
             logged.append({k.rsplit("/", 1)[1]: float(v) for k, v in trainer.callback_metrics.items() if "dream" in k})
 
-    replay = DreamReplay(fraction=0.5, probe_size=0)
+    replay = dream_replay(fraction=0.5, probe_size=0)
     model, _ = fit([replay, Reads()], Told, log_every_n_steps=1)
     sizes = [len(x) for x in model.seen]
     assert sizes[0] == 8
@@ -306,7 +313,7 @@ def test_what_is_logged_of_replayed_rows_is_theirs():
         loss, success = (value[8:].mean().item() for value in model.outcomes(x))
         assert found["replay_loss"] == pytest.approx(loss, rel=1e-5, nan_ok=True)
         assert found["replay_success"] == pytest.approx(success, rel=1e-5, nan_ok=True)
-    assert 0 < logged[-1]["frontier"] < logged[-1]["stored"] == len(replay.buffer)
+    assert 0 < logged[-1]["frontier"] < logged[-1]["stored"] == len(replay.memory.buffer)
 
 
 def test_what_is_logged_before_and_after_a_sleep_is_of_the_watched_rows():
@@ -315,9 +322,9 @@ def test_what_is_logged_before_and_after_a_sleep_is_of_the_watched_rows():
     class Reads(Callback):
         def on_train_end(self, trainer, pl_module):
             seen.update({key: float(value) for key, value in trainer.callback_metrics.items()})
-            seen["x"] = next(iter(replay._watched.read(replay._watched.slots()).rows.values()))
+            seen["x"] = next(iter(replay.memory.watched.read(replay.memory.watched.slots()).rows.values()))
 
-    replay = DreamReplay(**SLEEPS | {"num_steps": 1, "every_n_steps": 8})
+    replay = dream_replay(**SLEEPS | {"num_steps": 1, "every_n_steps": 8})
     fit([replay, Reads()], Told)
     loss, success = (float(value.mean()) for value in Told.outcomes(seen["x"]))
     assert 0 < success < 1
@@ -327,7 +334,7 @@ def test_what_is_logged_before_and_after_a_sleep_is_of_the_watched_rows():
 
 
 def test_sleeping_on_stored_rows_lowers_their_loss():
-    replay = DreamReplay(**SLEEPS | {"num_steps": 30, "every_n_steps": 8})
+    replay = dream_replay(**SLEEPS | {"num_steps": 30, "every_n_steps": 8})
     seen = {}
 
     class Reads(Callback):
@@ -337,12 +344,12 @@ def test_sleeping_on_stored_rows_lowers_their_loss():
     fit([replay, Reads()], Plain)
     assert seen["forge/dream/loss_after"] < seen["forge/dream/loss_before"] - 0.05
     assert seen["forge/dream/success_after"] >= seen["forge/dream/success_before"]
-    fresh, replayed = replay._computed
+    fresh, replayed = replay._progress.computed
     assert (fresh, replayed) == (8 * 8 * 8, 30 * 8 * 8)
 
 
 def test_manual_optimization_sleeps_too_and_says_that_nothing_is_measured():
-    replay = DreamReplay(**SLEEPS)
+    replay = dream_replay(**SLEEPS)
     seen = {}
 
     class Reads(Callback):
@@ -351,12 +358,12 @@ def test_manual_optimization_sleeps_too_and_says_that_nothing_is_measured():
 
     _, trainer = fit([replay, Reads()], TwoOptimizers)
     assert trainer.global_step == 16
-    assert replay._cycles == 2
+    assert replay._progress.cycles == 2
     assert math.isnan(seen["forge/dream/loss_before"])
 
 
 @pytest.mark.parametrize("mode", ["mix", "cycle"])
-@pytest.mark.filterwarnings("ignore:DreamReplay. nothing tells how single examples do")
+@pytest.mark.filterwarnings("ignore:DreamReplay. the loss of single examples is unknown")
 def test_a_manual_step_that_returns_nothing_is_stored(mode):
     """Also where no part is known to put out logits."""
 
@@ -379,26 +386,28 @@ def test_a_manual_step_that_returns_nothing_is_stored(mode):
         def train_dataloader(self):
             return DataLoader(examples(), batch_size=8)
 
-    replay = DreamReplay(mode=mode, every_n_steps=4, num_steps=1, probe_size=8)
+    replay = dream_replay(mode=mode, every_n_steps=4, num_steps=1, probe_size=8)
     fit([replay], Manual, limit_val_batches=0)
-    assert len(replay.buffer) == 56
+    assert len(replay.memory.buffer) == 56
     if mode == "mix":
-        assert replay._computed[1] > 0
+        assert replay._progress.computed[1] > 0
 
 
 @pytest.mark.filterwarnings("ignore:.*generated functions take", "ignore:.*are longer than max_length")
-def test_scores_from_logits_are_those_that_the_module_returns(offline):
+def test_scores_from_logits_are_those_that_the_module_returns(offline, monkeypatch):
     seen = []
 
-    class Both(DreamReplay):
-        def returned(self, outputs):
-            bare = {"loss": outputs["loss"]}
-            count = len(outputs["example_loss"])
-            seen.append((*self._scores.read(outputs, count), *self._scores.read(bare, count)))
-            return super().returned(outputs)
+    def both(step, outputs):
+        bare = {"loss": outputs["loss"]}
+        count = len(outputs["example_loss"])
+        seen.append((*step.scores.read(outputs, count), *step.scores.read(bare, count)))
+        return returned(step, outputs)
+
+    returned = ReplayStep.returned
+    monkeypatch.setattr(ReplayStep, "returned", both)
 
     data = CodeTasks(generated=True, batch_size=4, max_length=400)
-    fit_model([Both(fraction=0.2)], data, max_steps=3)
+    fit_model([dream_replay(fraction=0.2)], data, max_steps=3)
     assert len(seen) == 3
     for loss, success, other_loss, other_success in seen:
         torch.testing.assert_close(loss, other_loss)
@@ -428,7 +437,7 @@ def test_variants_of_programs_are_run_stored_and_trained_on(mode, offline):
     data = CodeTasks(generated=True, batch_size=4, max_length=400)
     augmenter = DreamAugmenter(per_problem=2)
     options = SLEEPS | {"mode": mode, "batch_size": 4, "fraction": 0.5}
-    replay = DreamReplay(**options, augmenter=augmenter, problems_per_cycle=4)
+    replay = dream_replay(**options, augmenter=augmenter, problems_per_cycle=4)
     seen = []
 
     class Remembers(ForgeModule):
@@ -443,9 +452,9 @@ def test_variants_of_programs_are_run_stored_and_trained_on(mode, offline):
     trainer = Trainer(callbacks=[replay], max_steps=12, limit_val_batches=0, enable_model_summary=False, **quiet)
     model = Remembers(config=TINY)
     trainer.fit(model, datamodule=data)
-    assert len(replay.dreams) >= 4
-    assert sum(augmenter.kept.values()) == sum(augmenter.tried.values()) >= len(replay.dreams)
-    stored = replay.dreams.read(replay.dreams.slots()).rows
+    assert len(replay.memory.programs) >= 4
+    assert sum(augmenter.kept.values()) == sum(augmenter.tried.values()) >= len(replay.memory.programs)
+    stored = replay.memory.programs.read(replay.memory.programs.slots()).rows
     assert stored["input_ids"].shape[1] <= 400
     known = {data.tokenizer.decode(e.input_ids, skip_special_tokens=True) for e in data._sets["train"].examples}
     texts = [data.tokenizer.decode(ids, skip_special_tokens=True) for ids in stored["input_ids"]]
@@ -473,11 +482,11 @@ def test_programs_of_the_models_own_are_stored_where_they_pass(offline):
     seed_everything(0, verbose=False)
     quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     options = SLEEPS | {"batch_size": 4, "temperatures": [0.2, 0.6, 1.0], "problems_per_cycle": 2}
-    replay = DreamReplay(**options)
+    replay = dream_replay(**options)
     trainer = Trainer(callbacks=[replay], max_steps=8, limit_val_batches=0, enable_model_summary=False, **quiet)
     trainer.fit(Writes(config=TINY), datamodule=data)
     assert asked == [0.2, 0.6, 1.0] * 2
-    rows = replay.dreams.read(replay.dreams.slots()).rows
+    rows = replay.memory.programs.read(replay.memory.programs.slots()).rows
     texts = [data.tokenizer.decode(ids, skip_special_tokens=True) for ids in rows["input_ids"]]
     assert texts
     assert all("helper = 1" in text for text in texts)
@@ -489,10 +498,10 @@ def test_programs_of_the_models_own_are_stored_where_they_pass(offline):
 @pytest.mark.filterwarnings("ignore:.*generated functions take", "ignore:.*are longer than max_length")
 def test_variants_of_generated_tasks_fit_the_model():
     data = GeneratedTasks(families=("python", "addition"), max_level=2, batch_size=8)
-    replay = DreamReplay(**SLEEPS, augmenter=DreamAugmenter(["repair", "shift_context"]), problems_per_cycle=8)
+    replay = dream_replay(**SLEEPS, augmenter=DreamAugmenter(["repair", "shift_context"]), problems_per_cycle=8)
     fit_model([replay], data, TINY | {"n_positions": 256}, max_steps=12)
-    rows = replay.dreams.read(replay.dreams.slots()).rows
-    assert len(replay.dreams) >= 1
+    rows = replay.memory.programs.read(replay.memory.programs.slots()).rows
+    assert len(replay.memory.programs) >= 1
     assert rows["input_ids"].shape[1] <= 256
 
 
@@ -514,44 +523,45 @@ def test_a_problem_is_found_by_its_row_and_made_into_one(offline):
 
 
 def test_logits_are_stored_for_rows_that_were_right_and_kept_to():
-    replay = DreamReplay(fraction=0.5, probe_size=0, distillation=1.0)
+    replay = dream_replay(fraction=0.5, probe_size=0, distillation=1.0)
     fit([replay], Plain, max_epochs=3)
-    lengths = [len(values) for values in replay.buffer.read(replay.buffer.slots()).extras["stored_values"]]
+    lengths = [
+        len(values) for values in replay.memory.buffer.read(replay.memory.buffer.slots()).extras["stored_values"]
+    ]
     assert set(lengths) == {0, 1}
-    without, _ = fit([DreamReplay(fraction=0.5, probe_size=0)], Plain, max_epochs=3)
-    with_it, _ = fit([DreamReplay(fraction=0.5, probe_size=0, distillation=1.0)], Plain, max_epochs=3)
+    without, _ = fit([dream_replay(fraction=0.5, probe_size=0)], Plain, max_epochs=3)
+    with_it, _ = fit([dream_replay(fraction=0.5, probe_size=0, distillation=1.0)], Plain, max_epochs=3)
     assert not torch.equal(weights(without), weights(with_it))
 
 
-def test_keeping_to_logits_of_weights_that_have_not_moved_adds_nothing():
-    added = []
+@pytest.fixture
+def added(monkeypatch):
+    """Distillation losses that were added, with the step's examples, by training step."""
+    terms, inner = {}, ReplayStep.added
 
-    class Notes(DreamReplay):
-        def added(self, loss):
-            term = super().added(loss)
-            added.extend([] if term is None else [term.item()])
-            return term
+    def noted(step, loss):
+        term = inner(step, loss)
+        if term is not None:
+            stored = sum(len(values) > 0 for values in step.drawn.stored.extras["stored_values"])
+            terms[step.trainer.global_step] = term.item(), stored, len(step.drawn.stored)
+        return term
 
+    monkeypatch.setattr(ReplayStep, "added", noted)
+    return terms
+
+
+def test_keeping_to_logits_of_weights_that_have_not_moved_adds_nothing(added):
     class Still(Plain):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=0.0)
 
-    fit([Notes(fraction=0.5, probe_size=0, distillation=1.0)], Still, max_epochs=2)
+    fit([dream_replay(fraction=0.5, probe_size=0, distillation=1.0)], Still, max_epochs=2)
     assert len(added) > 5
-    assert max(added) < 1e-5, "half-precision of what was stored"
+    assert max(term for term, _, _ in added.values()) < 1e-5, "half-precision of what was stored"
 
 
-def test_moved_logits_are_drawn_back_by_their_squared_distance():
+def test_moved_logits_are_drawn_back_by_their_squared_distance(added):
     """One logit of two has moved by 0.3 since they were stored: 0.3² / 2 for each stored row, of all rows."""
-    added = {}
-
-    class Notes(DreamReplay):
-        def added(self, loss):
-            term = super().added(loss)
-            if term is not None:
-                stored = sum(len(values) > 0 for values in self._drawn.extras["stored_values"])
-                added[self._trainer.global_step] = term.item(), stored, len(self._drawn)
-            return term
 
     class Jumps(Plain):
         def configure_optimizers(self):
@@ -562,7 +572,7 @@ def test_moved_logits_are_drawn_back_by_their_squared_distance():
                 with torch.no_grad():
                     self.net[-1].bias[0] += 0.3
 
-    fit([Notes(fraction=0.5, probe_size=0, distillation=2.0, top_k=2)], Jumps)
+    fit([dream_replay(fraction=0.5, probe_size=0, distillation=2.0, top_k=2)], Jumps)
     term, stored, drawn = added[5]
     assert stored > 0
     assert term == pytest.approx(2.0 * stored * 0.045 / (8 + drawn), rel=1e-2)
@@ -570,39 +580,32 @@ def test_moved_logits_are_drawn_back_by_their_squared_distance():
 
 
 @pytest.mark.filterwarnings("ignore:.*generated functions take", "ignore:.*are longer than max_length")
-def test_a_language_model_keeps_to_the_logits_of_its_top_tokens(offline):
-    class AllRight(DreamReplay):
-        def returned(self, outputs):
-            return super().returned(outputs | {"example_success": torch.ones_like(outputs["example_success"])})
+def test_a_language_model_keeps_to_the_logits_of_its_top_tokens(offline, added, monkeypatch):
+    def all_right(step, outputs):
+        return returned(step, outputs | {"example_success": torch.ones_like(outputs["example_success"])})
 
-    added = []
-
-    class Notes(AllRight):
-        def added(self, loss):
-            term = super().added(loss)
-            added.extend([] if term is None else [term.item()])
-            return term
-
+    returned = ReplayStep.returned
+    monkeypatch.setattr(ReplayStep, "returned", all_right)
     data = CodeTasks(generated=True, batch_size=4, max_length=400)
-    replay = Notes(fraction=0.5, distillation=0.5, top_k=4, probe_size=0)
+    replay = dream_replay(fraction=0.5, distillation=0.5, top_k=4, probe_size=0)
     fit_model([replay], data, max_steps=5)
     assert len(added) == 4
-    assert all(math.isfinite(term) and term >= 0 for term in added)
-    extras = replay.buffer.read(replay.buffer.slots()[:1]).extras
+    assert all(math.isfinite(term) and term >= 0 for term, _, _ in added.values())
+    extras = replay.memory.buffer.read(replay.memory.buffer.slots()[:1]).extras
     assert extras["stored_values"][0].shape[1] == 4
     assert extras["stored_values"][0].dtype == torch.float16
 
 
 def test_a_module_of_which_nothing_tells_success_is_replayed_without_a_frontier():
-    replay = DreamReplay(fraction=0.5, strategy="near_threshold")
-    with pytest.warns(UserWarning, match="nothing tells how single examples do .* none is near the threshold"):
+    replay = dream_replay(fraction=0.5, strategy="near_threshold")
+    with pytest.warns(UserWarning, match="the loss of single examples is unknown .* none counts as near the threshold"):
         fit([replay], Regression)
-    assert sum(replay.buffer.categories.values()) == 0
-    assert len(replay.buffer) > 0
-    assert replay.buffer.column("loss").isnan().all()
+    assert sum(replay.memory.buffer.categories.values()) == 0
+    assert len(replay.memory.buffer) > 0
+    assert replay.memory.buffer.column("loss").isnan().all()
 
 
-@pytest.mark.filterwarnings("ignore:DreamReplay. nothing tells how single examples do")
+@pytest.mark.filterwarnings("ignore:DreamReplay. the loss of single examples is unknown")
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_losses_of_a_regression_are_those_of_its_steps(accumulate):
     seen = {}
@@ -614,12 +617,12 @@ def test_losses_of_a_regression_are_those_of_its_steps(accumulate):
     class Reads(Callback):
         def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
             if trainer.global_step == 4:
-                seen["probe"] = list(replay.probe.read(replay.probe.slots()).rows.values())
+                seen["probe"] = list(replay.memory.probe.read(replay.memory.probe.slots()).rows.values())
 
         def on_train_end(self, trainer, pl_module):
             seen.update({key: float(value) for key, value in trainer.callback_metrics.items()})
 
-    replay = DreamReplay("cycle", every_n_steps=4, num_steps=1, probe_size=16, batch_size=64, lr_scale=1e-9)
+    replay = dream_replay("cycle", every_n_steps=4, num_steps=1, probe_size=16, batch_size=64, lr_scale=1e-9)
     options = {"max_epochs": -1, "accumulate_grad_batches": accumulate, "log_every_n_steps": 1}
     at_sleep, _ = fit([], OfStep, max_steps=4, **options)
     fit([replay, Reads()], OfStep, max_steps=5, **options)
@@ -629,14 +632,14 @@ def test_losses_of_a_regression_are_those_of_its_steps(accumulate):
     assert seen["forge/dream/loss_after"] == pytest.approx(seen["forge/dream/loss_before"], rel=1e-4)
     assert seen["forge/dream/replay_loss"] == pytest.approx(seen["forge/dream/loss_before"], rel=1e-4)
     assert math.isnan(seen["forge/dream/success_before"])
-    assert len(replay.buffer) > 0
-    assert replay.buffer.column("loss").isnan().all()
+    assert len(replay.memory.buffer) > 0
+    assert replay.memory.buffer.column("loss").isnan().all()
 
 
 @pytest.mark.parametrize(("ignore_index", "pad"), [(None, -100), (0, 0)])
 def test_shorter_rows_are_filled_up_with_the_label_that_the_loss_ignores(ignore_index, pad):
-    replay = DreamReplay(ignore_index=ignore_index)
-    buffer = replay._new_main()
+    replay = dream_replay(ignore_index=ignore_index)
+    buffer = replay.memory.buffer
     for length in (3, 5):
         ones = torch.ones(1, length, dtype=torch.long)
         buffer.push({"input_ids": ones, "attention_mask": ones, "labels": ones}, torch.zeros(1), torch.zeros(1))
@@ -662,30 +665,30 @@ def test_dictionaries_and_named_tuples_stay_what_they_are():
             kinds.append(type(batch))
             return self.loss((batch.x, batch.y))
 
-    fit([DreamReplay(fraction=0.5)], Named)
+    fit([dream_replay(fraction=0.5)], Named)
     assert set(kinds) == {Pair}
 
 
 def test_one_that_mixes_and_one_that_sleeps_store_only_what_is_fresh():
     for turned in (False, True):
-        mixes = DreamReplay(fraction=0.5, probe_size=0)
-        sleeps = DreamReplay(**SLEEPS | {"probe_size": 0}, name="second", with_callbacks=True)
+        mixes = dream_replay(fraction=0.5, probe_size=0)
+        sleeps = dream_replay(**SLEEPS | {"probe_size": 0}, name="second", with_callbacks=True)
         fit([sleeps, mixes] if turned else [mixes, sleeps], Plain, max_epochs=2)
-        assert mixes.buffer.num_seen == sleeps.buffer.num_seen == 2 * 64
-        assert len(mixes.buffer) == len(sleeps.buffer) == 64
-    with pytest.raises(MisconfigurationException, match="cannot work with another `DreamReplay\\(mode='mix'\\)`"):
-        fit([mixes, DreamReplay(fraction=0.1, name="second")], Plain)
+        assert mixes.memory.buffer.num_seen == sleeps.memory.buffer.num_seen == 2 * 64
+        assert len(mixes.memory.buffer) == len(sleeps.memory.buffer) == 64
+    with pytest.raises(MisconfigurationException, match=r"work with another `DreamReplay\(schedule=Mix\(...\)\)`"):
+        fit([mixes, dream_replay(fraction=0.1, name="second")], Plain)
 
 
 def test_a_run_too_short_for_a_sleep_is_told():
     with pytest.warns(UserWarning, match="every_n_steps=1000 is more than the run's 8 steps: it will not sleep"):
-        fit([DreamReplay(mode="cycle")], Plain)
+        fit([dream_replay(mode="cycle")], Plain)
 
 
 def test_fast_dev_run_sleeps_once():
-    replay = DreamReplay(mode="cycle", probe_size=2)
+    replay = dream_replay(mode="cycle", probe_size=2)
     model, _ = fit([replay], Watched, fast_dev_run=2)
-    assert replay._cycles == 2
+    assert replay._progress.cycles == 2
     assert sum(model.modes) == 4
 
 
@@ -694,10 +697,10 @@ def test_fast_dev_run_sleeps_once():
 )
 def test_fewer_stored_rows_than_asked_for_are_no_harm(options):
     outputs = Outputs()
-    replay = DreamReplay(**options, probe_size=0, frontier=0.0)
+    replay = dream_replay(**options, probe_size=0, frontier=0.0)
     fit([replay, outputs], PerExample, max_epochs=2)
     assert outputs.sizes == [8] * 16
-    assert replay.buffer.num_seen == 128
+    assert replay.memory.buffer.num_seen == 128
 
 
 class Indexed(Plain):
@@ -722,20 +725,20 @@ class OneLogit(Plain):
 
 
 def test_labels_that_are_no_classes_are_not_scored():
-    replay = DreamReplay(fraction=0.5, probe_size=0)
-    with pytest.warns(UserWarning, match="nothing tells how single examples do .the labels are no classes below"):
+    replay = dream_replay(fraction=0.5, probe_size=0)
+    with pytest.warns(UserWarning, match="the loss of single examples is unknown .the labels are no classes below"):
         fit([replay], Indexed)
-    assert replay.buffer.column("loss").isnan().all()
+    assert replay.memory.buffer.column("loss").isnan().all()
 
 
 def test_one_logit_is_scored_as_two_classes():
-    replay = DreamReplay(fraction=0.0001, probe_size=8)
+    replay = dream_replay(fraction=0.0001, probe_size=8)
     model, _ = fit([replay], OneLogit, max_epochs=4)
-    rows = replay.probe.read(replay.probe.slots()).rows
-    assert replay.buffer.column("success").unique().tolist() == [0, 1]
+    rows = replay.memory.probe.read(replay.memory.probe.slots()).rows
+    assert replay.memory.buffer.column("success").unique().tolist() == [0, 1]
     with torch.no_grad():
         loss = model.eval().loss((rows["0"], rows["1"]))
-    assert replay.buffer.column("loss").mean() == pytest.approx(float(loss), rel=0.5)
+    assert replay.memory.buffer.column("loss").mean() == pytest.approx(float(loss), rel=0.5)
 
 
 @pytest.mark.parametrize("mode", ["mix", "cycle"])
@@ -752,11 +755,11 @@ def test_a_step_may_take_things_out_of_its_batch(mode):
             batch["x"] = batch["x"] * 2
             return nn.functional.cross_entropy(self.net(batch["x"]), labels)
 
-    replay = DreamReplay(**SLEEPS | {"mode": mode, "fraction": 0.5, "probe_size": 0})
+    replay = dream_replay(**SLEEPS | {"mode": mode, "fraction": 0.5, "probe_size": 0})
     fit([replay], Pops)
-    rows = replay.buffer.read(replay.buffer.slots()).rows
+    rows = replay.memory.buffer.read(replay.memory.buffer.slots()).rows
     assert rows_in(rows["x"]) == rows_in(examples().tensors[0]), "what came, not what was made of it"
-    assert not replay.buffer.column("loss").isnan().any()
+    assert not replay.memory.buffer.column("loss").isnan().any()
 
 
 def test_ragged_batches_without_a_mask_are_refused():
@@ -770,7 +773,7 @@ def test_ragged_batches_without_a_mask_are_refused():
     with pytest.raises(
         MisconfigurationException, match="rows of '0' are 7 long, and stored ones 9. Where lengths differ"
     ):
-        fit([DreamReplay(fraction=0.5, probe_size=0)], Ragged)
+        fit([dream_replay(fraction=0.5, probe_size=0)], Ragged)
 
 
 def test_a_batch_that_somebody_else_moves_in_a_step_is_left_alone():
@@ -780,8 +783,8 @@ def test_a_batch_that_somebody_else_moves_in_a_step_is_left_alone():
         def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
             sizes.append(len(trainer.strategy.batch_to_device([torch.zeros(8, 8), torch.zeros(8)])[0]))
 
-    with_it, _ = fit([DreamReplay(fraction=0.5), Looks()], Plain)
-    without, _ = fit([DreamReplay(fraction=0.5)], Plain)
+    with_it, _ = fit([dream_replay(fraction=0.5), Looks()], Plain)
+    without, _ = fit([dream_replay(fraction=0.5)], Plain)
     assert sizes == [8] * 8
     assert torch.equal(weights(with_it), weights(without))
 
@@ -789,7 +792,7 @@ def test_a_batch_that_somebody_else_moves_in_a_step_is_left_alone():
 def test_a_sleep_that_is_finished_after_a_resume_is_not_stopped_again(tmp_path):
     """The next batch has been handed out by then, and would be lost."""
     path = tmp_path / "asleep.ckpt"
-    made = lambda *more: [DreamReplay(**SLEEPS), RNGState(), *more]  # noqa: E731
+    made = lambda *more: [dream_replay(**SLEEPS), RNGState(), *more]  # noqa: E731
     straight, _ = fit(made(), Stateful, max_epochs=2)
     for _ in range(2):
         with contextlib.suppress(KeyboardInterrupt, SystemExit):
@@ -813,7 +816,7 @@ def test_variants_that_were_due_when_a_checkpoint_was_written_are_made_after_it(
             "probe_size": 4,
         }
         checkpoint = ModelCheckpoint(tmp_path, every_n_train_steps=3, save_top_k=-1, filename="{step}")
-        callbacks = [DreamReplay(**options), RNGState(), checkpoint]
+        callbacks = [dream_replay(**options), RNGState(), checkpoint]
         return fit_model(callbacks, data, max_steps=5, enable_checkpointing=True, **more)[0]
 
     straight = run()
@@ -823,37 +826,34 @@ def test_variants_that_were_due_when_a_checkpoint_was_written_are_made_after_it(
 
 
 def test_fitted_again_it_keeps_what_it_has_stored():
-    replay = DreamReplay(fraction=0.5, probe_size=0)
+    replay = dream_replay(fraction=0.5, probe_size=0)
     fit([replay], with_data(0))
     fit([replay], with_data(1))
-    assert len(replay.buffer) == 128
+    assert len(replay.memory.buffer) == 128
 
 
 def test_a_data_set_smaller_than_the_probe_is_replayed_all_the_same():
-    replay = DreamReplay(fraction=0.5)
+    replay = dream_replay(fraction=0.5)
     fit([replay], Plain, max_epochs=2)
-    assert len(replay.probe) == 16
-    assert len(replay.buffer) == 48
+    assert len(replay.memory.probe) == 16
+    assert len(replay.memory.buffer) == 48
 
 
 def test_variants_come_also_where_one_row_is_drawn_at_a_time():
-    replay = DreamReplay(fraction=0.2, augmented_fraction=0.5, probe_size=0)
-    for store in (replay.buffer, replay.dreams):
+    memory = ReplayMemory(Storage(), BatchFields(), "uniform", probe_size=0, program_fraction=0.5, seed=0)
+    for store in (memory.buffer, memory.programs):
         store.push({"x": torch.arange(8)})
-    variants = 0
-    for _ in range(10):
-        replay._draw(1)
-        variants += replay._num_dreams
-    assert variants == 5
+    progress = Progress()
+    assert sum(memory.draw(1, progress).num_programs for _ in range(10)) == 5
 
 
 def test_a_buffer_that_was_stored_otherwise_is_explained():
-    replay = DreamReplay(fraction=0.5)
+    replay = dream_replay(fraction=0.5)
     fit([replay], Plain)
-    other = DreamReplay(fraction=0.5, distillation=1.0)
+    other = dream_replay(fraction=0.5, distillation=1.0)
     other.load_state_dict(replay.state_dict())
     with pytest.raises(
-        MisconfigurationException, match=r"the checkpoint's rows were stored without logits. Keep to that"
+        MisconfigurationException, match=r"the checkpoint's examples were stored without logits. Use the same settings"
     ):
         fit([other], Plain)
 
@@ -865,16 +865,16 @@ def test_numpys_random_numbers_are_not_moved_by_a_sleep():
             random.random()
             return super().training_step(batch, batch_idx)
 
-    fit([DreamReplay(**SLEEPS)], Draws)
+    fit([dream_replay(**SLEEPS)], Draws)
     after = np.random.rand(), random.random()
     fit([], Draws)
     assert after == (np.random.rand(), random.random())
 
 
 def test_it_can_be_pickled():
-    replay = pickle.loads(pickle.dumps(DreamReplay(**SLEEPS, augmenter=DreamAugmenter())))
-    fit([DreamReplay(fraction=0.5)], Plain)
-    assert replay.mode == "cycle"
+    replay = pickle.loads(pickle.dumps(dream_replay(**SLEEPS, augmenter=DreamAugmenter())))
+    fit([dream_replay(fraction=0.5)], Plain)
+    assert replay.schedule == Sleep(every_n_steps=4, num_steps=3, batch_size=8)
 
 
 @pytest.mark.parametrize(
@@ -899,7 +899,7 @@ def test_batches_that_are_no_rows_are_refused(batch, message):
             return self.net(torch.ones(1, 8)).sum()
 
     with pytest.raises(MisconfigurationException, match=message):
-        fit([DreamReplay(fraction=0.5)], Odd)
+        fit([dream_replay(fraction=0.5)], Odd)
 
 
 def test_what_cannot_be_served_is_refused():
@@ -913,51 +913,57 @@ def test_what_cannot_be_served_is_refused():
             return self.first(batch[0]).sum() * 0 + self.other(torch.ones(1, 2)).sum()
 
     with pytest.raises(
-        MisconfigurationException, match=r"`DreamReplay\(network=None\)`: which of \['other', 'first'\]"
+        MisconfigurationException, match=r"`BatchFields\(network=None\)`: which of \['other', 'first'\]"
     ):
-        fit([DreamReplay(distillation=0.5)], TwoParts)
-    with pytest.raises(MisconfigurationException, match=r"`DreamReplay\(network='nett'\)`: no part is called 'nett'"):
-        fit([DreamReplay(network="nett")], Plain)
-    with pytest.raises(
-        MisconfigurationException, match=r"`DreamReplay\(family='kind'\)`: the batch has no whole numbers"
-    ):
-        fit([DreamReplay(family="kind")], Plain)
-    with pytest.raises(
-        MisconfigurationException, match="cannot work with `augmenter` or `temperatures` and this data: "
-    ):
-        fit([DreamReplay(augmenter=DreamAugmenter())], Plain)
+        fit([dream_replay(distillation=0.5)], TwoParts)
+    with pytest.raises(MisconfigurationException, match=r"`BatchFields\(network='nett'\)`: no part is called 'nett'"):
+        fit([dream_replay(network="nett")], Plain)
+    with pytest.raises(MisconfigurationException, match=r"`BatchFields\(family='kind'\)`: the batch has no integers"):
+        fit([dream_replay(family="kind")], Plain)
+    with pytest.raises(MisconfigurationException, match="cannot work with `ProgramReplay` and this data: "):
+        fit([dream_replay(augmenter=DreamAugmenter())], Plain)
 
     with pytest.raises(MisconfigurationException, match="cannot work with RandomModule: it has no method `complete"):
-        fit([DreamReplay(temperatures=[1.0])], type("RandomModule", (Plain,), {"complete": None}))
+        fit([dream_replay(temperatures=[1.0])], type("RandomModule", (Plain,), {"complete": None}))
     strategy = DeepSpeedStrategy.__new__(DeepSpeedStrategy)
     trainer = type("T", (), {"strategy": strategy})()
     with pytest.raises(MisconfigurationException, match="`DreamReplay` cannot work with DeepSpeedStrategy"):
-        DreamReplay().setup(trainer, LossOnly(), "fit")
+        dream_replay().setup(trainer, LossOnly(), "fit")
 
 
 def test_bad_arguments_are_refused():
     for arguments, message in (
-        ({"mode": "nap"}, r"mode='nap'\)` must be 'mix' or 'cycle'"),
         ({"every_n_steps": 0}, r"every_n_steps=0\)` must be at least 1"),
-        ({"num_steps": -1}, r"num_steps=-1\)` must be at least 0"),
+        ({"mode": "cycle", "num_steps": -1}, r"num_steps=-1\)` must be at least 0"),
         ({"fraction": 1.0}, r"fraction=1.0\)` must be in \[0, 1\)"),
         ({"strategy": "best"}, r"strategy='best'\)` must be one of \['uniform'"),
-        ({"capacity": 0}, r"`DreamReplay\(capacity=0\)` must be at least 1"),
-        ({"batch_size": 0}, r"batch_size=0\)` must be at least 1"),
+        ({"capacity": 0}, r"`Storage\(capacity=0\)` must be at least 1"),
+        ({"mode": "cycle", "batch_size": 0}, r"batch_size=0\)` must be at least 1"),
         ({"distillation": -1}, r"distillation=-1\)` must be at least 0"),
         ({"top_k": 0}, r"top_k=0\)` must be at least 1"),
-        ({"lr_scale": 0}, r"lr_scale=0\)` must be above 0"),
+        ({"mode": "cycle", "lr_scale": 0}, r"lr_scale=0\)` must be above 0"),
         ({"probe_size": -1}, r"probe_size=-1\)` must be at least 0"),
         ({"temperatures": [0.0]}, r"temperatures=\[0.0\]\)` must be above 0 each"),
-        ({"max_new_tokens": 0}, r"max_new_tokens=0\)` must be at least 1"),
-        ({"augmented_fraction": 2}, r"augmented_fraction=2\)` must be in \[0, 1\]"),
-        ({"problems_per_cycle": 0}, r"problems_per_cycle=0\)` must be at least 1"),
-        ({"timeout": 0}, r"timeout=0\)` must be above 0"),
-        ({"mode": "cycle", "every_n_steps_by_stage": {1: -1}}, r"must be at least 0 each"),
-        ({"every_n_steps_by_stage": {1: 5}}, r"goes with mode='cycle'"),
+        ({"temperatures": [1.0], "max_new_tokens": 0}, r"max_new_tokens=0\)` must be at least 1"),
+        ({"temperatures": [1.0], "augmented_fraction": 2}, r"`ProgramReplay\(fraction=2\)` must be in \[0, 1\]"),
+        ({"temperatures": [1.0], "problems_per_cycle": 0}, r"problems_per_cycle=0\)` must be at least 1"),
+        ({"temperatures": [1.0], "timeout": 0}, r"timeout=0\)` must be above 0"),
+        ({"mode": "cycle", "every_n_steps_by_stage": {1: -1}}, r"must be at least 0 for each stage"),
+        ({"allow_weaker": True}, r"`ProgramReplay` needs `augmenter` \(for variants\) or `temperatures`"),
     ):
         with pytest.raises(ValueError, match=message):
-            DreamReplay(**arguments)
+            dream_replay(**arguments)
+
+
+def test_options_that_have_moved_are_refused_with_their_new_place():
+    moved = set(MOVED)
+    taken = {name for kind in (Mix, Sleep, Storage, ProgramReplay, BatchFields) for name in kind.__annotations__}
+    assert moved - {"mode", "save_buffer", "augmented_fraction"} == taken - {"in_checkpoints"}
+    message = r"`DreamReplay\(fraction=...\)` is now `schedule=Mix\(fraction=...\)`"
+    with pytest.raises(TypeError, match=message):
+        DreamReplay(fraction=0.2)
+    with pytest.raises(ValueError, match=r"`DreamReplay\(schedule='mix'\)` must be `Mix\(...\)` or `Sleep\(...\)`"):
+        DreamReplay("mix")
 
 
 def test_examples_of_problems_carry_everything_that_is_needed_to_run_them(offline):
@@ -974,12 +980,12 @@ def test_second_fit_knows_examples_by_number_and_content(tmp_path):
     for letter in "ab":
         (tmp_path / f"{letter}.txt").write_text(letter * 16 * 60)
     module = ForgeModule(config={"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2, "n_positions": 32})
-    callback, stored = DreamReplay(probe_size=0, capacity=1000), []
+    callback, stored = dream_replay(probe_size=0, capacity=1000), []
     for letter in "aba":
         data = TextData(str(tmp_path / f"{letter}.txt"), block_size=16, batch_size=6)
         options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
         options |= {"enable_model_summary": False, "limit_val_batches": 0, "accelerator": "cpu", "max_epochs": 1}
         Trainer(callbacks=[callback], **options).fit(module, datamodule=data)
-        first = callback.buffer.read(callback.buffer.slots()).rows["input_ids"][:, 0]
+        first = callback.memory.buffer.read(callback.memory.buffer.slots()).rows["input_ids"][:, 0]
         stored.append([int((first == ord(letter) + 3).sum()) for letter in "ab"])
     assert stored == [[54, 0], [54, 54], [54, 54]]

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from forge_lightning.core.batch import BatchFields, field_of
+from forge_lightning.core.batch import PositionFields, field_of
 from forge_lightning.geometry.activation_tap import ActivationTap
 
 B, T, D = 4, 6, 3
@@ -32,7 +32,7 @@ def tapped(fields=None, limit=1000, form=None, x=None, seed=0, **options):
     layer = Layer(form)
     tap = ActivationTap({"layer": layer}, **options)
     tap.attach()
-    tap.start(fields or BatchFields(), limit, seed)
+    tap.start(fields or PositionFields(), limit, seed)
     layer(activations() if x is None else x)
     if tap.error is not None:
         raise tap.error
@@ -48,49 +48,51 @@ EVERY = [(b, t) for b in range(B) for t in range(T)]
 
 
 def test_padding_never_enters():
-    assert tapped(BatchFields(mask=MASK), positions="all") == [(b, t) for b, t in EVERY if MASK[b, t]]
+    assert tapped(PositionFields(mask=MASK), positions="all") == [(b, t) for b, t in EVERY if MASK[b, t]]
 
 
 def test_layers_that_put_positions_first_are_turned():
-    turned = tapped(BatchFields(mask=MASK), positions="all", form=lambda x: x.transpose(0, 1))
+    turned = tapped(PositionFields(mask=MASK), positions="all", form=lambda x: x.transpose(0, 1))
     assert turned == [(b, t) for b, t in EVERY if MASK[b, t]]
-    last = tapped(BatchFields(mask=MASK), positions="last", form=lambda x: x.transpose(0, 1))
+    last = tapped(PositionFields(mask=MASK), positions="last", form=lambda x: x.transpose(0, 1))
     assert last == [(0, 5), (1, 2), (2, 0), (3, 3)]
 
 
 def test_a_mask_that_does_not_fit_is_refused_where_it_matters():
     shorter = lambda x: x[:, :4]  # noqa: E731
     with pytest.raises(ValueError, match=r"mask is \(4, 6\) and a layer puts out \(4, 4\)"):
-        tapped(BatchFields(mask=MASK), positions="all", form=shorter)
-    assert len(tapped(BatchFields(mask=torch.ones(B, T)), positions="all", form=shorter)) == 16
-    assert len(tapped(BatchFields(mask=MASK), form=lambda x: x[:, 0])) == B  # one row an example
+        tapped(PositionFields(mask=MASK), positions="all", form=shorter)
+    assert len(tapped(PositionFields(mask=torch.ones(B, T)), positions="all", form=shorter)) == 16
+    assert len(tapped(PositionFields(mask=MASK), form=lambda x: x[:, 0])) == B  # one row an example
 
 
 def test_labelled_positions_are_taken_where_there_are_labels():
     expected = [(b, t) for b, t in EVERY if MASK[b, t] and t >= 2]
     for positions in ("auto", "labelled"):
-        assert tapped(BatchFields(mask=MASK, labels=LABELS), positions=positions) == expected
-    assert tapped(BatchFields(labels=torch.zeros(B))) == EVERY
+        assert tapped(PositionFields(mask=MASK, labels=LABELS), positions=positions) == expected
+    assert tapped(PositionFields(labels=torch.zeros(B))) == EVERY
 
 
 def test_the_first_position_is_left_out_where_others_are_labelled():
-    assert tapped(BatchFields(labels=torch.zeros(B, T))) == [(b, t) for b, t in EVERY if t > 0]
+    assert tapped(PositionFields(labels=torch.zeros(B, T))) == [(b, t) for b, t in EVERY if t > 0]
     only_first = torch.where(torch.arange(T) == 0, 1, -100).expand(B, T)
-    assert tapped(BatchFields(labels=only_first)) == [(b, 0) for b in range(B)]
+    assert tapped(PositionFields(labels=only_first)) == [(b, 0) for b in range(B)]
 
 
 def test_the_last_position_is_the_last_that_is_not_padding():
-    assert tapped(BatchFields(mask=MASK), positions="last") == [(0, 5), (1, 2), (2, 0), (3, 3)]
+    assert tapped(PositionFields(mask=MASK), positions="last") == [(0, 5), (1, 2), (2, 0), (3, 3)]
     assert tapped(positions="last") == [(b, T - 1) for b in range(B)]
 
 
 def test_a_layer_that_puts_out_one_position_gives_all():
-    assert tapped(BatchFields(mask=MASK), form=lambda x: x[:, -1:], positions="last") == [(b, T - 1) for b in range(B)]
+    assert tapped(PositionFields(mask=MASK), form=lambda x: x[:, -1:], positions="last") == [
+        (b, T - 1) for b in range(B)
+    ]
 
 
 def test_each_token_counts_once_on_request():
     tokens = torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(B, T)
-    rows = tapped(BatchFields(tokens=tokens), unique_tokens=True)
+    rows = tapped(PositionFields(tokens=tokens), unique_tokens=True)
     assert sorted(t % 3 for _, t in rows) == [0, 1, 2]
 
 
@@ -100,12 +102,12 @@ def test_each_token_counts_once_over_all_batches_of_a_probe():
     tap.attach()
     counts = []
     for ids in ([0, 1, 2, 0, 1, 2], [2, 3, 4, 2, 3, 4]):
-        tap.start(BatchFields(tokens=torch.tensor([ids]).expand(B, T)), 100, 0)
+        tap.start(PositionFields(tokens=torch.tensor([ids]).expand(B, T)), 100, 0)
         layer(activations())
         tap.stop()
         counts.append(tap.num_rows())
     tap.clear()
-    tap.start(BatchFields(tokens=torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(B, T)), 100, 0)
+    tap.start(PositionFields(tokens=torch.tensor([[0, 1, 2, 0, 1, 2]]).expand(B, T)), 100, 0)
     layer(activations())
     assert [*counts, tap.num_rows()] == [3, 5, 3]
 
@@ -116,7 +118,7 @@ def test_hooks_are_neither_pickled_nor_shared_with_a_copy():
     tap.attach()
     pickled = pickle.dumps(layer)
     assert b"forge_lightning" not in pickled
-    tap.start(BatchFields(), 100, 0)
+    tap.start(PositionFields(), 100, 0)
     pickle.loads(pickled)(activations())
     copy.deepcopy(layer)(activations())
     assert tap.num_rows() == 0
@@ -155,7 +157,7 @@ def test_images_are_one_row_per_example():
     layer = nn.Conv2d(3, 4, 3)
     tap = ActivationTap({"layer": layer})
     tap.attach()
-    tap.start(BatchFields(), 5, 0)
+    tap.start(PositionFields(), 5, 0)
     layer(torch.randn(7, 3, 8, 8))
     assert tap.rows["layer"][0].shape == (5, 4 * 6 * 6)
 
@@ -179,7 +181,7 @@ def test_only_the_first_call_of_a_layer_counts():
     layer = Layer()
     tap = ActivationTap({"layer": layer})
     tap.attach()
-    tap.start(BatchFields(), 100, 0)
+    tap.start(PositionFields(), 100, 0)
     layer(activations())
     layer(activations())
     tap.stop()
@@ -205,6 +207,6 @@ def test_rows_of_another_width_replace_those_before():
     tap = ActivationTap({"layer": layer})
     tap.attach()
     for width in (6, 9):
-        tap.start(BatchFields(), 5, 0)
+        tap.start(PositionFields(), 5, 0)
         layer(torch.ones(4, width))
     assert torch.cat(tap.rows["layer"]).shape == (4, 9)

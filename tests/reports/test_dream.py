@@ -3,18 +3,19 @@
 import pytest
 from lightning.pytorch.loggers import CSVLogger
 
-from forge_lightning.callbacks import DreamReplay, Telemetry
+from forge_lightning.callbacks import Telemetry
 from forge_lightning.reports import dream
 from forge_lightning.reports.analysis import analyze
 from forge_lightning.reports.trace import read_run
 from tests.contract.modules import LossOnly
 from tests.contract.rows import fit
+from tests.dream.build import dream_replay
 from tests.reports.test_analysis import drawn, written
 from tests.reports.test_self_knowledge import lines
 
 
 def recorded(folder, **options):
-    replay = DreamReplay(every_n_steps=4, num_steps=2, probe_size=8, **options)
+    replay = dream_replay(every_n_steps=4, num_steps=2, probe_size=8, **options)
     logger = CSVLogger(folder, name="", version="")
     fit([replay, Telemetry()], LossOnly, logger=logger, max_epochs=3, log_every_n_steps=1)
     return read_run(folder)
