@@ -37,7 +37,7 @@ SHORT += ["--trainer.log_every_n_steps=1"]
 
 IN_TURN = """
 import json, sys
-from forge_lightning.cli import main
+from forge_lightning.cli.main import main
 for words in json.loads(sys.argv[1]):
     try:
         code = main(words)

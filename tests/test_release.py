@@ -50,7 +50,7 @@ def test_wheel_lists_and_checks_its_configs(installed, tmp_path):
     code = f"""
 from pathlib import Path
 import forge_lightning
-from forge_lightning.cli import main
+from forge_lightning.cli.main import main
 assert Path(forge_lightning.__file__).is_relative_to({str(installed)!r}), forge_lightning
 assert main(["list"]) == 0
 assert main(["check", "grokking_fast.yaml"]) == 0

@@ -5,6 +5,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from forge_lightning.calibration.metrics import CalibrationMetric, FittedTemperature
 from forge_lightning.core.callback import ForgeCallback, is_dev_run, loss_of_step, run_directory
+from forge_lightning.core.distributed import broadcast_from_rank_zero, max_over_ranks, sum_over_ranks
 from forge_lightning.core.labels import (
     LabelReader,
     MiscountedError,
@@ -279,21 +281,18 @@ class Calibration(ForgeCallback):
         if not self._meters:
             return None
         meters, self._meters = self._meters, {}
-        if trainer.world_size > 1:
-            for kind in meters.values():
-                kind.sum_over_processes(lambda t: trainer.strategy.reduce(t, reduce_op="sum"))
-            device = trainer.strategy.root_device
-            self._outputs.sum_over_processes(lambda t: trainer.strategy.reduce(t, reduce_op="sum"), device)
-            miscounted = trainer.strategy.reduce_boolean_decision(self._is_miscounted, all=False)
-        else:
-            miscounted = self._is_miscounted
+        reduce = partial(sum_over_ranks, trainer)
+        for kind in meters.values():
+            kind.sum_over_processes(reduce)
+        self._outputs.sum_over_processes(reduce)
+        miscounted = max_over_ranks(trainer, self._is_miscounted)
         logged = trainer.callback_metrics.items()
         said = [float(value) for name, value in logged if _LOSSES.search(name) and not name.startswith("train")]
         if self._returned[1]:
             said.append(self._returned[0] / self._returned[1])
         losses = meters[False].nll, meters[True].nll
         probable = self._outputs.are_probabilities(losses, said, self._in_training)
-        chosen = meters[bool(trainer.strategy.broadcast(probable))]
+        chosen = meters[broadcast_from_rank_zero(trainer, probable)]
         plain, fitted, fit = chosen.plain, chosen.fitted, chosen.fit
         if plain.is_empty or miscounted:
             why = self._why_not or "no label counts"

@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from forge_lightning.core.distributed import current_rank
 from forge_lightning.core.loss_terms import TASK_LOSS, own_loss
 from forge_lightning.core.protocols import SupportsEvents
 from forge_lightning.core.step_log import is_dev_run as is_dev_run
@@ -166,17 +166,6 @@ def events_of(callback: Callback) -> list[dict[str, Any]]:
     return [dict(event) for event in events if isinstance(event, Mapping) and {"kind", "step"} <= event.keys()]
 
 
-def of_all_processes(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """Of all processes, on the first, which writes checkpoints; elsewhere only one's own."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()) or distributed.get_world_size() == 1:
-        return [state]
-    first = distributed.get_rank() == 0
-    states: list[Any] | None = [None] * distributed.get_world_size() if first else None
-    distributed.gather_object(state, states)
-    return states if states is not None else [state]
-
-
 def loss_of_step(trainer: Trainer, outputs: Any) -> Tensor | None:
     """The detached loss of one batch, as ``on_train_batch_end`` gets it; Lightning has divided it for accumulation.
 
@@ -241,10 +230,9 @@ class StepMeans:
 
     def load_state_dict(self, states: Sequence[Mapping[str, Sequence[float]]]) -> None:
         """Of all processes, as they were saved; of another number of them, the mean over all."""
-        distributed = torch.distributed
-        spread = distributed.is_available() and distributed.is_initialized()
-        if len(states) == (distributed.get_world_size() if spread else 1):
-            states = [states[distributed.get_rank() if spread else 0]]
+        rank, world_size = current_rank()
+        if len(states) == world_size:
+            states = [states[rank]]
         sums: dict[str, tuple[Any, int]] = {}
         for key, (total, count) in (item for state in states for item in state.items()):
             before, counted = sums.get(key, (0.0, 0))

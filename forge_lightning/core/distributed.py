@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 def sum_over_ranks(trainer: "Trainer", values: Tensor) -> Tensor:
-    """Sum a tensor over all ranks, in fp32. With one rank it is returned as it is.
+    """Sum a tensor over all ranks. With one rank it is returned as it is.
 
     Args:
         trainer: The Trainer whose ranks are meant. All of them have to call this.
@@ -21,8 +21,8 @@ def sum_over_ranks(trainer: "Trainer", values: Tensor) -> Tensor:
     """
     if trainer.world_size == 1:
         return values
-    total: Tensor = trainer.strategy.reduce(values.float().to(trainer.strategy.root_device), reduce_op="sum")
-    return total.to(device=values.device, dtype=values.dtype)
+    total: Tensor = trainer.strategy.reduce(values.to(trainer.strategy.root_device).clone(), reduce_op="sum")
+    return total.to(values.device)
 
 
 def min_over_ranks(trainer: "Trainer", value: int) -> int:
@@ -60,11 +60,11 @@ def current_rank() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_part(tensor: Tensor) -> Tensor:
     """This rank's part of a `DTensor`; any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def full(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A `DTensor` gathered from all ranks; any other tensor as it is. All ranks have to call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

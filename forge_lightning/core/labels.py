@@ -227,9 +227,9 @@ class OutputsOfPass:
             self.between += int(((outputs > 0) & (outputs < 1)).sum())
         return not self.outside
 
-    def sum_over_processes(self, reduce: Callable[[Tensor], Tensor], device: torch.device) -> None:
+    def sum_over_processes(self, reduce: Callable[[Tensor], Tensor]) -> None:
         """Have every process know what all have seen."""
-        counts = torch.tensor([self.outside, self.between, self.one_output], device=device)
+        counts = torch.tensor([self.outside, self.between, self.one_output])
         self.outside, self.between, self.one_output = reduce(counts).tolist()
 
     def are_probabilities(

@@ -32,6 +32,7 @@ from torch.utils.data import (
 
 from forge_lightning.core.batch import PositionFields, field_of
 from forge_lightning.core.callback import ForgeCallback, is_dev_run, loss_of_step, overrides
+from forge_lightning.core.distributed import sum_over_ranks
 from forge_lightning.core.kept_state import buffers_kept, generators_kept
 from forge_lightning.core.layers import select_layers
 from forge_lightning.core.protocols import SupportsProbe
@@ -382,8 +383,7 @@ class GeometryProbe(ForgeCallback):
             self._tap.clear()
             self._collecting = False
         loss = torch.tensor(math.nan) if self._last_loss is None else self._last_loss
-        if trainer.world_size > 1:
-            loss = trainer.strategy.reduce(loss.to(pl_module.device).clone(), reduce_op="mean")
+        loss = sum_over_ranks(trainer, loss) / trainer.world_size
         metrics = self._read(estimates)
         metrics |= self._look_for_changes(trainer, metrics, float(loss))
         self._probe_seconds.append(copied + time.perf_counter() - start)
@@ -410,9 +410,7 @@ class GeometryProbe(ForgeCallback):
                 if result.reason:
                     self._warn_here(f"no {quantity} of layer {name!r}: {result.reason}", quantity)
                 table[index, -1] = result.num_points
-        if world > 1:
-            table = trainer.strategy.reduce(table.float().to(device), reduce_op="sum").cpu().double()
-        return table
+        return sum_over_ranks(trainer, table)
 
     def _gather(self, trainer: Trainer, rows: Sequence[Tensor | None], device: torch.device) -> list[Tensor | None]:
         """Everybody's rows of every layer, in one exchange; ranks may have different numbers of them."""

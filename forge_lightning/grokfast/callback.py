@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from forge_lightning.core.callback import ForgeCallback, is_logging_step, step_of_log, uses_strategy
+from forge_lightning.core.distributed import broadcast_from_rank_zero
 from forge_lightning.core.layers import plain_name
 from forge_lightning.grokfast.filter import FilterName, FilterStats, GradientFilter, ScheduleName
 from forge_lightning.grokfast.optim import GrokfastAdamW, GrokfastSGD
@@ -267,5 +268,5 @@ class Grokfast(ForgeCallback):
             return None
         value = trainer.callback_metrics.get(self.stage_monitor)
         stage = self._stage if value is None else int(value)
-        self._stage = trainer.strategy.broadcast(stage) if trainer.world_size > 1 else stage
+        self._stage = broadcast_from_rank_zero(trainer, stage)
         return self._stage

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import zeros as dtensor_zeros
 
+from forge_lightning.core.distributed import full_tensor, local_part
 from forge_lightning.core.validate import require
 from forge_lightning.grokfast import functional as F
 
@@ -143,7 +144,7 @@ class GradientFilter:
         """
         if self.is_off or not grads:
             return None
-        shards = {name: _local(grad) for name, grad in grads.items()}
+        shards = {name: local_part(grad) for name, grad in grads.items()}
         for name, shard in shards.items():
             if shard.layout != torch.strided:
                 raise ValueError(
@@ -175,7 +176,7 @@ class GradientFilter:
 
     def _filter(self, grads: Mapping[str, Tensor], shards: Mapping[str, Tensor], lamb: float) -> None:
         values = list(shards.values())
-        slow = [_local(self._slow[name]) for name in shards]
+        slow = [local_part(self._slow[name]) for name in shards]
         if self.filter == "ema":
             F.ema_filter_(values, slow, alpha=self.alpha, lamb=lamb)
         elif self.filter == "projection":
@@ -183,7 +184,7 @@ class GradientFilter:
             dots, squares = (_sum_over_shards(p, grads) for p in products)
             F.project_(values, slow, dots, squares, lamb=lamb)
         else:
-            rings = [_local(self._rings[name]) for name in shards]
+            rings = [local_part(self._rings[name]) for name in shards]
             F.ma_filter_(values, rings, slow, [self._counts[name] for name in shards], lamb=lamb)
             for name in shards:
                 self._counts[name] += 1
@@ -193,7 +194,7 @@ class GradientFilter:
     ) -> float:
         """Cosine with the slow gradient of the steps before; a sum has the direction of the mean."""
         some = {name: grads[name] for name in known}
-        slow = [_local(self._slow[name]) for name in known]
+        slow = [local_part(self._slow[name]) for name in known]
         dot = _sum_over_shards(F.inner_products([shards[name] for name in known], slow), some).sum()
         slow_square = _sum_over_shards(F.squared_norms(slow), some).sum()
         length = math.sqrt(square * float(slow_square))
@@ -273,13 +274,9 @@ class GradientFilter:
         self._pending = {name: dict(saved) for name, saved in state_dict["buffers"].items()}
 
 
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def _full(tensor: Tensor) -> Tensor:
     # `clone`: a view would save its whole storage
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu().clone()
+    return full_tensor(tensor).detach().cpu().clone()
 
 
 def _zero_ring(grad: Tensor, window_size: int, dtype: torch.dtype) -> Tensor:

@@ -2,6 +2,7 @@
 
 import math
 from difflib import get_close_matches
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from forge_lightning.core.distributed import sum_over_ranks
 from forge_lightning.core.layers import block_list
 from forge_lightning.core.loss_terms import TASK_LOSS
 from forge_lightning.core.protocols import SupportsTokenizer
@@ -264,7 +266,7 @@ class ForgeModule(LightningModule):
         if self.self_model is None:
             return
         trainer: Any = self.trainer
-        reduce = None if trainer.world_size == 1 else lambda t: trainer.strategy.reduce(t, reduce_op="sum")
+        reduce = None if trainer.world_size == 1 else partial(sum_over_ranks, trainer)
         # Before the callbacks' end of the batch: they record what was logged at this step.
         step = self.global_step + 1
         metrics = self.self_model.end_step(step=step, measure=is_logging_step(trainer), reduce=reduce)

@@ -1,6 +1,7 @@
 """SelfModel: a head that predicts the network's own activations, on any LightningModule."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -11,6 +12,7 @@ from torch.optim import Muon
 
 from forge_lightning.core.batch import field_of
 from forge_lightning.core.callback import ForgeCallback, is_logging_step, is_skipped, uses_strategy
+from forge_lightning.core.distributed import sum_over_ranks
 from forge_lightning.core.loss_terms import add_loss_term, no_backward, remove_loss_term
 from forge_lightning.self_model.head import Form, SelfModelHead
 
@@ -199,7 +201,7 @@ class SelfModel(ForgeCallback):
                 "no forward pass of `training_step` went through the layers that it predicts",
                 f"{no_backward(pl_module)}Name layers that it uses with `layers`.",
             )
-        reduce = None if trainer.world_size == 1 else lambda t: trainer.strategy.reduce(t, reduce_op="sum")
+        reduce = None if trainer.world_size == 1 else partial(sum_over_ranks, trainer)
         metrics = self._head.end_step(step=trainer.global_step, measure=is_logging_step(trainer), reduce=reduce)
         if metrics:
             self.log_metrics(trainer, metrics)

@@ -15,8 +15,8 @@ from forge_lightning.core.callback import (
     events_of,
     is_logging_step,
     last_logged,
-    of_all_processes,
 )
+from forge_lightning.core.distributed import gather_states, sum_over_ranks
 from forge_lightning.core.logit_tap import is_shifted
 from forge_lightning.core.metric_names import TRAIN_SUCCESS, VAL_LOSS, VAL_SUCCESS
 from forge_lightning.stages.classifier import Observation, TrainingStage, is_fall
@@ -187,7 +187,7 @@ class StageClassifier(ForgeCallback):
 
     def state_dict(self) -> dict[str, Any]:
         machine, events = self._machine.state_dict(), [dict(event) for event in self._events]
-        means = of_all_processes(self._means.state_dict())
+        means = gather_states(self._means.state_dict())
         return {"machine": machine, "events": events, "means": means, "last_step": self._last_step}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -203,7 +203,7 @@ class StageClassifier(ForgeCallback):
         if trainer.world_size == 1:
             return values if known else {}
         row = torch.tensor([*(v if known else 0.0 for v in values.values()), float(known)], dtype=torch.float32)
-        *sums, count = trainer.strategy.reduce(row.to(pl_module.device), reduce_op="sum").tolist()
+        *sums, count = sum_over_ranks(trainer, row).tolist()
         return {key: total / count for key, total in zip(values, sums, strict=True)} if count else {}
 
     def _observe(self, trainer: Trainer, pl_module: LightningModule, known: dict[str, float]) -> None:

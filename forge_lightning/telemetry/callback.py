@@ -28,6 +28,7 @@ from forge_lightning.core.callback import (
     run_directory,
     step_of_log,
 )
+from forge_lightning.core.distributed import full_tensor, sum_over_ranks
 from forge_lightning.core.protocols import SupportsEvents, SupportsStage
 from forge_lightning.core.trace import FILE_NAME, TraceWriter
 from forge_lightning.telemetry.step_timer import StepTimer
@@ -263,7 +264,7 @@ class Telemetry(ForgeCallback):
             values["examples"] = float(now.examples)
         values |= {**seconds, "peak_memory": _peak_memory(device)}
         if trainer.world_size > 1:
-            values = self._mean_over_ranks(trainer, values, device)
+            values = self._mean_over_ranks(trainer, values)
         total = sum(values[part] for part in seconds)
         metrics = {"step_seconds": total}
         for key in ("tokens", "examples"):
@@ -281,11 +282,11 @@ class Telemetry(ForgeCallback):
             metrics["lr"] = now.lr
         return values | metrics
 
-    def _mean_over_ranks(self, trainer: Trainer, values: dict[str, float], device: torch.device) -> dict[str, float]:
+    def _mean_over_ranks(self, trainer: Trainer, values: dict[str, float]) -> dict[str, float]:
         """Of the ranks that have a value; one that is there and not finite stays so."""
         keys = list(dict.fromkeys((*_OPTIONAL, *values)))  # the same on all ranks
         both = [values.get(key, 0.0) for key in keys] + [float(key in values) for key in keys]
-        sums, counts = trainer.strategy.reduce(torch.tensor(both, device=device), reduce_op="sum").cpu().chunk(2)
+        sums, counts = sum_over_ranks(trainer, torch.tensor(both)).chunk(2)
         return {key: float(s / c) for key, s, c in zip(keys, sums, counts, strict=True) if c > 0}
 
     def _norm_before(self, trainer: Trainer, norm: float) -> float:
@@ -428,8 +429,7 @@ def _norm_of(grads: list[Any]) -> Tensor:
         norm = torch.linalg.vector_norm(torch.stack(norms))
     else:  # shards
         norm = torch.nn.utils.get_total_norm(grads)
-    full: Tensor = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-    return full.detach()
+    return full_tensor(norm).detach()
 
 
 def _first_tensor(batch: Any) -> Tensor | None:

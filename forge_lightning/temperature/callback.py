@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from forge_lightning.calibration.metrics import CalibrationMetric
 from forge_lightning.core.callback import ForgeCallback, is_logging_step, is_skipped, uses_strategy
+from forge_lightning.core.distributed import sum_over_ranks
 from forge_lightning.core.labels import LabelReader, NoClassesError, loss_doubt
 from forge_lightning.core.layers import network_modules
 from forge_lightning.core.logit_tap import (
@@ -316,9 +317,8 @@ class TemperatureCurriculum(ForgeCallback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._metrics:
             return
-        if trainer.world_size > 1:
-            for metric in self._metrics:
-                metric.sum_over_processes(lambda t: trainer.strategy.reduce(t, reduce_op="sum"))
+        for metric in self._metrics:
+            metric.sum_over_processes(partial(sum_over_ranks, trainer))
         metrics_of_bins, self._metrics = self._metrics, []
         if metrics_of_bins[0].is_empty:
             self.warn_once(
@@ -400,8 +400,7 @@ class TemperatureCurriculum(ForgeCallback):
                 self.warn_once(doubt, key="loss")
             self._losses = None
         mean = torch.stack(self._divergences).mean() if self._divergences else torch.tensor(torch.nan)
-        if trainer.world_size > 1:
-            mean = trainer.strategy.reduce(mean.to(pl_module.device), reduce_op="mean")
+        mean = sum_over_ranks(trainer, mean) / trainer.world_size
         step = self._step_before
         index, temperature = self._schedule.draw(step)
         metrics = {"temperature": temperature, "kl": float(mean), "weight": self._weight_at(step)}

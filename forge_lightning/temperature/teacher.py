@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from forge_lightning.core.distributed import local_part
 from forge_lightning.core.layers import plain_name
 
 
@@ -134,7 +135,7 @@ class EMATeacher:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor.detach()
+    return local_part(tensor).detach()
 
 
 def _sharded_like(full: Tensor, param: Any) -> Tensor:

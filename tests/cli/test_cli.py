@@ -16,7 +16,9 @@ import yaml
 from lightning.pytorch import Callback
 
 from forge_lightning import callbacks, models
-from forge_lightning.cli import config_folders, main, refuse_doubled_keys, refuse_optimizer, shipped_configs
+from forge_lightning.cli.checks import refuse_optimizer
+from forge_lightning.cli.configs import config_folders, refuse_doubled_keys, shipped_configs
+from forge_lightning.cli.main import main
 from tests import processes
 from tests.models.test_forge_module import word_tokenizer
 
@@ -31,7 +33,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 def forge_fit(*args, **kwargs):
-    code = "import sys; from forge_lightning.cli import main; sys.exit(main())"
+    code = "import sys; from forge_lightning.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, args)]
     return processes.run(command, **kwargs)
 
@@ -229,6 +231,21 @@ def test_bad_input_is_explained(capsys, tmp_path, small_mbpp, monkeypatch):
         (
             {"callbacks": [{"class_path": "Grokfast", "init_args": {"alhpa": 0.9}}]},
             "'alhpa' is not accepted.*Close: \\['alpha'",
+        ),
+        (
+            {"callbacks": [{"class_path": "DreamReplay", "init_args": {"fraction": 0.5}}]},
+            r"'fraction' is not accepted\n`fraction` is now `schedule=Mix\(fraction=...\)`",
+        ),
+        (
+            {
+                "callbacks": [
+                    {
+                        "class_path": "DreamReplay",
+                        "init_args": {"schedule": {"class_path": "Sleep", "init_args": {"num_step": 5}}},
+                    }
+                ]
+            },
+            r"Sleep':\n +Option 'num_step' is not accepted.*Close: \['num_steps'",
         ),
         (
             {"callbacks": [{"class_path": "Grokfast", "init_args": {"filter": "mean"}}]},

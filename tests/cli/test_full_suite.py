@@ -8,7 +8,7 @@ import torch
 import yaml
 from lightning.pytorch import Callback
 
-from forge_lightning.cli import main
+from forge_lightning.cli.main import main
 
 CONFIG = Path(__file__).parents[2] / "configs/full_suite_tiny.yaml"
 
