@@ -57,9 +57,13 @@ DIGITS = {
 class Latest(ReplayBuffer):
     """First in, first out."""
 
-    def _makes_room(self, family, chance, place, length):
-        if self._num_held == self._limit:
-            self._leave_reservoir(min(self._held[family], key=lambda slot: self._c["step"][slot]))
+    def _clear(self, frontier):
+        super()._clear(frontier)
+        self._reservoir.make_room = self._make_room
+
+    def _make_room(self, family, chance, place, length, rng, evict):
+        if self._reservoir.num_held == self._reservoir.limit:
+            evict(min(self._reservoir.held[family], key=lambda slot: self._c["step"][slot]))
         return True
 
 
@@ -67,6 +71,7 @@ class LatestMemory(ReplayMemory):
     def clear(self, rank=0):
         super().clear(rank)
         self.buffer.__class__ = Latest
+        self.buffer._clear(0.0)
 
 
 class Digits(LightningModule):

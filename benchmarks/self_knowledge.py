@@ -308,9 +308,10 @@ def cost():
     torch.set_num_threads(1)
     torch.manual_seed(0)
     head = SelfModelHead(weight=1.0)
-    module = ForgeModule(config={"model_type": "gpt2", "vocab_size": 50257}, self_model=head)
+    module = ForgeModule(config={"model_type": "gpt2", "vocab_size": 50257})
     module.build()
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+    head.attach(module.model)
+    optimizer = torch.optim.AdamW([*module.parameters(), *head.parameters()], lr=1e-4)
     batch = {"input_ids": torch.randint(0, 50257, (2, 256)), "attention_mask": torch.ones(2, 256, dtype=torch.long)}
     batch["labels"] = batch["input_ids"]
     teacher = EMATeacher(module.model, 0.995)

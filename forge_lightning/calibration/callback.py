@@ -122,6 +122,7 @@ class Calibration(ForgeCallback):
         self._returned = [0.0, 0.0]  # sum of the losses that the steps return, and of their labels
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         self._attach(pl_module)  # before the network is compiled
         self._seen_batch = False
 
@@ -235,15 +236,6 @@ class Calibration(ForgeCallback):
         if metrics is not None:
             self._log_result(pl_module, metrics)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave()
-
     def reset(self) -> None:
         super().reset()
         self.fitted_temperature, self._in_training = math.nan, None
@@ -256,7 +248,7 @@ class Calibration(ForgeCallback):
         self._in_training = state_dict.get("probabilities")
 
     def _attach(self, pl_module: LightningModule) -> None:
-        self._leave()
+        self.detach()
         try:
             network = find_network(pl_module, self.network)
         except ValueError as error:
@@ -355,7 +347,7 @@ class Calibration(ForgeCallback):
         whole.write_text(json.dumps(kept, indent=1) + "\n")
         whole.replace(path)
 
-    def _leave(self) -> None:
+    def detach(self) -> None:
         if self._tap is not None:
             self._tap.detach()
         self._tap, self._meters = None, {}

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
-from forge_lightning import callbacks, cards, data, models
+from forge_lightning import cards, data, models
 from forge_lightning.cli.checks import (
     builds_network,
     refuse_absent,
@@ -21,6 +21,7 @@ from forge_lightning.cli.checks import (
 )
 from forge_lightning.cli.configs import refuse_doubled_keys, resolve_configs, shipped_configs
 from forge_lightning.cli.forge_cli import CheckCLI
+from forge_lightning.core.callback import ForgeCallback
 from forge_lightning.data.tokens import TokenDataModule
 from forge_lightning.models.forge_module import refuse_config
 
@@ -55,17 +56,9 @@ def check(argv: Sequence[str]) -> int:
             f"`trainer.callbacks` holds {', '.join(twice)} twice, and their states would collide in a checkpoint."
             " Give one of them a `name`, or drop it."
         )
-    steers = any(isinstance(c, callbacks.EdgeController) for c in found)
-    if steers and not _has_choices(cli.datamodule):
-        raise MisconfigurationException(
-            f"`EdgeController` has nothing to choose from in this {type(cli.datamodule).__name__}. Use GeneratedTasks,"
-            " or CodeTasks with `difficulty`."
-        )
-    if getattr(cli.model, "self_model", None) is not None and any(isinstance(c, callbacks.SelfModel) for c in found):
-        raise MisconfigurationException(
-            "The model has a head of its own, `self_model`, and the callback `SelfModel` would be a second. Use one of"
-            " the two (--model.self_model=null)."
-        )
+    for callback in found:
+        if isinstance(callback, ForgeCallback):
+            callback.preflight(cli.model, cli.datamodule)
     names = ", ".join(type(callback).__name__ for callback in found) or "none"
     config = argv[0] if not named else argv[0].partition("=")[2] or argv[1]
     print(f"{config}: valid. {type(cli.model).__name__} on {type(cli.datamodule).__name__}; callbacks: {names}.")
@@ -77,13 +70,6 @@ def check(argv: Sequence[str]) -> int:
                 print(f"{what} from the Hugging Face hub, since neither {unset} names a file.")
                 break
     return 0
-
-
-def _has_choices(datamodule: Any) -> bool:
-    """Whether its training data can be chosen by difficulty; of somebody else's, that is not known here."""
-    if isinstance(datamodule, data.CodeTasks):
-        return datamodule.difficulty_by is not None
-    return not isinstance(datamodule, data.TextData | data.AlgorithmicData)
 
 
 def _is_stateful(callback: pl.Callback) -> bool:
@@ -144,8 +130,8 @@ def _load_run(run: Path, ckpt_path: Path | None) -> tuple[Any, Any]:
     refuse_cut_off(ckpt_path)
     checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
     print(f"Weights: {ckpt_path}, of step {checkpoint['global_step']:,}", file=sys.stderr)
-    weights = {name: w for name, w in checkpoint["state_dict"].items() if not name.startswith("self_model_head")}
-    module.load_state_dict(weights)  # without what `SelfModel` added for training
+    known = module.state_dict().keys()  # a checkpoint may also hold what callbacks added for training
+    module.load_state_dict({name: weight for name, weight in checkpoint["state_dict"].items() if name in known})
     module.on_load_checkpoint(checkpoint)
     return module.eval(), datamodule
 

@@ -77,13 +77,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _explain(str(error))
         if "loading state_dict" not in str(error):
             raise
-        hint = ""
-        if "self_model" in str(error):
-            hint = (
-                "\nWhat begins with `self_model` is the head of `SelfModel`, or of ForgeModule's `self_model`: train"
-                " and test with the same one, or without in both."
-            )
-        return _explain(f"The checkpoint does not fit the model of this config.{hint}\n{error}")
+        return _explain(
+            "The checkpoint does not fit the model of this config. A callback that adds weights to the model, as"
+            f" `SelfModel` does, belongs in both runs, or in neither.\n{error}"
+        )
     return 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -30,10 +30,14 @@ _modules: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDict
 
 
 class ForgeCallback(Callback):
-    """A namespace for logged metrics, and a checkpoint key that survives a change of hyperparameters.
+    """Base of every callback of the suite.
+
+    It names logged metrics, keeps a checkpoint key that survives a change of hyperparameters, and calls `on_step_end`
+    once per optimizer step. It calls `detach` however a fit ends. A subclass that overrides one of Lightning's hooks
+    below calls ``super()`` in it. `docs/write_a_callback.md` shows two subclasses.
 
     Args:
-        name: Tells two instances of one class apart: in the checkpoint, and in the metric names.
+        name: Tells two instances of one class apart, in checkpoints and in metric names.
     """
 
     namespace: ClassVar[str]
@@ -42,6 +46,21 @@ class ForgeCallback(Callback):
         self.name = name
         self._said: set[str] = set()
         self._metric_names: dict[str, str] = {}
+        self._step_before = -1  # optimizer steps when the batch at hand started
+        self._in_fit = False
+
+    def detach(self) -> None:
+        """Undo what this callback did to Trainer and module. Called however a fit ends, perhaps several times."""
+
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        """Called at the end of each batch with an optimizer step, with what ``training_step`` returned for it."""
+
+    def preflight(self, model: LightningModule, datamodule: LightningDataModule | None) -> None:
+        """Refuse what cannot be trained, for `forge-fit check`: no data is read, and there is no Trainer.
+
+        Raises:
+            MisconfigurationException: If this callback cannot work with the two.
+        """
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
@@ -55,8 +74,34 @@ class ForgeCallback(Callback):
         """Drop what was learned from one model, before another one is fitted with the same callback."""
         self._said.clear()
 
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._in_fit:  # of a fit that ended without a word
+            self.detach()
+        self._in_fit, self._step_before = True, -1
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         restore_loaders(trainer)
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._step_before = trainer.global_step
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if trainer.global_step != self._step_before:  # otherwise gradients are being accumulated
+            self.on_step_end(trainer, pl_module, outputs, batch)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.detach()
+        self._in_fit = False
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.detach()
+        self._in_fit = False
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self.detach()
+        self._in_fit = False
 
     @property
     def state_key(self) -> str:

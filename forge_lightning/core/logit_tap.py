@@ -19,7 +19,7 @@ SHIFT_DOUBT = "the labels fit the positions before them much better. If your los
 
 
 def find_network(module: nn.Module, name: str | None = None) -> nn.Module:
-    """The part of a LightningModule that puts out logits.
+    """The submodule of a LightningModule that returns the logits.
 
     Args:
         module: Where to look.
@@ -31,7 +31,7 @@ def find_network(module: nn.Module, name: str | None = None) -> nn.Module:
     if name is not None:
         modules: dict[str, nn.Module] = {plain_name(key): m for key, m in module.named_modules() if key}
         if name not in modules:
-            raise ValueError(f"no part is called {name!r}. There are {list(modules)[:8]}.")
+            raise ValueError(f"no submodule is called {name!r}. There are {list(modules)[:8]}.")
         return modules[name]
     children = {
         key: child
@@ -42,7 +42,10 @@ def find_network(module: nn.Module, name: str | None = None) -> nn.Module:
         return next(iter(children.values()))
     found = next((children[key] for key in _COMMON if key in children), None)
     if found is None:
-        raise ValueError(f"which of {list(children)} puts out the logits cannot be told. Name it: `network`.")
+        candidates = ", ".join(map(repr, children)) or "none"
+        raise ValueError(
+            f"cannot infer which submodule returns the logits (candidates: {candidates}). Set `network='<name>'`."
+        )
     return found
 
 
@@ -63,7 +66,7 @@ def logits_of(output: Any) -> Tensor:
         return found.unsqueeze(-1)  # of a head with one output
     if not isinstance(found, Tensor) or not found.is_floating_point() or found.ndim not in (2, 3):
         shape = tuple(found.shape) if isinstance(found, Tensor) else type(output).__name__
-        raise ValueError(f"the network returns {shape}; logits are (B, V) or (B, T, V). Name the part: `network`.")
+        raise ValueError(f"the network returns {shape}; logits are (B, V) or (B, T, V). Set `network='<name>'`.")
     return found
 
 

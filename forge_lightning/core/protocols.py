@@ -127,6 +127,15 @@ class SupportsDifficulty(Protocol):
 
 
 @runtime_checkable
+class OffersChoice(Protocol):
+    """A datamodule that says whether its training examples can be chosen."""
+
+    @property
+    def offers_choice(self) -> bool:
+        """Whether its training loader has a sampler that a policy can steer."""
+
+
+@runtime_checkable
 class SupportsChoice(Protocol):
     """A sampler that asks a policy what to draw next, as `forge_lightning.data.DifficultySampler`."""
 

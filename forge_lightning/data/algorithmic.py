@@ -107,6 +107,11 @@ class AlgorithmicData(LightningDataModule):
         self._splits: tuple[TokenDataset, TokenDataset] | None = None
 
     @property
+    def offers_choice(self) -> bool:
+        """Whether an `EdgeController` can choose training examples."""
+        return False
+
+    @property
     def num_tokens(self) -> int:
         """Size of the vocabulary: values, then ``=`` and the operation."""
         return {"s5": 120, "sparse_parity": 2}.get(self.operation, self.modulus) + 2

@@ -201,6 +201,11 @@ class CodeTasks(TokenDataModule):
         self._kept: dict[str, list[int]] = {}
         self._by_id: dict[int, Problem] = {}
 
+    @property
+    def offers_choice(self) -> bool:
+        """Whether an `EdgeController` can choose training examples."""
+        return self.difficulty_by is not None
+
     def file_of(self, split: str) -> tuple[str, str] | None:
         """Setting or environment variable, and the file that it names; ``None`` for data of the hub, or generated."""
         setting, dataset, path = self._source(split)

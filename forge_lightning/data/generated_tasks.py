@@ -196,6 +196,11 @@ class GeneratedTasks(TokenDataModule):
         self.order, self.ramp_steps = order, ramp_steps
         self._data: GeneratedDataset | None = None
 
+    @property
+    def offers_choice(self) -> bool:
+        """Whether an `EdgeController` can choose training examples."""
+        return True
+
     def setup(self, stage: str | None = None) -> None:
         if self._data is None:
             self._data = GeneratedDataset(

@@ -49,6 +49,11 @@ class TextData(TokenDataModule):
         self.path, self.val_path, self.val_fraction = path, val_path, val_fraction
         self.block_size = block_size
 
+    @property
+    def offers_choice(self) -> bool:
+        """Whether an `EdgeController` can choose training examples."""
+        return False
+
     def file_of(self, split: str) -> tuple[str, str]:
         """Setting, and the file that it names. Tests are made of validation data."""
         if split == "train" or self.val_path is None:

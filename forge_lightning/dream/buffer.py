@@ -14,14 +14,13 @@ from torch import Tensor
 from forge_lightning.core.tokens import IGNORED
 from forge_lightning.core.validate import require
 from forge_lightning.dream.batch_rows import rows_of
+from forge_lightning.dream.frontier import CATEGORIES, Frontier, LossQuantiles
 from forge_lightning.dream.functional import gumbel_top_k, importance_weights, replay_priority
+from forge_lightning.dream.reservoir import Reservoir, draw
 from forge_lightning.dream.store import RowStore
 
 Strategy = Literal["uniform", "balanced", "near_threshold", "edge_cases", "priority"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
-CATEGORIES = ("near_success", "near_failure", "edge_case")
-"""Parts of the frontier, numbered from 1."""
-
 _COLUMNS: dict[str, torch.dtype] = {
     "sample_id": torch.int64,
     "family": torch.int64,
@@ -37,12 +36,8 @@ _COLUMNS: dict[str, torch.dtype] = {
     "in_reservoir": torch.bool,
     "content": torch.int64,
 }
-_MOST_FAMILIES = 4096  # counted apart; beyond them all are one
-_WINDOW = 512  # losses that quantiles are of
-_FEWEST = 24  # losses that make a quantile
 _REFRESH = 32  # rows between computations of the quantiles
 _MOST_TOUCHED = 256  # rows whose priority waits to be computed anew
-_RIVALS = 16  # of which the least important leaves the frontier
 _ROW_OVERHEAD = 400
 """Bytes that a row takes beside its data: scores, places and the objects that hold it. Measured with tracemalloc."""
 
@@ -137,31 +132,24 @@ class ReplayBuffer:
         self.capacity, self.max_bytes, self.mask = capacity, max_bytes, mask
         self.alpha, self.beta, self.seed, self.owner = alpha, beta, seed, owner
         self.memory_map, self.labels, self.label_pad = memory_map, tuple(labels), label_pad
-        self._quota = int(capacity * frontier) // len(CATEGORIES)
-        self._byte_quota = int(max_bytes * frontier) // len(CATEGORIES) if self._quota else 0
-        self._clear()
+        self._clear(frontier)
 
-    def _clear(self) -> None:
+    def _clear(self, frontier: float) -> None:
         self._columns = {name: torch.zeros(self.capacity, dtype=dtype) for name, dtype in _COLUMNS.items()}
         self._c: dict[str, Any] = {name: column.numpy() for name, column in self._columns.items()}
         self._store = RowStore(self.capacity, self.mask, self.memory_map, self.owner, self.labels, self.label_pad)
         self._rng = np.random.default_rng(self.seed)
         self._free = list(range(self.capacity - 1, -1, -1))
         self._slot_of: dict[int, int] = {}
-        self._limit = self.capacity - self._quota * len(CATEGORIES)  # rows of the reservoir
-        self._seen: dict[int, int] = {}
-        self._held: dict[int, list[int]] = {}  # slots of the reservoir, by family
-        self._frontier: list[list[int]] = [[] for _ in CATEGORIES]
-        self._place: Any = np.zeros((2, self.capacity), np.int64)  # in those lists
-        self._num_held = 0
-        self._held_bytes, self._frontier_bytes = 0, [0] * len(CATEGORIES)
-        self._lengths = [0, 0]  # bytes of all rows offered, and their number
-        self._was_full = False  # of bytes
-        self._recent: Any = np.zeros((3, _WINDOW))  # losses of failures, of successes, of all
-        self._num_recent = [0, 0, 0]
+        self._share_of_frontier, parts = frontier, len(CATEGORIES)
+        quota = int(self.capacity * frontier) // parts
+        byte_quota = int(self.max_bytes * frontier) // parts if quota else 0
+        limit, budget = self.capacity - parts * quota, self.max_bytes - parts * byte_quota
+        self._reservoir = Reservoir(limit, budget, self.capacity, self._bytes_of)
+        self._frontier = Frontier(quota, byte_quota, self.capacity, self._bytes_of)
+        self._quantiles = LossQuantiles()
         self._until_refresh = 0
         self._touched: set[int] = set()  # slots whose priority is out of date
-        self._bounds = [math.nan] * 4
 
     def __len__(self) -> int:
         return len(self._slot_of)
@@ -172,7 +160,7 @@ class ReplayBuffer:
     @property
     def num_seen(self) -> int:
         """Rows pushed so far."""
-        return sum(self._seen.values())
+        return sum(self._reservoir.seen.values())
 
     @property
     def num_bytes(self) -> int:
@@ -185,17 +173,17 @@ class ReplayBuffer:
     @property
     def num_in_reservoir(self) -> int:
         """Rows of the fair sample."""
-        return self._num_held
+        return self._reservoir.num_held
 
     @property
     def families(self) -> dict[int, int]:
         """Rows of the reservoir, by family."""
-        return {family: len(slots) for family, slots in self._held.items() if slots}
+        return {family: len(slots) for family, slots in self._reservoir.held.items() if slots}
 
     @property
     def categories(self) -> dict[str, int]:
         """Rows of each part of the frontier."""
-        return {name: len(slots) for name, slots in zip(CATEGORIES, self._frontier, strict=True)}
+        return {name: len(slots) for name, slots in zip(CATEGORIES, self._frontier.parts, strict=True)}
 
     @property
     def pads(self) -> dict[str, float]:
@@ -252,7 +240,7 @@ class ReplayBuffer:
         bytes_before = self._store.num_bytes
         packed = self._store.pack(rows, extras or {})
         if self._store.num_bytes != bytes_before:  # numbers came that no longer fit into half the bits
-            self._count_bytes()
+            self._recount_bytes()
         contents = packed.ids()
         ids = _listed(sample_id, size, "sample_id", whole=True) if sample_id is not None else contents
         losses = _listed(loss, size, "loss") if loss is not None else [math.nan] * size
@@ -265,22 +253,22 @@ class ReplayBuffer:
         priorities = self._priorities(torch.tensor(losses), torch.tensor(successes)).tolist()
         kept = []
         for i in range(size):
-            one_family = families[i]
-            if one_family not in self._seen and len(self._seen) >= _MOST_FAMILIES:
-                one_family = next(iter(self._seen))
-            self._seen[one_family] = self._seen.get(one_family, 0) + 1
-            self._remember(losses[i], successes[i])
+            one_family = self._reservoir.count(families[i])
+            self._quantiles.add(losses[i], successes[i])
             slot = self._slot_of.get(ids[i])
             if slot is not None:
                 self._rescore(slot, losses[i], successes[i], priorities[i])
                 kept.append(slot if ids[i] in self._slot_of else -1)
                 continue
             length = packed.length(i) + _ROW_OVERHEAD
-            self._lengths = [self._lengths[0] + length, self._lengths[1] + 1]
-            category = self._category(losses[i], successes[i])
-            if category and not self._makes_room_in(category, priorities[i], length):
+            lengths = self._reservoir.lengths
+            self._reservoir.lengths = [lengths[0] + length, lengths[1] + 1]
+            category = self._quantiles.category(losses[i], successes[i])
+            if category and not self._make_room_in_frontier(category, priorities[i], length):
                 category = 0
-            fair = self._makes_room(one_family, chances[i], places[i], length)
+            fair = self._reservoir.make_room(
+                one_family, chances[i], places[i], length, self._rng, self._evict_from_reservoir
+            )
             if not (fair or category):
                 kept.append(-1)
                 continue
@@ -331,10 +319,10 @@ class ReplayBuffer:
         if strategy == "priority":
             slots, weights = self._by_priority(len(weights))
         elif strategy == "balanced":
-            slots = self._balanced(len(weights))
+            slots = self._reservoir.balanced_sample(len(weights), self._rng)
         else:
             wanted = {"near_threshold": (0, 1), "edge_cases": (2,)}.get(strategy, ())
-            slots = self._drawn([slot for place in wanted for slot in self._frontier[place]], len(weights))
+            slots = draw([slot for place in wanted for slot in self._frontier.parts[place]], len(weights), self._rng)
         slots = self._filled_up(slots, len(weights))
         if counted:
             self._c["replays"][np.array(slots)] += 1
@@ -378,48 +366,40 @@ class ReplayBuffer:
     def state_dict(self) -> dict[str, Any]:
         """Everything, as plain tensors, numbers and lists."""
         slots = self.slots()
+        recent, num_recent, bounds = self._quantiles.state()
         return {
             "rows": self._store.state_dict(slots),
             "slots": torch.tensor(slots, dtype=torch.int64),
             "free": torch.tensor(self._free, dtype=torch.int64),
             "columns": {name: column[slots].clone() for name, column in self._columns.items()},
-            "held": {family: list(held) for family, held in self._held.items()},
-            "frontier": [list(part) for part in self._frontier],
-            "seen": dict(self._seen),
-            "lengths": [*self._lengths, self._was_full],
-            "recent": torch.from_numpy(self._recent.copy()),
-            "num_recent": list(self._num_recent),
-            "bounds": [self._until_refresh, *self._bounds],
+            "held": {family: list(held) for family, held in self._reservoir.held.items()},
+            "frontier": [list(part) for part in self._frontier.parts],
+            "seen": dict(self._reservoir.seen),
+            "lengths": [*self._reservoir.lengths, self._reservoir.was_full],
+            "recent": torch.from_numpy(recent),
+            "num_recent": num_recent,
+            "bounds": [self._until_refresh, *bounds],
             "rng": self._rng.bit_generator.state,
             "touched": sorted(self._touched),
-            "capacity": [self.capacity, self._quota, self.max_bytes],
+            "capacity": self._limits,
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on from `state_dict`, exactly; with other limits as far as its rows fit, by chance."""
-        if state_dict["capacity"] != [self.capacity, self._quota, self.max_bytes]:
+        if state_dict["capacity"] != self._limits:
             self.load_shard([state_dict], rank=0, world_size=1)
             return
-        self._clear()
+        self._clear(self._share_of_frontier)
         slots = state_dict["slots"].tolist()
         for name, column in state_dict["columns"].items():
             self._columns[name][slots] = column
         self._store.load(state_dict["rows"], dict(enumerate(slots)))
         self._slot_of = dict(zip(state_dict["columns"]["sample_id"].tolist(), slots, strict=True))
         self._free = state_dict["free"].tolist()
-        self._held = {int(family): list(held) for family, held in state_dict["held"].items()}
-        self._frontier = [list(part) for part in state_dict["frontier"]]
-        for row, lists in enumerate((self._held.values(), self._frontier)):
-            for members in lists:
-                self._place[row][members] = range(len(members))
-        self._num_held = sum(map(len, self._held.values()))
-        self._seen = {int(family): count for family, count in state_dict["seen"].items()}
-        *self._lengths, self._was_full = state_dict["lengths"]
-        self._count_bytes()
+        self._reservoir.load(state_dict["held"], state_dict["seen"], state_dict["lengths"])
+        self._frontier.load(state_dict["frontier"])
         self._touched = set(state_dict["touched"])
-        self._recent = state_dict["recent"].numpy().copy()
-        self._num_recent = list(state_dict["num_recent"])
-        self._until_refresh, *self._bounds = state_dict["bounds"]
+        self._load_quantiles(state_dict)
         self._rng.bit_generator.state = state_dict["rng"]
 
     def load_shard(self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
@@ -430,12 +410,12 @@ class ReplayBuffer:
             rank: Of this process.
             world_size: Number of processes now.
         """
-        self._clear()
+        self._clear(self._share_of_frontier)
         self._rng = np.random.default_rng([self.seed, rank, world_size])
         states = [state for state in states if len(state["slots"])]
         rows = [(number, i) for number, state in enumerate(states) for i in range(len(state["slots"]))]
         mine = rows[rank::world_size]
-        for number, i in (mine[place] for place in self._rng.permutation(len(mine))):  # whoever fits is a fair sample
+        for number, i in (mine[place] for place in self._rng.permutation(len(mine))):
             state = states[number]
             self._take_over(state["rows"], i, {name: column[i].item() for name, column in state["columns"].items()})
         seen: dict[int, int] = {}
@@ -443,23 +423,28 @@ class ReplayBuffer:
             for family, count in state["seen"].items():
                 seen[int(family)] = seen.get(int(family), 0) + count
         for family, count in seen.items():
-            self._seen[family] = max(len(self._held.get(family, [])), count // world_size)
-        # Whose losses the quantiles are of makes no difference: all processes see the same task.
+            self._reservoir.seen[family] = max(len(self._reservoir.held.get(family, [])), count // world_size)
+        # Any rank's quantiles will do: all ranks see the same task.
         if states:
             state = states[rank % len(states)]
-            self._recent, self._num_recent = state["recent"].numpy().copy(), list(state["num_recent"])
-            self._until_refresh, *self._bounds = state["bounds"]
-            *self._lengths, self._was_full = state["lengths"]
+            self._load_quantiles(state)
+            self._reservoir.load_lengths(state["lengths"])
+
+    def _load_quantiles(self, state: Mapping[str, Any]) -> None:
+        self._until_refresh, *bounds = state["bounds"]
+        self._quantiles.load(state["recent"].numpy(), state["num_recent"], bounds)
+
+    @property
+    def _limits(self) -> list[int]:
+        return [self.capacity, self._frontier.quota, self.max_bytes]
 
     def _take_over(self, rows: Mapping[str, Any], i: int, row: dict[str, Any]) -> None:
         length, category = int(rows["lengths"][i]) + _ROW_OVERHEAD, row["category"]
         if row["sample_id"] in self._slot_of:
             return
-        budget = self.max_bytes - self._byte_quota * len(CATEGORIES)
-        fair = row["in_reservoir"] and self._num_held < self._limit and self._held_bytes + length <= budget
-        if category:
-            full = len(self._frontier[category - 1]) >= self._quota
-            category = 0 if full or self._frontier_bytes[category - 1] + length > self._byte_quota else category
+        fair = row["in_reservoir"] and self._reservoir.has_room(length)
+        if category and not self._frontier.has_room(category, length):
+            category = 0
         if not (fair or category):
             return
         slot = self._free.pop()
@@ -473,100 +458,34 @@ class ReplayBuffer:
         if category:
             self._join_frontier(slot, category)
 
-    # Who stays.
+    def _make_room_in_frontier(self, category: int, priority: float, length: int) -> bool:
+        priorities = self._c["priority"]
+        return self._frontier.make_room(category, priority, length, priorities, self._rng, self._evict_from_frontier)
 
-    def _makes_room(self, family: int, chance: float, place: float, length: int) -> bool:
-        """Whether a new row enters the reservoir; if so, there is room for it."""
-        budget = self.max_bytes - self._byte_quota * len(CATEGORIES)
-        if self._limit == 0 or length > budget:
-            return False
-        self._was_full |= self._held_bytes + length > budget
-        if not self._was_full and self._num_held < self._limit:
-            return True
-        # Where bytes are what is short, as many rows as fit of the mean length of all, so that none is favoured.
-        room = min(self._limit, budget * self._lengths[1] / self._lengths[0]) if self._was_full else self._limit
-        held = self._held.setdefault(family, [])
-        share = room / len(self._held)
-        largest = max(self._held.values(), key=len)
-        if share < 1:  # more families than room: all are one
-            if chance >= room / self.num_seen:
-                return False
-            from_ = None
-        elif len(held) < math.floor(share) and len(largest) > len(held) + 1:
-            from_ = largest
-        elif chance < min(share, max(1, len(held))) / self._seen[family]:
-            from_ = held
-        else:
-            return False
-        while self._num_held >= self._limit or self._held_bytes + length > budget:
-            members = from_ or self._any_held(place)
-            self._leave_reservoir(members[int(place * len(members))])
-            place = float(self._rng.random())
-        return True
-
-    def _count_bytes(self) -> None:
-        self._held_bytes = sum(self._bytes_of(slot) for held in self._held.values() for slot in held)
-        self._frontier_bytes = [sum(map(self._bytes_of, part)) for part in self._frontier]
-
-    def _any_held(self, place: float) -> list[int]:
-        """The members of a family, drawn in proportion to their number."""
-        at = place * self._num_held
-        for members in self._held.values():
-            at -= len(members)
-            if at < 0:
-                return members
-        return max(self._held.values(), key=len)
-
-    def _makes_room_in(self, category: int, priority: float, length: int) -> bool:
-        """Whether there is room in a part of the frontier, if need be that of the least important of a few."""
-        part = self._frontier[category - 1]
-        if self._quota == 0 or length > self._byte_quota:
-            return False
-        while len(part) >= self._quota or self._frontier_bytes[category - 1] + length > self._byte_quota:
-            rivals = [part[int(u * len(part))] for u in self._rng.random(_RIVALS).tolist()]
-            weakest = min(rivals, key=self._c["priority"].__getitem__)
-            if priority < self._c["priority"][weakest]:
-                return False
-            self._leave_frontier(weakest)
-        return True
+    def _recount_bytes(self) -> None:
+        self._reservoir.recount()
+        self._frontier.recount()
 
     def _join_reservoir(self, slot: int, family: int) -> None:
-        held = self._held.setdefault(family, [])
-        self._place[0, slot] = len(held)
-        held.append(slot)
+        self._reservoir.join(slot, family)
         self._c["in_reservoir"][slot] = True
-        self._num_held += 1
-        self._held_bytes += self._bytes_of(slot)
 
-    def _leave_reservoir(self, slot: int) -> None:
-        self._swap_out(self._held[int(self._c["family"][slot])], 0, slot)
+    def _evict_from_reservoir(self, slot: int) -> None:
+        self._reservoir.leave(slot, int(self._c["family"][slot]))
         self._c["in_reservoir"][slot] = False
-        self._num_held -= 1
-        self._held_bytes -= self._bytes_of(slot)
         self._drop_if_unused(slot)
 
     def _join_frontier(self, slot: int, category: int) -> None:
-        part = self._frontier[category - 1]
-        self._place[1, slot] = len(part)
-        part.append(slot)
-        self._frontier_bytes[category - 1] += self._bytes_of(slot)
+        self._frontier.join(slot, category)
         self._c["category"][slot] = category
 
     def _leave_frontier(self, slot: int) -> None:
-        self._pull_from_frontier(slot)
-        self._drop_if_unused(slot)
-
-    def _pull_from_frontier(self, slot: int) -> None:
-        place = int(self._c["category"][slot]) - 1
-        self._swap_out(self._frontier[place], 1, slot)
-        self._frontier_bytes[place] -= self._bytes_of(slot)
+        self._frontier.leave(slot, int(self._c["category"][slot]))
         self._c["category"][slot] = 0
 
-    def _swap_out(self, members: list[int], row: int, slot: int) -> None:
-        place, last = int(self._place[row, slot]), members.pop()
-        if last != slot:
-            members[place] = last
-            self._place[row, last] = place
+    def _evict_from_frontier(self, slot: int) -> None:
+        self._leave_frontier(slot)
+        self._drop_if_unused(slot)
 
     def _drop_if_unused(self, slot: int) -> None:
         if self._c["in_reservoir"][slot] or self._c["category"][slot]:
@@ -575,61 +494,35 @@ class ReplayBuffer:
         del self._slot_of[int(self._c["sample_id"][slot])]
         self._free.append(slot)
 
-    # What is known of them.
-
     def _rescore(self, slot: int, loss: float, success: float, priority: float) -> None:
         c = self._c
         success = float(c["success"][slot]) if math.isnan(success) else success
         c["loss"][slot], c["success"][slot] = loss, success
         c["best_loss"][slot] = np.fmin(c["best_loss"][slot], loss)
         c["best_success"][slot] = np.fmax(c["best_success"][slot], success)
-        before, now = int(c["category"][slot]), self._category(loss, success)
+        before, now = int(c["category"][slot]), self._quantiles.category(loss, success)
         if before == now:
             return
         c["priority"][slot] = priority
-        if now and not self._makes_room_in(now, priority, self._bytes_of(slot)):
+        if now and not self._make_room_in_frontier(now, priority, self._bytes_of(slot)):
             now = 0
         if before:
-            self._pull_from_frontier(slot)
+            self._leave_frontier(slot)
         if now:
             self._join_frontier(slot, now)
         else:
             self._drop_if_unused(slot)
 
-    def _remember(self, loss: float, success: float) -> None:
-        if math.isfinite(loss):
-            rows = (2,) if math.isnan(success) else (2, int(success >= 0.5))
-            for row in rows:
-                self._recent[row, self._num_recent[row] % _WINDOW] = loss
-                self._num_recent[row] += 1
-
     def _refresh(self) -> None:
-        """From the window: where near failures end, near successes begin, and losses are odd. And all priorities."""
+        """Compute the quantiles and all priorities anew."""
         self._until_refresh = _REFRESH
-        wanted = ((0, 1 / 3), (1, 2 / 3), (2, 0.1), (2, 0.9))
-        for i, (row, quantile) in enumerate(wanted):
-            count = min(self._num_recent[row], _WINDOW)
-            known = count >= _FEWEST
-            self._bounds[i] = float(np.quantile(self._recent[row, :count], quantile)) if known else math.nan
+        self._quantiles.refresh()
         self._prioritise(slice(None))
-
-    def _category(self, loss: float, success: float) -> int:
-        """1 to 3 as `CATEGORIES`; 0 for none. A bound that is not known yet is never passed."""
-        near_failure, near_success, low, high = self._bounds
-        if success >= 0.5:
-            return 3 if loss >= high else 1 if loss >= near_success else 0
-        if success < 0.5:
-            return 3 if loss <= low else 2 if loss <= near_failure else 0
-        return 0
 
     @property
     def threshold(self) -> float:
-        """Loss at which success and failure meet, between the hardest successes and the easiest failures; NaN while
-        neither is known.
-        """
-        near_failure, near_success = self._bounds[:2]
-        known = [bound for bound in (near_failure, near_success) if not math.isnan(bound)]
-        return sum(known) / len(known) if known else math.nan
+        """Loss at which success and failure meet; NaN while unknown."""
+        return self._quantiles.threshold
 
     def _priorities(
         self,
@@ -640,14 +533,12 @@ class ReplayBuffer:
         replays: Tensor | None = None,
     ) -> Tensor:
         """Of rows; without their history, as if they were new."""
-        low, high = self._bounds[2:]
-        scale = max(1e-3, (high - low) / 4) if high > low else 1.0
         best_loss, best_success = (
             loss if best_loss is None else best_loss,
             success if best_success is None else best_success,
         )
         replays = torch.zeros(len(loss)) if replays is None else replays
-        return replay_priority(loss, best_loss, success, best_success, replays, self.threshold, scale)
+        return replay_priority(loss, best_loss, success, best_success, replays, self.threshold, self._quantiles.scale)
 
     def _prioritise(self, slots: slice | None = None) -> None:
         """Bring priorities up to date, of rows that were touched or of these, by all that is known of them."""
@@ -657,45 +548,18 @@ class ReplayBuffer:
         known = (self._columns[name][where] for name in names)
         self._columns["priority"][where] = self._priorities(*known)
 
-    # Who is drawn.
-
-    def _drawn(self, slots: Sequence[int], count: int) -> list[int]:
-        if len(slots) == 0:
-            return []
-        return [slots[i] for i in self._rng.permutation(len(slots))[:count]]
-
     def _filled_up(self, slots: list[int], count: int) -> list[int]:
         """With rows of the reservoir, then of anything."""
         taken = set(slots)
-        while len(slots) < count and self._num_held > 4 * count:
-            more = [slot for slot in self._of_reservoir(count - len(slots)) if slot not in taken]
+        while len(slots) < count and self._reservoir.num_held > 4 * count:
+            more = [s for s in self._reservoir.sample(count - len(slots), self._rng) if s not in taken]
             slots, taken = slots + more, taken | set(more)
         if len(slots) >= count:
             return slots
-        for source in ([s for held in self._held.values() for s in held], self.slots()):
-            slots = slots + self._drawn([s for s in source if s not in taken], count - len(slots))
+        for source in (self._reservoir.slots(), self.slots()):
+            slots = slots + draw([s for s in source if s not in taken], count - len(slots), self._rng)
             taken.update(slots)
         return slots
-
-    def _of_reservoir(self, count: int) -> list[int]:
-        """Few of many: no list of all is made."""
-        lists = [held for held in self._held.values() if held]
-        ends = np.cumsum([len(held) for held in lists])
-        chosen: dict[int, None] = {}
-        while len(chosen) < count:
-            places = self._rng.integers(0, self._num_held, count - len(chosen))
-            which = np.searchsorted(ends, places, side="right")
-            starts = ends[which] - [len(lists[i]) for i in which.tolist()]
-            for i, place in zip(which.tolist(), (places - starts).tolist(), strict=True):
-                chosen[lists[i][place]] = None
-        return list(chosen)
-
-    def _balanced(self, count: int) -> list[int]:
-        """Families in turn, in random order."""
-        order = [self._drawn(held, len(held) if len(held) <= count else count) for held in self._held.values() if held]
-        order = [order[i] for i in self._rng.permutation(len(order))]
-        turns = max((len(drawn) for drawn in order), default=0)
-        return [drawn[turn] for turn in range(turns) for drawn in order if turn < len(drawn)][:count]
 
     def _by_priority(self, count: int) -> tuple[list[int], Tensor]:
         if len(self._touched) > _MOST_TOUCHED:

@@ -151,7 +151,7 @@ class DreamReplay(ForgeCallback):
         self._mixing: Mixing | None = None
         self._sleeping: Sleeping | None = None
         self._last_in_line: _EndOfStep | None = None
-        self._step_before, self._catch_up = -1, False
+        self._catch_up = False
 
     def _new_progress(self) -> Progress:
         return Progress(probe_closed=self.memory.probe_size == 0)
@@ -170,7 +170,7 @@ class DreamReplay(ForgeCallback):
             raise self.refuse(*reasons)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._detach()
+        super().on_fit_start(trainer, pl_module)
         if self.schedule.is_off:
             return
         if not self._progress.offered:
@@ -189,7 +189,7 @@ class DreamReplay(ForgeCallback):
         scores = RowScores(network, fields.labels, fields.shift, fields.mask, fields.ignore_index)
         step = ReplayStep(trainer, scores, self.distillation, self.top_k, self.warn_once)
         self._session = Session(trainer, pl_module, self.memory, self._progress, step)
-        self._step_before, self._catch_up = -1, False
+        self._catch_up = False
         if self._restored:
             self._take_restored(self._session)
         add_loss_term(pl_module, step)
@@ -227,7 +227,7 @@ class DreamReplay(ForgeCallback):
         vars(trainer)["callbacks"] = [*others, self._last_in_line]  # a new list: the Trainer is iterating over the old
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._step_before = trainer.global_step
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._catch_up and self._sleeping is not None:  # the checkpoint was written before a sleep, or within it
             self._catch_up = False
             self._sleep_if_due(trainer, template_of(batch), interruptible=False)
@@ -235,10 +235,12 @@ class DreamReplay(ForgeCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        if self._session is not None:
+            self._store(self._session)
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         if self._session is None:
-            return
-        self._store(self._session)
-        if trainer.global_step == self._step_before:
             return
         self._progress.steps += 1
         if is_logging_step(trainer):
@@ -256,16 +258,7 @@ class DreamReplay(ForgeCallback):
         else:
             self._measure_if_due(trainer, template)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._detach()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._detach()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._detach()
-
-    def _detach(self) -> None:
+    def detach(self) -> None:
         session, self._session = self._session, None
         if session is None:
             return

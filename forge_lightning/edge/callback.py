@@ -7,11 +7,11 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 from forge_lightning.core.callback import ForgeCallback, is_logging_step, is_skipped
-from forge_lightning.core.protocols import SupportsChoice, SupportsDifficulty, SupportsOutcomes
+from forge_lightning.core.protocols import OffersChoice, SupportsChoice, SupportsDifficulty, SupportsOutcomes
 from forge_lightning.edge.trackers import ItemTracker, SkillTracker
 
 _SMOOTHING = 128  # outcomes that the logged success rate is a mean of, about
@@ -132,6 +132,14 @@ class EdgeController(ForgeCallback):
         """Mean over about the last 128 outcomes; NaN before the first."""
         return self._rate / self._weight if self._weight else math.nan
 
+    def preflight(self, model: LightningModule, datamodule: LightningDataModule | None) -> None:
+        source: Any = datamodule
+        if isinstance(source, OffersChoice) and not source.offers_choice:
+            raise MisconfigurationException(
+                f"`EdgeController` has nothing to choose from in this {type(datamodule).__name__}. Use GeneratedTasks,"
+                " or CodeTasks with `difficulty`."
+            )
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         sampler = self._find_sampler(trainer)
@@ -179,6 +187,7 @@ class EdgeController(ForgeCallback):
         return sampler
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         assert self._sampler is not None
         if self._iteration != self._sampler.iteration:
             self._iteration, self._batch = self._sampler.iteration, self._sampler.first
@@ -202,15 +211,6 @@ class EdgeController(ForgeCallback):
             self._steer()
         if logs:
             self.log_metrics(trainer, {"expected_success": expected, **self._quantities(np.array(self._arms))})
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave()
 
     def state_dict(self) -> dict[str, Any]:
         if self._tracker is None:
@@ -241,7 +241,7 @@ class EdgeController(ForgeCallback):
         if not self._sampler.restored:  # as by a loader that has no state, or one that Lightning passes over
             self._sampler.load_state_dict(state["sampler"])
 
-    def _leave(self) -> None:
+    def detach(self) -> None:
         if self._sampler is not None:
             if self._sampler.policy is self._tracker:
                 self._sampler.policy = None

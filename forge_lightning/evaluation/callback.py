@@ -132,7 +132,6 @@ class CodeEvaluation(ForgeCallback):
         self.seed = seed
         self._validations = 0
         self._next_problem = 0  # in the order of training problems
-        self._step_before = -1
         self._outcomes: list[dict[str, Any]] = []
         self._checked: set[tuple[str, int]] = set()  # problems whose reference solution has run
 
@@ -164,17 +163,11 @@ class CodeEvaluation(ForgeCallback):
             raise MisconfigurationException(f"`CodeEvaluation`: {error}") from None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         self._outcomes = []
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._step_before = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        step = trainer.global_step
-        due = self.every_n_steps is not None and (is_dev_run(trainer) or step % self.every_n_steps == 0)
-        if due and step != self._step_before:
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        if self.every_n_steps and (is_dev_run(trainer) or trainer.global_step % self.every_n_steps == 0):
             self._evaluate(trainer, pl_module, "train")
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -181,7 +181,7 @@ class GeometryProbe(ForgeCallback):
         return [] if self._tap is None else list(self._tap.modules)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()  # what a fit that failed may have left
+        super().on_fit_start(trainer, pl_module)
         try:
             modules = select_layers(pl_module, self.layers)
         except ValueError as error:
@@ -201,7 +201,7 @@ class GeometryProbe(ForgeCallback):
             self._next_due = trainer.global_step + self.every_n_steps
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._step_before = trainer.global_step
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         if self._tap is None or not self._taps_batches or not self._is_due(trainer):
             return
         self._collecting = True
@@ -223,8 +223,11 @@ class GeometryProbe(ForgeCallback):
         loss = loss_of_step(trainer, outputs)
         if loss is not None:
             self._last_loss = loss
-        if trainer.global_step == self._step_before:
-            return  # accumulating
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        if self._tap is None:
+            return
         self._measure_step()
         if not self._taps_batches:
             if not self._is_due(trainer) or (self.source == "val" and trainer.val_dataloaders is None):
@@ -296,15 +299,6 @@ class GeometryProbe(ForgeCallback):
             return f"{type(pl_module).__name__} has no `forward` or `probe_forward(batch)`."
         return ""
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave()
-
     def reset(self) -> None:
         super().reset()
         self._interval = self._next_due = self.every_n_steps
@@ -331,7 +325,7 @@ class GeometryProbe(ForgeCallback):
             self._detectors[layer].load_state_dict(saved)
         self._events = [dict(event) for event in state_dict["events"]]
 
-    def _leave(self) -> None:
+    def detach(self) -> None:
         if self._tap is not None:
             self._tap.detach()
             self._tap = None

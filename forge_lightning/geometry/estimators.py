@@ -9,7 +9,6 @@ from torch import Tensor
 
 from forge_lightning.geometry.functional import (
     DimensionEstimate,
-    PointCloud,
     correlation_dimension,
     gride_dimension,
     levina_bickel_dimension,
@@ -17,6 +16,7 @@ from forge_lightning.geometry.functional import (
     pca_dimension,
     two_nn_dimension,
 )
+from forge_lightning.geometry.point_cloud import PointCloud
 
 Estimates = dict[str, DimensionEstimate]
 

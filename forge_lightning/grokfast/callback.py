@@ -205,6 +205,7 @@ class Grokfast(ForgeCallback):
         self.log_metrics(trainer, metrics | {"skipped_steps": self.skipped_steps})
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self._trained = True
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -2,13 +2,12 @@
 
 import math
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule
+from lightning.pytorch import Callback, LightningModule
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -16,13 +15,11 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
-from forge_lightning.core.distributed import sum_over_ranks
 from forge_lightning.core.layers import block_list
-from forge_lightning.core.loss_terms import TASK_LOSS
 from forge_lightning.core.protocols import SupportsTokenizer
-from forge_lightning.core.step_log import is_logging_step, log_at_this_step
 from forge_lightning.core.tokens import IGNORED, has_vocabulary
 from forge_lightning.models.optimizers import one_group, optimizer_config, weight_decay_groups
+from forge_lightning.self_model.callback import SelfModel, second_head
 from forge_lightning.self_model.head import SelfModelHead
 
 _ALWAYS_KNOWN = {"vocab_size", "bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings", "torch_dtype"}
@@ -40,11 +37,9 @@ class ForgeModule(LightningModule):
     Steps return ``loss`` (mean over the batch's labelled tokens; accumulated batches weigh alike, whatever they hold),
     and per example ``example_loss`` (mean over its own), ``example_success`` (1 where every labelled token is the
     likeliest one), ``example_token_accuracy`` and ``example_log_likelihood`` (of all labelled tokens together),
-    ``(B,)``, detached, NaN for an example without labels. With ``self_model`` also ``forge_task_loss``, the
-    loss without its error.
-    Logs ``train/loss`` (without that of ``self_model``, whose keys are those of the callback `SelfModel`),
-    ``train/token_accuracy``; ``val/loss``, ``val/perplexity``, ``val/token_accuracy``,
-    ``val/exact_match``; the same under ``test/``.
+    ``(B,)``, detached, NaN for an example without labels.
+    Logs ``train/loss`` (of the task alone, whatever callbacks add), ``train/token_accuracy``; ``val/loss``,
+    ``val/perplexity``, ``val/token_accuracy``, ``val/exact_match``; the same under ``test/``.
 
     Args:
         pretrained: Hub name or local folder to take weights and config from. The data's ``tokenizer: auto`` is its
@@ -61,9 +56,9 @@ class ForgeModule(LightningModule):
             train from float32 weights, and save time and memory by the Trainer's ``precision="bf16-mixed"``.
         model_kwargs: More for ``from_pretrained``, or ``from_config``, of transformers: ``{"revision": ...,
             "attn_implementation": ...}``.
-        self_model: A head that predicts the model's own activations, whose error is added to the training loss. Off by
-            default, and not exported. Its settings: ``forge-fit fit --model=ForgeModule
-            --model.self_model.help=SelfModelHead``.
+        self_model: A head that predicts the model's own activations. The module brings the callback `SelfModel`, which
+            adds the head's error to the training loss. Off by default, and not exported. Its settings: ``forge-fit fit
+            --model=ForgeModule --model.self_model.help=SelfModelHead``.
 
     Raises:
         ValueError: If not exactly one of ``pretrained`` and ``config`` is given, ``config`` has no ``model_type``,
@@ -98,7 +93,7 @@ class ForgeModule(LightningModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.compile_model = compile
         self.dtype_of_weights, self.model_kwargs = dtype, dict(model_kwargs or {})
-        self.self_model = None if self_model is None or self_model.is_off else self_model
+        self.self_model_head = None if self_model is None or self_model.is_off else self_model
         self.fitted_temperature = math.nan
         self.model: Any = None
         self.tokenizer: Any = None
@@ -135,15 +130,9 @@ class ForgeModule(LightningModule):
         self.model.train()  # `from_pretrained` leaves evaluation mode, and Lightning keeps what it finds
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-        if self.self_model is not None:
-            try:
-                self.self_model.attach(self.model, otherwise=getattr(self.model.config, "hidden_size", None))
-            except ValueError as error:
-                raise MisconfigurationException(str(error)) from None
         if self.device_mesh is not None:
-            _shard(self.model, self.device_mesh["data_parallel"], self.self_model)
-        if self.compile_model:
-            self.model.compile()
+            _shard(self.model, self.device_mesh["data_parallel"])
+        self._is_compiled = False
         self.metrics = nn.ModuleDict({f"{split}_metrics": _metrics(vocab_size) for split in ("val", "test")})
 
     def _pretrained_model(self) -> Any:
@@ -204,6 +193,9 @@ class ForgeModule(LightningModule):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """``(B, T)`` to logits of the next token at each position, ``(B, T, V)``."""
+        if self.compile_model and not self._is_compiled:  # at the first call, when the hooks of callbacks are there
+            self.model.compile()
+            self._is_compiled = True
         logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return logits
 
@@ -235,53 +227,28 @@ class ForgeModule(LightningModule):
         return outputs, logits.detach(), target
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        head = self.self_model if self.training else None
-        if head is not None:
-            head.start()
-        try:
-            outputs, logits, target = self._step(batch)
-            labelled = target != IGNORED
-            accuracy = (logits.argmax(-1) == target)[labelled].float().mean()
-            loss = torch.where(labelled.any(), outputs["loss"].detach(), torch.nan)
-            self.log("train/loss", loss, prog_bar=True)  # of the task alone
-            self.log("train/token_accuracy", accuracy)
-            if head is not None:
-                outputs[TASK_LOSS] = outputs["loss"]  # what is reported, and what callbacks mix with
-                outputs["loss"] = outputs["loss"] + self._self_model_loss(head, batch["attention_mask"])
-        finally:
-            if head is not None:
-                head.stop()
+        outputs, logits, target = self._step(batch)
+        labelled = target != IGNORED
+        accuracy = (logits.argmax(-1) == target)[labelled].float().mean()
+        loss = torch.where(labelled.any(), outputs["loss"].detach(), torch.nan)
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/token_accuracy", accuracy)
         return outputs
 
-    def _self_model_loss(self, head: SelfModelHead, mask: Tensor) -> Tensor:
-        try:
-            loss = head.loss(step=self.global_step, mask=mask)
-        except ValueError as error:
-            raise MisconfigurationException(str(error)) from None
-        assert loss is not None, "the model has been run"
-        return loss
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
-        if self.self_model is None:
-            return
-        trainer: Any = self.trainer
-        reduce = None if trainer.world_size == 1 else partial(sum_over_ranks, trainer)
-        # Before the callbacks' end of the batch: they record what was logged at this step.
-        step = self.global_step + 1
-        metrics = self.self_model.end_step(step=step, measure=is_logging_step(trainer), reduce=reduce)
-        if metrics:
-            log_at_this_step(trainer, {f"forge/self_model/{quantity}": value for quantity, value in metrics.items()})
+    def configure_callbacks(self) -> list[Callback]:
+        """`SelfModel`, where ``self_model`` is given."""
+        if self.self_model_head is None:
+            return []
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if any(isinstance(callback, SelfModel) for callback in callbacks):
+            raise second_head(type(self).__name__)
+        return [SelfModel.of_head(self.self_model_head, root="model")]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fitted_temperature"] = self.fitted_temperature
-        if self.self_model is not None:
-            checkpoint["self_model"] = self.self_model.running_state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.fitted_temperature = checkpoint.get("fitted_temperature", math.nan)
-        if self.self_model is not None and "self_model" in checkpoint:
-            self.self_model.load_running_state(checkpoint["self_model"])
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         return self._evaluation_step(batch, "val")
@@ -471,14 +438,12 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return found
 
 
-def _shard(model: nn.Module, mesh: Any, head: nn.Module | None) -> None:
+def _shard(model: nn.Module, mesh: Any) -> None:
     from torch.distributed.fsdp import fully_shard
 
     for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    if head is not None:
-        fully_shard(head, mesh=mesh)
 
 
 class _Perplexity(MeanMetric):

@@ -44,25 +44,19 @@ class InterruptCheckpoint(ForgeCallback):
         self.dirpath = dirpath
         self._received: int | None = None
         self._previous: dict[int, Any] = {}
-        self._last_step = 0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._received, self._last_step = None, trainer.global_step
+        self._received = None
         # A new list, because the trainer is walking the old one. Behind `ModelCheckpoint`, whose state is kept as well.
         others = [callback for callback in getattr(trainer, "callbacks", []) if callback is not self]
         vars(trainer)["callbacks"] = [*others, self]
         if threading.current_thread() is threading.main_thread():  # signals cannot be handled elsewhere
             self._previous = {number: signal.signal(number, self._receive) for number in _SIGNALS}
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        # Between micro-batches of one step, the gradients so far would be lost.
-        between_steps = trainer.global_step != self._last_step
-        self._last_step = trainer.global_step
-        if between_steps:
-            self.stop_if_asked(trainer)
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        # Not between micro-batches of one step, where the gradients so far would be lost.
+        self.stop_if_asked(trainer)
 
     def stop_if_asked(self, trainer: Trainer) -> None:
         """After a signal, write the checkpoint and end the run. Only between steps, and on all processes alike.
@@ -92,23 +86,14 @@ class InterruptCheckpoint(ForgeCallback):
         if (last or trainer.should_stop) and self._is_asked(trainer):
             self._write(trainer)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._restore()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._restore()
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._restore()
-
     def _receive(self, number: int, frame: Any) -> None:
         if self._received is not None:
-            self._restore()
+            self.detach()
             raise KeyboardInterrupt
         self._received = number
         rank_zero_info("\nStopping after this optimizer step, with a checkpoint. Once more stops at once, without.")
 
-    def _restore(self) -> None:
+    def detach(self) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}

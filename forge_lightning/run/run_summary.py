@@ -67,6 +67,7 @@ class RunSummary(ForgeCallback):
         self._started = (time.monotonic(), time.process_time())
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_fit_start(trainer, pl_module)
         self._began_at, self._trained, self._validated = None, False, False
         self._started = (time.monotonic(), time.process_time())
 

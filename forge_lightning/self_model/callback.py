@@ -6,18 +6,20 @@ from typing import Any, ClassVar
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.optim import Muon
 
 from forge_lightning.core.batch import field_of
-from forge_lightning.core.callback import ForgeCallback, is_logging_step, is_skipped, uses_strategy
+from forge_lightning.core.callback import is_logging_step, uses_strategy
 from forge_lightning.core.distributed import sum_over_ranks
-from forge_lightning.core.loss_terms import add_loss_term, no_backward, remove_loss_term
+from forge_lightning.core.loss_callback import LossCallback
+from forge_lightning.core.loss_terms import no_backward
 from forge_lightning.self_model.head import Form, SelfModelHead
 
 
-class SelfModel(ForgeCallback):
+class SelfModel(LossCallback):
     """Add to the loss how badly the network's activations are predicted, by a small head that is trained along.
 
     Hook: forward hooks on the layers; the module's ``training_step`` is wrapped while fitting. The head becomes the
@@ -25,7 +27,7 @@ class SelfModel(ForgeCallback):
     it as the module's own. Its weights are in the checkpoint and in the optimizer (where ``configure_optimizers``
     leaves them out, they join the first parameter group that takes them), and a run cannot go on without this callback;
     for inference, ``load_from_checkpoint(..., strict=False)`` leaves them out. They are no part of an exported model.
-    `ForgeModule` has the same built in, as ``self_model``.
+    `ForgeModule` adds this callback itself where it is given ``self_model``.
 
     Reads: activations; the batch's mask.
     Changes: the loss.
@@ -108,14 +110,32 @@ class SelfModel(ForgeCallback):
             "watch_every_n_steps": watch_every_n_steps,
         }
         self._off = self._new_head().is_off  # also refuses bad arguments here, where they were written
+        self._root = ""  # the part of the module in which layers are named
+        self._goes_first = False
         self.output_layer, self.width, self.mask = output_layer, width, mask
         self.attribute = "self_model_head" if name is None else f"self_model_head_{name}"
         self._head: SelfModelHead | None = None
         self._restored: dict[str, Any] = {}
-        self._batch: Any = None
-        self._trainer: Trainer | None = None
-        self._step_before = -1
-        self._acted = False
+        self._wrapped: LightningModule | None = None  # the module whose `configure_model` also makes the head
+
+    @classmethod
+    def of_head(cls, head: SelfModelHead, root: str) -> "SelfModel":
+        """A callback for the head that a module has as ``self_model_head``.
+
+        It moves to the front of the Trainer's callbacks, so that others see what it logs.
+
+        Args:
+            head: Not attached yet, or from an earlier fit.
+            root: Name of the submodule in which layers are named.
+        """
+        callback = cls(**head.settings)
+        callback._root, callback._goes_first = root, True
+        return callback
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the settings can never change a loss."""
+        return self._off
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -127,14 +147,11 @@ class SelfModel(ForgeCallback):
                 "it flattens or partitions weights before the head is there",
                 "Use DDP, or `ModelParallelStrategy` (FSDP2).",
             )
-        if isinstance(getattr(pl_module, "self_model", None), SelfModelHead):
-            raise self.refuse(
-                type(pl_module).__name__,
-                "it has a head of its own, `self_model`",
-                "Use one of the two (--model.self_model=null).",
-            )
+        if self._goes_first:
+            others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+            vars(trainer)["callbacks"] = [self, *others]  # a new list: the Trainer is iterating over the old
         found = getattr(pl_module, self.attribute, None)
-        if isinstance(found, SelfModelHead):  # from an earlier fit
+        if isinstance(found, SelfModelHead) and found.targets:  # from an earlier fit
             try:
                 found.take_settings(self._new_head())
             except ValueError as error:
@@ -151,24 +168,23 @@ class SelfModel(ForgeCallback):
         # The only hook between the model's making and the optimizer's; Lightning calls it for any other code than its
         # own, which a wrapper that says what it wraps would hide.
         pl_module.configure_model = and_head  # type: ignore[method-assign]
+        self._wrapped = pl_module
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._off:
-            return
+    def preflight(self, model: LightningModule, datamodule: LightningDataModule | None) -> None:
+        if isinstance(getattr(model, self.attribute, None), SelfModelHead):
+            raise second_head(type(model).__name__)
+
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._attach(pl_module)
-        self._trainer, self._acted = trainer, False
         assert self._head is not None
         self._join_optimizer(trainer, self._head)
-        add_loss_term(pl_module, self)
 
     def begin(self, batch: Any) -> None:
-        """Called by the wrapped training step."""
+        super().begin(batch)
         assert self._head is not None
-        self._batch = batch
         self._head.start()
 
     def added(self, loss: Tensor) -> Tensor | None:
-        """Called by the wrapped training step."""
         assert self._head is not None
         assert self._trainer is not None
         mask = field_of(self._batch, self.mask)
@@ -180,40 +196,24 @@ class SelfModel(ForgeCallback):
         return added
 
     def end(self) -> None:
-        """Called by the wrapped training step."""
-        self._batch = None
+        super().end()
         if self._head is not None:
             self._head.stop()
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._step_before = trainer.global_step
+    def why_idle(self, pl_module: LightningModule) -> tuple[str, str]:
+        return (
+            "no forward pass of `training_step` went through the layers that it predicts",
+            f"{no_backward(pl_module)}Name layers that it uses with `layers`.",
+        )
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._head is None or trainer.global_step == self._step_before:
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        super().on_step_end(trainer, pl_module, outputs, batch)
+        if self._head is None or not self._acted:
             return
-        if not self._acted:
-            if is_skipped(trainer, outputs):
-                return
-            raise self.refuse(
-                type(pl_module).__name__,
-                "no forward pass of `training_step` went through the layers that it predicts",
-                f"{no_backward(pl_module)}Name layers that it uses with `layers`.",
-            )
         reduce = None if trainer.world_size == 1 else partial(sum_over_ranks, trainer)
         metrics = self._head.end_step(step=trainer.global_step, measure=is_logging_step(trainer), reduce=reduce)
         if metrics:
             self.log_metrics(trainer, metrics)
-
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave(pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave(pl_module)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave(pl_module)
 
     def state_dict(self) -> dict[str, Any]:
         return dict(self._restored) if self._head is None else self._head.running_state()
@@ -223,11 +223,11 @@ class SelfModel(ForgeCallback):
         if self._head is not None:
             self._head.load_running_state(state_dict)
 
-    def _leave(self, pl_module: LightningModule) -> None:
-        remove_loss_term(pl_module, self)
-        self._trainer = None
-        if not self._off:
-            vars(pl_module).pop("configure_model", None)
+    def detach(self) -> None:
+        super().detach()
+        if self._wrapped is not None:
+            vars(self._wrapped).pop("configure_model", None)
+            self._wrapped = None
         if self._head is not None:
             self._head.detach()
 
@@ -241,19 +241,18 @@ class SelfModel(ForgeCallback):
 
     def _attach(self, pl_module: LightningModule) -> None:
         found = getattr(pl_module, self.attribute, None)
-        made = not isinstance(found, SelfModelHead)
         head = found if isinstance(found, SelfModelHead) else self._new_head()
+        network = pl_module.get_submodule(self._root)
+        hidden_size = getattr(getattr(network, "config", None), "hidden_size", None)
         try:
-            head.attach(pl_module, reads=self.output_layer, width=self.width)
+            head.attach(network, reads=self.output_layer, width=self.width, otherwise=hidden_size)
         except ValueError as error:
             raise MisconfigurationException(str(error)) from None
         self._head = head
-        if made:
+        if found is not head:
             setattr(pl_module, self.attribute, head)
-            if pl_module.device_mesh is not None:
-                from torch.distributed.fsdp import fully_shard
-
-                fully_shard(head, mesh=pl_module.device_mesh["data_parallel"])
+        if pl_module.device_mesh is not None and not isinstance(head, FSDPModule):
+            fully_shard(head, mesh=pl_module.device_mesh["data_parallel"])
 
     @torch.no_grad()
     def _join_optimizer(self, trainer: Trainer, head: SelfModelHead) -> None:
@@ -277,3 +276,11 @@ class SelfModel(ForgeCallback):
                     "Use `MuonAdamW`, or a second optimizer.",
                 )
             found["params"].append(param)
+
+
+def second_head(module: str) -> MisconfigurationException:
+    """The error for a module that is given ``self_model`` and meets a `SelfModel` in the Trainer too."""
+    return MisconfigurationException(
+        f"`SelfModel`: {module} has a head of its own, `self_model`, and this callback would be a second. Use one of"
+        " the two (--model.self_model=null)."
+    )

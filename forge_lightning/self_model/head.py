@@ -127,6 +127,12 @@ class SelfModelHead(nn.Module):
         self._forget_step()
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The constructor's arguments."""
+        names = ("form", "layers", "weight", "stop_gradient", "warmup_steps", "hidden_size", "adaptive")
+        return {name: getattr(self, name) for name in (*names, "collapse_below", "watch_every_n_steps")}
+
+    @property
     def is_off(self) -> bool:
         """Whether it can never change a loss."""
         return self.weight == 0

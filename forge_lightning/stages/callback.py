@@ -92,7 +92,7 @@ class StageClassifier(ForgeCallback):
         self._events: list[dict[str, Any]] = []
         self._means = StepMeans()
         self._resumed = False
-        self._step_before, self._last_step = -1, -1
+        self._last_step = -1
 
     @property
     def stage(self) -> str:
@@ -116,17 +116,16 @@ class StageClassifier(ForgeCallback):
         if not self._resumed:
             self._means.clear()
         self._resumed = False
-        self._step_before = -1
         self._publish(trainer)
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._step_before = trainer.global_step
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._means.add(trainer, outputs)
-        if trainer.global_step != self._step_before and is_logging_step(trainer):
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        if is_logging_step(trainer):
             known = self._on_all_ranks(trainer, pl_module, {"train_loss": self._means.read("loss")})
             if known and not math.isfinite(known["train_loss"]):
                 self._update(trainer, Observation(trainer.global_step, known["train_loss"]))

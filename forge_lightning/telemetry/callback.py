@@ -98,18 +98,19 @@ class Telemetry(ForgeCallback):
         self._num_rows: int | None = None  # of the trace that a restored state goes on from
         self._seen_events: dict[str, dict[str, Any]] = {}
         self._seconds_before = 0.0
+        self._trainer: Trainer | None = None
         self._profiler: _TimedProfiler | None = None
         self._finders: list[Any] = []
         self._is_last = True
         self._stage_source: SupportsStage | None = None
         self._started = 0.0
-        self._record, self._step_before, self._last_logged = False, -1, 0
+        self._record, self._last_logged = False, 0
         self._now = _Record()
         self._known: dict[str, Tensor] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._leave(trainer)
+        self._trainer = trainer
         self._begin_fit()
         timed: Any = trainer
         self._profiler = _TimedProfiler(timed.profiler)
@@ -157,8 +158,9 @@ class Telemetry(ForgeCallback):
         self._profiler.timer.pause(False)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._step_before != trainer.global_step:
-            self._step_before = trainer.global_step
+        starts_step = self._step_before != trainer.global_step
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        if starts_step:
             self._record = self._is_recorded(trainer)
 
     @torch.no_grad()
@@ -175,8 +177,11 @@ class Telemetry(ForgeCallback):
         if self._record:
             self._now.means.add(trainer, outputs)
             self._now.tells_perplexity = isinstance(outputs, Mapping) and "example_loss" in outputs
-        if trainer.global_step == self._step_before or self._profiler is None:
-            return  # accumulating
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        if self._profiler is None:
+            return
         if self._record:
             self.log_metrics(trainer, self._read(trainer, pl_module), monitor=False)
             self._now, self._last_logged = _Record(), trainer.global_step
@@ -192,13 +197,7 @@ class Telemetry(ForgeCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._writer is not None:
             self._write_events(trainer)
-        self._leave(trainer)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave(trainer)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave(trainer)
+        super().on_train_end(trainer, pl_module)
 
     def reset(self) -> None:
         super().reset()
@@ -227,17 +226,18 @@ class Telemetry(ForgeCallback):
 
     def _begin_fit(self) -> None:
         self._started = time.perf_counter()
-        self._record, self._step_before, self._last_logged = False, -1, 0
+        self._record, self._last_logged = False, 0
         self._now, self._known = _Record(), {}
 
-    def _leave(self, trainer: Trainer) -> None:
-        if self._profiler is not None:
+    def detach(self) -> None:
+        if self._profiler is not None and self._trainer is not None:
             self._seconds_before = self._seconds()
-            timed: Any = trainer
+            timed: Any = self._trainer
             if timed.profiler is self._profiler:
                 timed.profiler = self._profiler.inner
-            log_also_every(trainer, None)
+            log_also_every(self._trainer, None)
             self._profiler = None
+        self._trainer = None
         if self._writer is not None:
             self._writer.close()
             self._num_rows = self._writer.num_rows

@@ -8,32 +8,29 @@ from typing import Any, ClassVar
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from forge_lightning.calibration.metrics import CalibrationMetric
-from forge_lightning.core.callback import ForgeCallback, is_logging_step, is_skipped, uses_strategy
+from forge_lightning.core.callback import is_logging_step, uses_strategy
 from forge_lightning.core.distributed import sum_over_ranks
-from forge_lightning.core.labels import LabelReader, NoClassesError, loss_doubt
+from forge_lightning.core.labels import loss_doubt
 from forge_lightning.core.layers import network_modules
 from forge_lightning.core.logit_tap import (
     SHIFT_DOUBT,
-    LogitTap,
-    find_network,
     fits_better_shifted,
-    is_shifted,
     logits_of,
     predicted_places,
     predicted_rows,
     share_of_rows,
 )
-from forge_lightning.core.loss_terms import add_loss_term, no_backward, remove_loss_term
+from forge_lightning.core.loss_callback import Call, LogitLossCallback
 from forge_lightning.temperature.functional import temperature_kl
 from forge_lightning.temperature.schedule import TemperatureSchedule
 from forge_lightning.temperature.teacher import EMATeacher
 
 
-class TemperatureCurriculum(ForgeCallback):
+class TemperatureCurriculum(LogitLossCallback):
     r"""Train towards agreement with a running mean of the model's own weights, at temperatures that move through bins.
 
     The loss becomes ``(1 - weight) · loss + weight · τ² KL(teacher at τ ‖ model at τ)``, averaged over the tokens that
@@ -117,7 +114,7 @@ class TemperatureCurriculum(ForgeCallback):
         seed: int = 0,
         name: str | None = None,
     ) -> None:
-        super().__init__(name)
+        super().__init__(network, labels, mask, shift, ignore_index, name)
         if not 0 <= weight < 1:
             raise ValueError(f"`TemperatureCurriculum(weight={weight})` must be in [0, 1).")
         if not 0 <= teacher_decay < 1:
@@ -134,21 +131,15 @@ class TemperatureCurriculum(ForgeCallback):
         self._schedule = self._new_schedule(max_steps_per_bin=max_steps_per_bin)
         self.weight, self.teacher_decay, self.warmup_steps = weight, teacher_decay, warmup_steps
         self.max_steps_per_bin = max_steps_per_bin
-        self.network, self.labels, self.mask, self.shift = network, labels, mask, shift
-        self.ignore_index = ignore_index
-        self._reader = LabelReader()
-        self._shifted = False
         self._losses: tuple[Tensor, Tensor] | None = None  # cross-entropy and the module's own loss, to compare
         self._keys = [f"{low:g}-{high:g}" for low, high in self._schedule.bins]
-        self._restored: dict[str, Any] = {}
         self._teacher: EMATeacher | None = None
-        self._tap: LogitTap | None = None
         self._metrics: list[CalibrationMetric] = []
-        self._trainer: Trainer | None = None
-        self._batch: Any = None
-        self._divergences: list[Tensor] = []
-        self._step_before = -1
-        self._acted = False
+
+    @property
+    def is_off(self) -> bool:
+        """Whether the settings can never change a loss."""
+        return self.weight == 0
 
     @property
     def temperature(self) -> float:
@@ -164,26 +155,26 @@ class TemperatureCurriculum(ForgeCallback):
                 "Use DDP, or `ModelParallelStrategy` (FSDP2).",
             )
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave(pl_module)
-        if not self.weight:
-            return
+    def find_network(self, pl_module: LightningModule) -> nn.Module:
+        """The submodule that returns the logits, and whose weights have a running mean."""
         try:
-            network = find_network(pl_module, self.network)
-        except ValueError as error:
+            return super().find_network(pl_module)
+        except MisconfigurationException as error:
             raise MisconfigurationException(
-                f"`TemperatureCurriculum(network={self.network!r})`: {error} Only the named part has a running mean: an"
-                " encoder and its head belong into one module."
+                f"{error} Only this submodule has a running mean: an encoder and its head belong into one module."
             ) from None
+
+    def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        network = self.find_network(pl_module)
         inside, trained = (
             [p.numel() for _, m in network_modules(part) for p in m.parameters(recurse=False) if p.requires_grad]
             for part in (network, pl_module)
         )
         if 0 < 2 * sum(inside) < sum(trained):
             self.warn_once(
-                f"{type(network).__name__} holds {sum(inside):,} of the module's"
-                f" {sum(trained):,} trained weights, and only these have a running mean. Put it and what comes before"
-                " it into one module, and name that with `network`."
+                f"{type(network).__name__} holds {sum(inside):,} of the module's {sum(trained):,} trained weights, and"
+                " only these have a running mean. Put it and what comes before it into one module, and name that with"
+                " `network`."
             )
         others = [c.weight for c in trainer.callbacks if isinstance(c, TemperatureCurriculum)]  # type: ignore[attr-defined]
         if sum(others) >= 1:
@@ -191,14 +182,9 @@ class TemperatureCurriculum(ForgeCallback):
                 f"`TemperatureCurriculum(weight=...)`: {len(others)} instances with {others} together leave nothing of"
                 " the module's own loss. Their sum must be below 1."
             )
-        self._trainer, self._acted = trainer, False
-        self._shifted = is_shifted(network) if self.shift is None else self.shift
-        self._reader = LabelReader(self.labels, self.mask, self._shifted, self.ignore_index)
         self._teacher = EMATeacher(network, self.teacher_decay)
-        self._tap = LogitTap(network)
         self._schedule = self._new_schedule(max_steps_per_bin=self.max_steps_per_bin)
-        self._take_restored()
-        add_loss_term(pl_module, self)
+        super().attach(trainer, pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -212,31 +198,14 @@ class TemperatureCurriculum(ForgeCallback):
         if self.max_steps_per_bin is None and math.isfinite(total):
             self._schedule.max_steps_per_bin = max(1, int(total) // (2 * len(self._schedule.bins)))
 
-    def begin(self, batch: Any) -> None:
-        """Called by the wrapped training step."""
-        assert self._tap is not None
-        self._batch = batch
-        self._tap.start(with_gradient=True)
-
-    def added(self, loss: Tensor) -> Tensor | None:
-        """Called by the wrapped training step."""
-        assert self._tap is not None
+    def term(self, loss: Tensor, call: Call, labels: Tensor | None, mask: Tensor | None) -> Tensor | None:
+        """The divergence to the running mean in place of part of the loss."""
         assert self._teacher is not None
-        try:
-            call = self._tap.take()
-            if call is None:
-                return None
-            self._acted = True
-            logits, labels = self._read(self._batch, call[2], loss.detach())
-            mask = self._reader.mask(self._batch)
-            call = (*call[:2], logits)
-            if self.fraction < 1:
-                call, labels, mask = share_of_rows(call, labels, mask, self.fraction, self._step())
-            args, kwargs, logits = call
-            taught = self._reader.logits(logits_of(self._teacher(*args, **kwargs)))
-            places, targets = predicted_places(logits, labels, mask, self._shifted)
-        except ValueError as error:
-            raise MisconfigurationException(f"`TemperatureCurriculum`: {error}") from None
+        if self.fraction < 1:
+            call, labels, mask = share_of_rows(call, labels, mask, self.fraction, self._step())
+        args, kwargs, logits = call
+        taught = self._reader.logits(logits_of(self._teacher(*args, **kwargs)))
+        places, targets = predicted_places(logits, labels, mask, self._shifted)
         if len(places) == 0:
             return None
         if targets is not None and self._trainer is not None and is_logging_step(self._trainer):
@@ -244,34 +213,19 @@ class TemperatureCurriculum(ForgeCallback):
                 rows = logits.detach().flatten(0, -2)[places].float()
                 self._losses = F.cross_entropy(rows, targets), loss.detach()
         divergence = temperature_kl(logits, taught, self.temperature, places).mean()
-        self._divergences.append(divergence.detach())
+        self.record("kl", divergence)
         return self._weight_at(self._step()) * (divergence - loss)
 
-    def end(self) -> None:
-        """Called by the wrapped training step."""
-        self._batch = None
-        if self._tap is not None:
-            self._tap.stop()
-
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._step_before = trainer.global_step
-
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        if self._teacher is None or trainer.global_step == self._step_before:
+    def on_step_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
+        if self._teacher is None:
             return
-        if not self._acted:
-            if is_skipped(trainer, outputs):
-                return
-            raise self.refuse(
-                type(pl_module).__name__,
-                f"`training_step` did not call {type(self._teacher.network).__name__} with a gradient",
-                f"{no_backward(pl_module)}Name the part that puts out its logits with `network`.",
-            )
         if is_logging_step(trainer):
-            self._log_step(trainer, pl_module)
-        self._divergences = []
+            self._recorded.setdefault("kl", [torch.tensor(torch.nan, device=pl_module.device)])
+        super().on_step_end(trainer, pl_module, outputs, batch)
+        if not self._acted:
+            return
+        if is_logging_step(trainer):
+            self._log_step(trainer)
         self._teacher.update()
         self._schedule.count_step()
 
@@ -336,43 +290,21 @@ class TemperatureCurriculum(ForgeCallback):
             metrics |= {f"{key}/{name}": float(values[name]) for name in ("nll", "ece", "entropy", "p_correct")}
         self.log_metrics(trainer, metrics)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._leave(pl_module)
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._leave(pl_module)
-
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        self._leave(pl_module)
-
-    def state_dict(self) -> dict[str, Any]:
+    def fit_state(self) -> dict[str, Any]:
         if self._teacher is None:
-            return dict(self._restored)
-        return {
-            "schedule": self._schedule.state_dict(),
-            "teacher": self._teacher.state_dict(),
-            "outputs": self._reader.state_dict(),
-        }
+            return {}
+        schedule, teacher = self._schedule.state_dict(), self._teacher.state_dict()
+        return {"schedule": schedule, "teacher": teacher, **super().fit_state()}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = dict(state_dict)
-        if self._tap is not None:  # some strategies restore after `on_fit_start`, others before
-            self._take_restored()
+    def restore(self, state: dict[str, Any]) -> None:
+        super().restore(state)
+        assert self._teacher is not None
+        self._schedule.load_state_dict(state["schedule"])
+        self._teacher.load_state_dict(state["teacher"])
 
-    def _take_restored(self) -> None:
-        if self._restored and self._teacher is not None:
-            self._schedule.load_state_dict(self._restored["schedule"])
-            self._teacher.load_state_dict(self._restored["teacher"])
-            if "outputs" in self._restored:
-                self._reader.load_state_dict(self._restored["outputs"])
-            self._restored = {}
-
-    def _leave(self, pl_module: LightningModule) -> None:
-        remove_loss_term(pl_module, self)
-        if self._tap is not None:
-            self._tap.detach()
-        self._tap = self._trainer = self._batch = None
-        self._metrics, self._divergences = [], []
+    def detach(self) -> None:
+        super().detach()
+        self._metrics = []
 
     def _metric(self, temperature: float) -> CalibrationMetric:
         return CalibrationMetric(temperature, sync_on_compute=False)  # summed here
@@ -384,24 +316,13 @@ class TemperatureCurriculum(ForgeCallback):
         ramp = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return self.weight * ramp
 
-    def _read(self, batch: Any, outputs: Tensor, loss: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        try:
-            return self._reader.read(batch, outputs, loss)
-        except NoClassesError as error:
-            raise ValueError(
-                f"{error} It compares distributions over classes, and does nothing sensible on a regression. If the"
-                " outputs are logits all the same, set `labels` to their labels, or to null."
-            ) from None
-
-    def _log_step(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _log_step(self, trainer: Trainer) -> None:
         if self._losses is not None:
             nll, loss = (float(value) for value in self._losses)
             if doubt := loss_doubt(nll, loss, "the loss of the step is"):
                 self.warn_once(doubt, key="loss")
             self._losses = None
-        mean = torch.stack(self._divergences).mean() if self._divergences else torch.tensor(torch.nan)
-        mean = sum_over_ranks(trainer, mean) / trainer.world_size
         step = self._step_before
         index, temperature = self._schedule.draw(step)
-        metrics = {"temperature": temperature, "kl": float(mean), "weight": self._weight_at(step)}
+        metrics = {"temperature": temperature, "weight": self._weight_at(step)}
         self.log_metrics(trainer, metrics | {"round": float(self._schedule.round), "bin": float(index)})

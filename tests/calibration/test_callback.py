@@ -338,7 +338,7 @@ def test_bad_arguments_and_networks():
         Calibration(num_bins=0)
     with pytest.raises(ValueError, match=r"`Calibration\(max_rows=0\)` must be at least 1, or None"):
         Calibration(max_rows=0)
-    with pytest.raises(MisconfigurationException, match=r"`Calibration\(network='x'\)`: no part is called 'x'"):
+    with pytest.raises(MisconfigurationException, match=r"`Calibration\(network='x'\)`: no submodule is called 'x'"):
         fit([Calibration(network="x")])
 
     class Flat(LossOnly):

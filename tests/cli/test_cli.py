@@ -667,7 +667,7 @@ def test_weights_and_biases_gets_config_tags_and_name(tmp_path):
 
 def test_two_heads_are_refused_before_a_model_is_built(capsys):
     assert main(["check", "self_knowledge_tiny", "--config", "callbacks/self_model"]) == 2
-    assert "a head of its own, `self_model`, and the callback `SelfModel` would be a second" in capsys.readouterr().err
+    assert "a head of its own, `self_model`, and this callback would be a second" in capsys.readouterr().err
 
 
 def test_one_callback_twice_is_told_in_fit(capsys):
@@ -683,7 +683,10 @@ def test_weights_of_a_head_that_is_missing_are_explained(tmp_path, capsys):
     capsys.readouterr()
     test = ["test", "--config", "edge_arithmetic.yaml", "--data.num_val=2", "--ckpt_path", str(checkpoint)]
     assert main(test) == 2
-    assert "What begins with `self_model` is the head of `SelfModel`" in capsys.readouterr().err
+    assert (
+        "A callback that adds weights to the model, as `SelfModel` does, belongs in both runs"
+        in capsys.readouterr().err
+    )
     run = str(checkpoint.parents[1])
     assert main(["export", "--run", run, "--output", str(tmp_path / "out")]) == 0  # without the head
 

@@ -64,7 +64,7 @@ def test_built_in_and_callback_take_the_same_steps(text, form):
 def test_built_in_head_of_weight_zero_is_none(text):
     off, _ = train(ForgeModule(config=GPT2, self_model=SelfModelHead(weight=0.0)), text())
     without, _ = train(ForgeModule(config=GPT2), text())
-    assert off.self_model is None
+    assert off.self_model_head is None
     assert all(torch.equal(a, b) for a, b in zip(off.parameters(), without.parameters(), strict=True))
 
 
@@ -76,7 +76,7 @@ def test_built_in_head_resumes_and_logs(text, tmp_path):
     _, stopped = train(module(), text(), max_steps=4)
     stopped.save_checkpoint(tmp_path / "four.ckpt")
     saved = torch.load(tmp_path / "four.ckpt", weights_only=True)
-    assert all(loss > 0 for loss in saved["self_model"]["layer_losses"])
+    assert all(loss > 0 for loss in saved["callbacks"]["SelfModel"]["layer_losses"])
     logger = CSVLogger(tmp_path, name="", version="log")
     options = {"max_steps": 8, "logger": logger, "log_every_n_steps": 2}
     resumed, trainer = train(module(), text(), ckpt_path=tmp_path / "four.ckpt", **options)
@@ -270,7 +270,7 @@ def test_what_it_cannot_serve(text):
         fit([SelfModel(layers=["net.9"])])
     with pytest.raises(MisconfigurationException, match="No module is called 'head'"):
         fit([SelfModel(output_layer="head")])
-    with pytest.raises(MisconfigurationException, match="it has a head of its own, `self_model`"):
+    with pytest.raises(MisconfigurationException, match="ForgeModule has a head of its own, `self_model`"):
         train(ForgeModule(config=GPT2, self_model=SelfModelHead()), text(), [SelfModel()])
     with pytest.raises(MisconfigurationException, match="No layer is called 'h.9'"):
         train(ForgeModule(config=GPT2, self_model=SelfModelHead(layers=["h.9"])), text())

@@ -211,7 +211,9 @@ def test_regressions_are_refused(outputs, sanity):
 
         val_dataloader = train_dataloader
 
-    with pytest.raises(MisconfigurationException, match="no classes. It compares distributions over classes"):
+    with pytest.raises(
+        MisconfigurationException, match="no classes. This loss term compares distributions over classes"
+    ):
         fit([TemperatureCurriculum()], Regression, num_sanity_val_steps=sanity)
 
 
@@ -233,9 +235,7 @@ def test_network_that_is_not_called_is_refused_and_one_by_name_acts():
     named, _ = fit([TemperatureCurriculum(network="net", **FIXED)], Two)
     without, _ = fit((), Two)
     assert not torch.equal(weights(named), weights(without))
-    refused = pytest.raises(
-        MisconfigurationException, match="`training_step` did not call Linear with a gradient. Name"
-    )
+    refused = pytest.raises(MisconfigurationException, match="`training_step` did not call Linear with a gradient. Set")
     told = pytest.warns(UserWarning, match="Linear holds 18 of the module's 196 trained weights, and only these have")
     with refused, told:
         fit([TemperatureCurriculum(network="other", **FIXED)], Two)
@@ -324,7 +324,7 @@ def test_bad_arguments(kwargs, message):
 
 def test_what_it_cannot_serve():
     with pytest.raises(
-        MisconfigurationException, match=r"network='head'\)`: no part is called 'head'.*into one module"
+        MisconfigurationException, match=r"network='head'\)`: no submodule is called 'head'.*into one module"
     ):
         fit([TemperatureCurriculum(network="head")])
 

@@ -305,9 +305,9 @@ def test_network_is_found_or_asked_for():
     assert find_network(Module(anything=a, loss=nn.CrossEntropyLoss())) is a
     assert find_network(Module(encoder=a, model=b)) is b
     assert find_network(Module(encoder=a, other=nn.Sequential(b)), "other.0") is b
-    with pytest.raises(ValueError, match=r"which of \['encoder', 'other'\] puts out the logits cannot be told"):
+    with pytest.raises(ValueError, match=r"cannot infer which submodule .*candidates: 'encoder', 'other'"):
         find_network(Module(encoder=a, other=b))
-    with pytest.raises(ValueError, match=r"no part is called 'x'. There are \['encoder'\]"):
+    with pytest.raises(ValueError, match=r"no submodule is called 'x'. There are \['encoder'\]"):
         find_network(Module(encoder=a), "x")
 
 
