@@ -39,7 +39,7 @@ STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365
 
 
 def half_width(values: Sequence[float]) -> float:
-    """Of the 95 % interval of the mean."""
+    """Half width of the 95 % interval of the mean."""
     return STUDENT.get(len(values), 2.0) * stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
 
 

@@ -107,11 +107,14 @@ class _TimedProbe(GeometryProbe):
             self.copying += time.process_time() - start
 
         self._tap._copy = timed
+        run = self._held_out.run
 
-    def _run_held_out(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        start = time.process_time()
-        super()._run_held_out(trainer, pl_module)
-        self.copying = time.process_time() - start
+        def timed_run(*args: object) -> None:
+            start = time.process_time()
+            run(*args)
+            self.copying = time.process_time() - start
+
+        self._held_out.run = timed_run
 
     def _probe(self, trainer: Trainer, pl_module: LightningModule) -> None:
         start = time.process_time()
@@ -251,7 +254,7 @@ def memory() -> str:
         trainer.fit(_Tiny(), loader, loader)
         trace = (Path(folder) / "trace.jsonl").stat().st_size / 2**20
     rows = [[f"{step:,}", f"{size:.1f}"] for step, size in resident.at.items()]
-    text = f"\n\nThe trace with `max_rows=1000` came to {trace:.1f} MiB."
+    text = f"\n\nThe trace with `max_rows=1000` took {trace:.1f} MiB."
     return "## Memory\n\n" + table(["step", "resident, MiB"], rows) + text
 
 

@@ -43,7 +43,7 @@ def rows() -> list[dict]:
 
 
 def factor(step: int) -> float:
-    """Of the learning rate: a warm-up, and a cosine decay to nothing."""
+    """Factor of the learning rate: a warm-up, and a cosine decay to nothing."""
     return min(step + 1, WARM_UP) / WARM_UP * 0.5 * (1 + math.cos(math.pi * step / STEPS))
 
 
@@ -90,7 +90,7 @@ def nll(width: int, lr: float, head: tuple[str, float] | None, seed: int) -> flo
 
 
 def best_rate(width: int) -> float:
-    """Of the plain model, by the mean over the tuning seeds."""
+    """Best learning rate of the plain model, by the mean over the tuning seeds."""
     return min(RATES, key=lambda lr: statistics.mean(nll(width, lr, None, seed) for seed in TUNING))
 
 

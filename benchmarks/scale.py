@@ -94,7 +94,7 @@ PARTS = {
 
 
 def live_bytes() -> int:
-    """Of all tensors of this process; of sharded ones, of what lies here."""
+    """Bytes of all tensors on this rank; of sharded ones, only the local part."""
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

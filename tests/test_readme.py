@@ -26,7 +26,7 @@ PAGES = {path.stem: blocks(path) for path in sorted(ROOT.glob("docs/*.md"))}
 CONTINUED = "write_a_callback"
 """Page whose Python blocks go on from one another."""
 PAGES[CONTINUED] = [("python", "\n".join(block for _, block in PAGES[CONTINUED] if "from tests" not in block))]
-WALKS = ("observers", "edge", "self_knowledge")
+WALKS = ("geometry", "edge", "self_model")
 """Pages whose commands are to be typed one after another, like the README's."""
 IN_PAGES = [
     (name, language, block)

@@ -69,7 +69,7 @@ class Calibration(ForgeCallback):
     Args:
         num_bins: Bins of confidence.
         max_rows: Predictions of a batch that the temperature is fitted on; ``None`` for all.
-        network: Name of the part of the module that puts out logits, ``(B, V)`` or ``(B, T, V)``. Default: the only one
+        network: Name of the submodule that returns logits, ``(B, V)`` or ``(B, T, V)``. Default: the only one
             with parameters, or "model", "net", "network".
         labels: Key or position in the batch of the labels; "auto" for the usual names, or the last of a tuple; of a
             causal language model whose batch has none of these, the tokens of "input_ids" that "attention_mask" calls
@@ -140,7 +140,7 @@ class Calibration(ForgeCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Of the first batch: what its outputs are."""
+        """In the first batch, find out whether outputs are logits or probabilities."""
         if self._tap is None or not self._tap.is_active:
             return
         with suppress(ValueError):  # which validation tells
@@ -269,7 +269,7 @@ class Calibration(ForgeCallback):
         }
 
     def _finish(self, trainer: Trainer, split: str) -> dict[str, float] | None:
-        """What is logged, the same on all processes; ``None`` in a sanity check, and where there were no labels."""
+        """Numbers to log, the same on all ranks; ``None`` in a sanity check, and without labels."""
         if not self._meters:
             return None
         meters, self._meters = self._meters, {}

@@ -16,7 +16,7 @@ class ReliabilityBins(NamedTuple):
     Args:
         total: Predictions of each bin.
         confidence: Sum of their confidences.
-        correct: How many were right.
+        correct: Number of correct predictions.
     """
 
     total: Tensor
@@ -131,7 +131,7 @@ def minimize_convex(
 
     Args:
         x: Grid, ``(K,)``, ascending.
-        values: Of the function, ``(K,)``.
+        values: Values of the function, ``(K,)``.
         slopes: First derivatives, ``(K,)``.
         curvatures: Second derivatives, ``(K,)``.
         iterations: Halvings.

@@ -23,10 +23,10 @@ _WORDLESS = re.compile(  # what jsonargparse says beside the reason
 
 
 def parser_error(message: str, argv: Sequence[str] = ()) -> str:
-    """What is wrong in a config, without what the parser says around it, with the file and line, and close names.
+    """Turn an error of jsonargparse into a short message with file, line and close names.
 
     Args:
-        message: Of jsonargparse's error.
+        message: The message of jsonargparse's error.
         argv: The command line, whose config files are looked into.
     """
     lines = [line for line in message.splitlines() if line.strip() and not _WORDLESS.match(line.strip())]
@@ -113,13 +113,13 @@ def _place(word: str, value: str, files: Sequence[Path], argv: Sequence[str]) ->
 
 
 def with_place(message: str, argv: Sequence[str]) -> str:
-    """A message that tells of an argument and its value, with where they stand."""
+    """Add file and line to a message about an argument and its value."""
     found = re.search(r"`(?:\w+\(|--[\w.]*?\.)(\w+)=([^`()]+)\)?`", message)
     return message + (_place(found[1], found[2].strip("'\""), config_files(argv), argv) if found else "")
 
 
 def is_of_trainer(error: BaseException) -> bool:
-    """Whether Lightning's loops or connectors raised it themselves: it tells of a setting."""
+    """Whether Lightning's loops or connectors raised it themselves, so that it is about a setting."""
     where, ours = Path(traceback.extract_tb(error.__traceback__)[-1].filename), Path(pl.__file__).parent
     return any(where.is_relative_to(ours / part) for part in ("loops", "trainer", "callbacks"))
 

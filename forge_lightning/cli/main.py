@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             os.environ[variable] = resolve_name(os.environ[variable])
             refuse_doubled_keys([argv[0], "--config", os.environ[variable]])
         refuse_doubled_keys(argv)
-        # In `sys.argv`, because that is what a strategy's launcher runs again in its other processes.
+        # In `sys.argv`, because that is what a strategy's launcher runs again on the other ranks.
         sys.argv[1:] = resolve_configs(argv)
         ForgeCLI()
     except ArgumentError as error:

@@ -1,4 +1,4 @@
-"""What every callback of the suite shares."""
+"""The base of every callback of the suite, and helpers for hooks."""
 
 import math
 import weakref
@@ -24,7 +24,7 @@ from forge_lightning.core.step_log import logged_at_this_step as logged_at_this_
 from forge_lightning.core.step_log import step_of_log as step_of_log
 
 _FAULTS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)
-"""What files, figures and other people's loggers may raise while a report is written."""
+"""Errors that files, figures and third-party loggers may raise while a report is written."""
 _modules: weakref.WeakKeyDictionary[Any, weakref.ref[Any]] = weakref.WeakKeyDictionary()
 """The module that each callback was last fitted with. Not kept in the callback, which may be pickled."""
 
@@ -71,7 +71,7 @@ class ForgeCallback(Callback):
         _modules[self] = weakref.ref(pl_module)
 
     def reset(self) -> None:
-        """Drop what was learned from one model, before another one is fitted with the same callback."""
+        """Drop what was learned from one model. Called before another one is fitted with the same callback."""
         self._said.clear()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -179,7 +179,7 @@ def overrides(thing: Any, method: str) -> bool:
 
 
 def restore_loaders(trainer: Trainer) -> None:
-    """Hand the training loaders their saved state, where Lightning has made them before it read the checkpoint.
+    """Restore the saved state of training loaders that Lightning made before it read the checkpoint.
 
     It does so if ``configure_optimizers`` reads ``trainer.estimated_stepping_batches``, as for `OneCycleLR`, and then
     forgets the state: a resume inside an epoch would train on other batches.
@@ -204,7 +204,7 @@ def run_directory(trainer: Trainer) -> Path | None:
 
 
 def events_of(callback: Callback) -> list[dict[str, Any]]:
-    """The events that a callback has found; none of one whose ``events`` are something else."""
+    """The events that a callback has found; empty if its ``events`` are something else."""
     events: Any = callback.events if isinstance(callback, SupportsEvents) else ()
     if not isinstance(events, list | tuple):
         return []
@@ -232,7 +232,7 @@ def loss_of_step(trainer: Trainer, outputs: Any) -> Tensor | None:
 def is_skipped(trainer: Trainer, outputs: Any) -> bool:
     """Whether ``training_step`` returned nothing for this batch, by which Lightning skips it.
 
-    Under manual optimization that is the usual way, and tells nothing.
+    Under manual optimization that is the usual case, and means nothing.
     """
     automatic = trainer.lightning_module.automatic_optimization
     return automatic and not isinstance(outputs, Tensor) and not outputs
@@ -267,14 +267,14 @@ class StepMeans:
         return float(total) / count
 
     def clear(self) -> None:
-        """Begin afresh."""
+        """Drop all sums."""
         self._sums = {}
 
     def state_dict(self) -> dict[str, list[float]]:
         return {key: [float(total), count] for key, (total, count) in self._sums.items()}
 
     def load_state_dict(self, states: Sequence[Mapping[str, Sequence[float]]]) -> None:
-        """Of all processes, as they were saved; of another number of them, the mean over all."""
+        """Restore from the states of all ranks. If the world size has changed, every rank gets the total."""
         rank, world_size = current_rank()
         if len(states) == world_size:
             states = [states[rank]]

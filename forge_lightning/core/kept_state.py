@@ -60,7 +60,7 @@ def _put_back(buffer: Tensor, value: Tensor) -> None:
 def generators_kept(data: Any) -> Iterator[None]:
     """Put back the random generators that a loader's data set and transforms hold: torch's, NumPy's and Python's.
 
-    Looks as the garbage collector does: into closures, partial functions and slots too, and runs nobody's code.
+    Looks as the garbage collector does: into closures, partial functions and slots too, and runs no user code.
     """
     before = [(generator, _state(generator)) for generator in _generators(data)]
     try:

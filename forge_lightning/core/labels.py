@@ -80,13 +80,13 @@ class LabelReader:
         With gradients on, outputs and labels are looked at in the first batch only, as that waits for the device.
 
         Args:
-            batch: Of a step.
-            outputs: Of the network, ``(B, V)``, ``(B, T, V)`` or ``(B · T, V)``.
-            loss: Of the step, where it is known.
+            batch: The batch of a step.
+            outputs: Outputs of the network, ``(B, V)``, ``(B, T, V)`` or ``(B · T, V)``.
+            loss: Loss of the step, if known.
 
         Returns:
-            Logits of at least two classes, and int64 labels, -100 where there is none; ``None`` where the batch has no
-            labels, or a distribution over the classes in place of each.
+            Logits of at least two classes, and int64 labels, -100 where a position has none; ``None`` where the
+            batch has no labels, or a distribution over the classes in place of each.
 
         Raises:
             NoClassesError: If labels or outputs are not of classes.
@@ -108,7 +108,7 @@ class LabelReader:
         if one_output and labels is not None and labels.numel() != outputs.numel():
             raise ValueError(
                 f"the network returns {(outputs.numel(),)} for labels {tuple(labels.shape)}; logits are (B, V) or"
-                " (B, T, V), or (B,) for two classes. Name the part: `network`."
+                " (B, T, V), or (B,) for two classes. Set `network='<name>'`."
             )
         if labels is None and one_output:
             raise NoClassesError("the network has one output, and there are no labels that make it one of two classes.")
@@ -143,7 +143,7 @@ class LabelReader:
         """Logits of at least two classes: of outputs that are logits of one, or probabilities.
 
         Args:
-            outputs: As of `read`.
+            outputs: Outputs, as for `read`.
             probable: Whether they are probabilities. Default: as the training outputs before.
         """
         known = self._probable if probable is None else probable
@@ -228,7 +228,7 @@ class OutputsOfPass:
         return not self.outside
 
     def sum_over_processes(self, reduce: Callable[[Tensor], Tensor]) -> None:
-        """Have every process know what all have seen."""
+        """Give every rank the counts of all ranks."""
         counts = torch.tensor([self.outside, self.between, self.one_output])
         self.outside, self.between, self.one_output = reduce(counts).tolist()
 

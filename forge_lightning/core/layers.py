@@ -35,7 +35,7 @@ def network_modules(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, n
 def block_list(model: nn.Module) -> nn.ModuleList | None:
     """The stack of blocks of a transformer: the module list that holds the most parameters.
 
-    A list without any, as of metrics, is none.
+    A list without layers, such as one of metrics, does not count.
     """
     lists = [m for _, m in network_modules(model) if isinstance(m, nn.ModuleList) and any(True for _ in m.parameters())]
     return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()), default=None)
@@ -44,7 +44,7 @@ def block_list(model: nn.Module) -> nn.ModuleList | None:
 def blocks(model: nn.Module) -> dict[str, nn.Module]:
     """The layers of a model from input to output, by name.
 
-    The largest ``nn.ModuleList``; where there is none, the children of the largest ``nn.Sequential``; else the children
+    The largest ``nn.ModuleList``; without one, the children of the largest ``nn.Sequential``; else the children
     with parameters.
     """
     stack: nn.Module | None = block_list(model)
@@ -111,7 +111,7 @@ def output_layer(model: nn.Module, name: str | None = None) -> nn.Module:
             inside a block.
 
     Raises:
-        ValueError: If there is none, naming what there is.
+        ValueError: If no layer has that name, listing the layers.
     """
     modules: dict[str, nn.Module] = {plain_name(key): m for key, m in network_modules(model) if key}
     if name is not None:
@@ -134,7 +134,7 @@ def output_layer(model: nn.Module, name: str | None = None) -> nn.Module:
 
 
 def output_width(model: nn.Module, module: nn.Module) -> int | None:
-    """Units that a layer puts out, told from the last of its parts that has weights; ``None`` if that does not tell.
+    """Units of a layer's output, from the last of its parts that has weights; ``None`` if they cannot be inferred.
 
     A layer without weights, as an activation function, keeps the width of what comes before it in the model.
     """

@@ -1,4 +1,4 @@
-"""What a network was last called with, and the logits it gave."""
+"""Capture the last call of a network, and align its logits with labels."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,7 @@ def find_network(module: nn.Module, name: str | None = None) -> nn.Module:
         name: Its name. Default: the only child that has parameters, else "model", "net" or "network".
 
     Raises:
-        ValueError: If there is none of that name, or none that is meant without doubt.
+        ValueError: If no submodule has that name, or it cannot be inferred.
     """
     if name is not None:
         modules: dict[str, nn.Module] = {plain_name(key): m for key, m in module.named_modules() if key}
@@ -50,10 +50,10 @@ def find_network(module: nn.Module, name: str | None = None) -> nn.Module:
 
 
 def logits_of(output: Any) -> Tensor:
-    """The logits in what a network puts out: a tensor, ``.logits`` or "logits", or the first tensor of a tuple.
+    """The logits in a network's output: a tensor, ``.logits`` or "logits", or the first tensor of a tuple.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If the output holds no logits.
     """
     found: Any = output
     if isinstance(output, Mapping):
@@ -73,10 +73,10 @@ def logits_of(output: Any) -> Tensor:
 class LogitTap:
     """A forward hook that remembers the last call of a network while switched on.
 
-    In training, the last one that a gradient can go back through: not what somebody only looks at.
+    In training only calls with a gradient count: a call under ``no_grad`` is not the one that is trained.
 
     Args:
-        network: Puts out logits.
+        network: Returns logits.
     """
 
     def __init__(self, network: nn.Module) -> None:
@@ -99,7 +99,7 @@ class LogitTap:
         self._calls, self._active, self._with_gradient = [], True, with_gradient
 
     def stop(self) -> None:
-        """Forget the call."""
+        """Drop the call, and remember no more."""
         self._calls, self._active = [], False
 
     def detach(self) -> None:
@@ -111,7 +111,7 @@ class LogitTap:
         """Arguments and logits of the last call, once; ``None`` where there was none.
 
         Raises:
-            ValueError: If the network put out no logits.
+            ValueError: If the network returned no logits.
         """
         calls, self._calls = self._calls, []
         if not calls:
@@ -126,10 +126,10 @@ def given_labels(
     """A batch's labels by key or position, as they are; "auto" takes the usual keys, and the last of a tuple.
 
     Args:
-        batch: Of a step.
+        batch: The batch of a step.
         key: A key or position, "auto", or ``None`` for no labels.
-        shifted: Of a model whose labels are the tokens themselves: then "auto" takes "input_ids" where the batch has
-            no labels and a mask says which tokens are real. Without a mask, padding could not be told from text.
+        shifted: Whether the labels are the tokens themselves: then "auto" takes "input_ids" where the batch has
+            no labels and a mask says which tokens are real. Without a mask, padding cannot be distinguished from text.
         mask: Key or position of that mask.
 
     Raises:
@@ -160,11 +160,11 @@ def by_position(logits: Tensor, places: Tensor) -> Tensor:
 def predicted_places(
     logits: Tensor, labels: Tensor | None, mask: Tensor | None, shift: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """Where the logits that count stand, and what they should have said.
+    """Positions of the logits that count, and their labels.
 
     Args:
         logits: ``(B, V)``, ``(B, T, V)``, or the latter flattened to ``(B · T, V)``.
-        labels: ``(B,)`` or ``(B, T)``, -100 where there is none.
+        labels: ``(B,)`` or ``(B, T)``, -100 where a position has none.
         mask: ``(B, T)``, true at real tokens; of use where there are no labels for each token.
         shift: Whether the label of a position is what the position before it predicts; the logits may have one position
             less, of inputs without the last.
@@ -184,7 +184,7 @@ def predicted_places(
             raise ValueError(
                 f"the labels are {tuple(labels.shape)}, the logits {tuple(logits.shape)}, which without the classes,"
                 " their last dimension, must be alike, or with `shift=True` one position shorter. Name the labels with"
-                " `labels`, the part that puts out logits with `network`."
+                " `labels`, and the submodule that returns the logits with `network`."
             )
         if shift and labels.shape[-1] == 1 and labels.ndim == 2:
             raise ValueError("labels of one position each cannot be shifted. Set `shift=False`.")
@@ -215,7 +215,7 @@ def share_of_rows(
         The call, labels and mask, of these rows.
 
     Raises:
-        ValueError: If the rows cannot be told apart.
+        ValueError: If it is unclear which numbers belong to which example.
     """
     args, kwargs, logits = call
     inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.ndim]
@@ -261,7 +261,7 @@ def scores_of_rows(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor,
 
     Args:
         logits: ``(B, V)`` or ``(B, T, V)``.
-        labels: ``(B,)`` or ``(B, T)``, -100 where there is none.
+        labels: ``(B,)`` or ``(B, T)``, -100 where a position has none.
         shift: Whether the label of a position is what the position before it predicts.
 
     Returns:

@@ -175,7 +175,7 @@ class LogitLossCallback(LossCallback):
         Args:
             loss: The module's own loss.
             call: How the network was called, and its logits, ``(B, V)``, ``(B, T, V)`` or ``(B · T, V)``.
-            labels: ``(B,)`` or ``(B, T)``, -100 where there is none; ``None`` without labels.
+            labels: ``(B,)`` or ``(B, T)``, -100 where a position has none; ``None`` without labels.
             mask: ``(B, T)`` or ``None``.
         """
         rows, labels = predicted_rows(call[2], labels, mask, self._shifted)

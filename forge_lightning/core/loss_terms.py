@@ -1,4 +1,4 @@
-"""Adding to the loss of a training step that somebody else wrote, and undoing it."""
+"""Add loss terms to a module's ``training_step``, reversibly."""
 
 import functools
 from collections.abc import Iterator, Mapping
@@ -8,33 +8,33 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 TASK_LOSS = "forge_task_loss"
-"""Entry of what a step returns: its loss without what a head has added. A name that no module has by chance."""
+"""Key in the outputs of a step: the module's own loss, without what callbacks add."""
 _STEP, _BACKWARD, _KEPT = "training_step", "manual_backward", "_forge_loss_terms"
 
 
 class LossTerm(Protocol):
-    """Something that adds to a training step's loss."""
+    """A term that is added to the loss of a training step."""
 
     def begin(self, batch: Any) -> None:
-        """Before the step, and after each backward pass inside it."""
+        """Called before the step, and after each backward pass inside it."""
 
     def added(self, loss: Tensor) -> Tensor | None:
-        """What to add to the loss that the step made, once per backward pass; ``None`` for nothing."""
+        """Return what to add to the step's loss, once per backward pass; ``None`` for nothing."""
 
     def end(self) -> None:
-        """After the step, also when it raised."""
+        """Called after the step, also when it raised."""
 
 
 @runtime_checkable
 class SeesOutputs(Protocol):
-    """A term that also wants what the step returns."""
+    """A term that also sees the outputs of the step."""
 
     def returned(self, outputs: Any) -> Any:
-        """After a step that did not raise; gives back what the rest of training sees of it."""
+        """Called after a step that did not raise. Returns the outputs that the rest of training sees."""
 
 
 class LossTerms:
-    """Wraps ``training_step`` of one module, so that its loss is what it was plus that of every term.
+    """Wraps ``training_step`` of one module, so that its loss is its own plus every term.
 
     Inside the step, so that precision, gradient scaling, accumulation and the strategies treat the sum as they treat
     the module's own loss. Under manual optimization the loss that is given to ``manual_backward`` gets it. Several
@@ -102,9 +102,9 @@ class LossTerms:
         return sum(self._added(loss), loss)
 
     def restore(self) -> bool:
-        """Put back what was there. Returns whether nothing of this is left on the module."""
+        """Restore the module's own methods. Returns whether nothing of this is left on it."""
         if any(vars(self.module).get(name) is not wrapper for name, wrapper in self._wrappers.items()):
-            return False  # somebody has wrapped it since, and keeps calling it: without terms it adds nothing
+            return False  # other code has wrapped it since, and keeps calling it: without terms it adds nothing
         for name, before in self._before.items():
             if before is None:
                 delattr(self.module, name)
@@ -114,24 +114,24 @@ class LossTerms:
 
 
 def _found(module: Any) -> LossTerms | None:
-    """The wrapper of a module; ``None`` also where somebody has taken it off."""
+    """The wrapper of a module; ``None`` also where other code has removed it."""
     return vars(module).get(_KEPT) if _STEP in vars(module) else None
 
 
 def own_loss(module: Any) -> Tensor | None:
-    """What a module's last training step gave, before terms were added; ``None`` where none are."""
+    """The loss of a module's last training step before terms were added; ``None`` without terms."""
     found = _found(module)
     return None if found is None else found.own_loss
 
 
 def no_backward(module: Any) -> str:
-    """Advice for where no term was asked for its part; empty under automatic optimization."""
+    """Advice for a step in which no term was asked for its part; empty under automatic optimization."""
     manual = "Under manual optimization the loss must go through `self.manual_backward`. "
     return "" if module.automatic_optimization else manual
 
 
 def add_loss_term(module: Any, term: LossTerm) -> None:
-    """Have a term add to a module's loss until `remove_loss_term`."""
+    """Add a term to a module's loss until `remove_loss_term`."""
     found = _found(module)
     if found is None:
         found = vars(module)[_KEPT] = LossTerms(module)
@@ -140,7 +140,7 @@ def add_loss_term(module: Any, term: LossTerm) -> None:
 
 
 def remove_loss_term(module: Any, term: LossTerm) -> None:
-    """Undo `add_loss_term`; nothing where it was not done."""
+    """Undo `add_loss_term`. Does nothing if the term was not added."""
     found = vars(module).get(_KEPT)
     if found is not None and term in found.terms:
         found.terms.remove(term)
@@ -150,7 +150,7 @@ def remove_loss_term(module: Any, term: LossTerm) -> None:
 
 @contextmanager
 def only_loss_term(module: Any, term: LossTerm) -> Iterator[None]:
-    """Let no other term add to the loss meanwhile."""
+    """Suspend all other loss terms inside the block."""
     found = vars(module)[_KEPT]
     terms, found.terms = found.terms, [term]
     own_loss = found.own_loss

@@ -1,4 +1,4 @@
-"""What a foreign module or datamodule may offer. Structural: nobody has to inherit."""
+"""Optional interfaces (`typing.Protocol`) of user modules, datamodules and callbacks. No inheritance is needed."""
 
 from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
@@ -28,7 +28,7 @@ class SupportsTokenizer(Protocol):
 
 @runtime_checkable
 class SupportsPretrained(Protocol):
-    """A module that goes on from pretrained weights."""
+    """A module that starts from pretrained weights."""
 
     @property
     def pretrained_tokenizer(self) -> tuple[str, dict[str, Any]] | None:
@@ -70,7 +70,7 @@ class SupportsInterrupt(Protocol):
     """A callback that ends a run between steps when it was asked to."""
 
     def stop_if_asked(self, trainer: Any) -> None:
-        """Called also by callbacks that make several steps in one hook, between them, on all processes."""
+        """Called between two steps also by callbacks that make several steps in one hook, on all ranks."""
 
 
 @runtime_checkable
@@ -78,7 +78,7 @@ class SupportsAugmentation(Protocol):
     """A datamodule whose training examples are programs."""
 
     def problem_of(self, row: Any) -> Any:
-        """The problem that a row of a batch was made of, from the row's fields; ``None`` where it is none.
+        """The problem behind an example of a batch, from the example's fields; ``None`` if there is no problem.
 
         An object with ``prompt``, ``solution``, ``before``, ``tests``, ``entry_point`` and ``setup``.
         """
@@ -111,7 +111,7 @@ class SupportsOutcomes(Protocol):
 
     @property
     def outcomes(self) -> Sequence[dict[str, Any]]:
-        """Of its last measurement: ``example`` (index in the data set) and ``success`` in [0, 1]; on all processes."""
+        """Its last measurement: ``example`` (index in the data set) and ``success`` in [0, 1], alike on all ranks."""
 
 
 @runtime_checkable
@@ -122,7 +122,7 @@ class SupportsDifficulty(Protocol):
     def difficulty(self) -> Any:
         """Numbers that predict it, ``(N,)`` or ``(N, F)``, in the order of the data set.
 
-        ``None`` where it is to be learned.
+        ``None`` if it has to be learned.
         """
 
 
@@ -142,7 +142,7 @@ class SupportsChoice(Protocol):
     policy: Any
     """Chooses arms, once set."""
     difficulty: Any
-    """``(K,)`` of the arms; ``None`` where it is to be learned."""
+    """Difficulty of the arms, ``(K,)``; ``None`` if it has to be learned."""
     num_arms: int
     """Examples of the data set, or levels that examples can be made of."""
     makes_examples: bool
@@ -150,7 +150,7 @@ class SupportsChoice(Protocol):
     ordered: bool
     """Whether levels are in an order of difficulty."""
     batch_size: int
-    """Examples a batch and process."""
+    """Examples of a batch on one rank."""
 
     restored: bool
     """Whether a state was loaded since this was last set to False."""
@@ -160,10 +160,10 @@ class SupportsChoice(Protocol):
     """Batch that the running epoch began at; above 0 after a resume."""
 
     def arms_of(self, batch: int) -> list[int] | None:
-        """What was drawn for a batch of the epoch, over all processes."""
+        """Arms drawn for a batch of the epoch, over all ranks."""
 
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers and lists."""
 
     def load_state_dict(self, state: Any) -> None:
-        """Go on from `state_dict`."""
+        """Restore from `state_dict`."""

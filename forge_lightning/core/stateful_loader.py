@@ -9,6 +9,8 @@ import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
+_BATCH = "examples of a batch, over all processes"  # a key in checkpoints; words: keep
+
 
 class ResumableSampler(DistributedSampler[Any]):
     """A seeded shuffle of each epoch, split over the processes, that can start anywhere inside the epoch.
@@ -26,7 +28,7 @@ class ResumableSampler(DistributedSampler[Any]):
     def __init__(self, dataset: Dataset[Any], shuffle: bool = True, seed: int = 0, drop_last: bool = False) -> None:
         super().__init__(dataset, num_replicas=1, rank=0, shuffle=shuffle, seed=seed, drop_last=drop_last)
         self.start = 0  # examples of this process to skip in the next epoch begun
-        self.shift = 0  # epochs by which `set_epoch` is told too many
+        self.shift = 0  # offset between Lightning's epoch counter and ours
         self.num_told = 0  # calls of `set_epoch` since a state was restored
 
     def set_epoch(self, epoch: int) -> None:
@@ -36,7 +38,7 @@ class ResumableSampler(DistributedSampler[Any]):
 
     @property
     def num_examples(self) -> int:
-        """Number of examples of an epoch, over all processes."""
+        """Number of examples of an epoch, over all ranks."""
         return len(self.dataset)  # type: ignore[arg-type]
 
     def bind(self) -> None:
@@ -51,9 +53,9 @@ class ResumableSampler(DistributedSampler[Any]):
     def __iter__(self) -> Iterator[Any]:
         self.bind()
         start, self.start = self.start, 0
-        told, self.epoch = self.epoch, self.epoch - self.shift
+        epoch, self.epoch = self.epoch, self.epoch - self.shift
         indices = super().__iter__()
-        self.epoch = told
+        self.epoch = epoch
         return itertools.islice(indices, start, None)
 
     def __len__(self) -> int:
@@ -74,7 +76,7 @@ class StatefulDataLoader(DataLoader[Any]):
 
     Counts batches handed out, not batches prefetched. Keeps the place in the order, not the random state of
     augmentations inside workers. A resume inside an epoch needs the same data, order and global batch size (examples of
-    all processes together); with other ones it is refused.
+    all ranks together); with other ones it is refused.
 
     Lightning forgets the state if ``configure_optimizers`` reads ``trainer.estimated_stepping_batches``. Any callback
     of this package, as `RNGState`, restores it.
@@ -144,12 +146,12 @@ class StatefulDataLoader(DataLoader[Any]):
         return state | {"sampler": sampler.state_dict(self._delivered)}
 
     def _shape(self) -> dict[str, Any]:
-        """What batches of an epoch depend on, by the words of an error."""
+        """What the batches of an epoch depend on, by names for an error."""
         sampler: ResumableSampler = self.sampler  # type: ignore[assignment]
         sampler.bind()
         return {
             "examples": sampler.num_examples,
-            "examples of a batch, over all processes": (self.batch_size or 1) * sampler.num_replicas,
+            _BATCH: (self.batch_size or 1) * sampler.num_replicas,
             "shuffle": bool(sampler.shuffle),
             "seed": sampler.seed if sampler.shuffle else None,
             "drop_last": bool(self.drop_last),
@@ -159,7 +161,9 @@ class StatefulDataLoader(DataLoader[Any]):
         here = self._shape()
         before: Mapping[str, Any] = state.get("shape", here)
         changed = [
-            f"{name}: {before.get(name)}, now {value}" for name, value in here.items() if before.get(name) != value
+            f"{name.replace('processes', 'ranks')}: {before.get(name)}, now {value}"
+            for name, value in here.items()
+            if before.get(name) != value
         ]
         if changed:
             raise MisconfigurationException(

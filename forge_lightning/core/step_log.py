@@ -16,7 +16,7 @@ _muted: WeakSet[Any] = WeakSet()
 
 
 def log_at_this_step(trainer: Any, metrics: Mapping[str, float], monitor: bool = True) -> None:
-    """Log at this optimizer step only, to every logger, and unless told otherwise where `EarlyStopping` looks.
+    """Log at this optimizer step only, to every logger, and by default where `EarlyStopping` looks.
 
     `LightningModule.log` would repeat a sparse value at every later logging step.
     """

@@ -7,7 +7,7 @@ IGNORED = -100
 """Label of tokens that no loss is taken on."""
 
 _ANCHORS = ("\n", "a", ".")
-"""Texts to put in front of a completion, so that its tokens are those of a text that goes on."""
+"""Texts to put in front of a completion, so that its tokens are those of a continued text."""
 
 
 def has_vocabulary(tokenizer: Any) -> bool:
@@ -26,7 +26,7 @@ def pad_id(tokenizer: Any) -> int:
 
 
 def prompt_ids(tokenizer: Any, text: str) -> list[int]:
-    """Tokens of a text that goes on: with the start token that the tokenizer adds, without an end token."""
+    """Tokens of a text that will be continued: with the tokenizer's start token, without an end token."""
     ids: list[int] = list(tokenizer(text)["input_ids"])
     end = tokenizer.eos_token_id
     plain = _plain(tokenizer, text)

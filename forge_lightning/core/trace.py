@@ -20,13 +20,13 @@ class TraceWriter:
 
     Args:
         path: File to write.
-        keep_until: Step that training goes on from. Rows of ``earlier`` up to it stay; later ones, which will come
+        keep_until: Step that training resumes from. Rows of ``earlier`` up to it stay; later ones, which will come
             again, do not.
         earlier: Trace to continue; ``None`` starts a new one. May be ``path`` itself.
         header: What to say in the first row of a new trace.
         max_rows: Plain rows until rows are thinned out.
         written: Plain rows written before, where a trace is continued.
-        num_rows: Rows of ``earlier`` that were there when the state that training goes on from was saved. Events after
+        num_rows: Rows of ``earlier`` that existed when the state that training resumes from was saved. Events after
             them are left out: they will be found again. Default: all.
         on_failure: Told once when the system takes no more, as a full disk does; the trace ends there.
     """
@@ -121,7 +121,7 @@ def read_rows(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def number(value: Any) -> float:
-    """A value of a row; NaN where it is none."""
+    """A number of a row; NaN if it is missing or no number."""
     try:
         return float(value)
     except (TypeError, ValueError):

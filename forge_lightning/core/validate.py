@@ -9,7 +9,7 @@ def require(owner: str, ok: bool, argument: str, value: object, allowed: str) ->
         ok: Whether the value is allowed.
         argument: Name of the argument.
         value: What the user gave.
-        allowed: What is allowed, as it goes on after "must be".
+        allowed: What is allowed, in the words that follow "must be".
 
     Raises:
         ValueError: If not ``ok``.

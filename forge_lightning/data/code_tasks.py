@@ -305,7 +305,7 @@ class CodeTasks(TokenDataModule):
             raise MisconfigurationException(f"`CodeTasks(difficulty={self.difficulty_by!r})`: {error}") from None
 
     def _measure(self, dataset: ExampleDataset) -> Tensor:
-        """Of the problems that are in the data set, whose rows are numbered by their place in the split."""
+        """Complexity of the problems in the data set, whose examples are numbered by their position in the split."""
         wanted = self.difficulty_by
         assert wanted is not None
         records = self._of_split(self._records[(self.dataset, self.path)], "train")
@@ -358,7 +358,7 @@ class CodeTasks(TokenDataModule):
 
 
 MEASURES = ("tokens", "entropy", "lempel_ziv", "nodes", "depth", "cyclomatic", "nesting")
-"""Of a reference program: see `forge_lightning.functional`."""
+"""Measures of a reference program: see `forge_lightning.functional`."""
 
 
 def _measures(code: str, tokens: int) -> list[float]:

@@ -154,12 +154,12 @@ class GeneratedTasks(TokenDataModule):
         widths: A second way to be hard, each at least 1: one number less than "addition" adds; digits of the numbers in
             "expression" and "python". Several make arms of all combinations.
         batch_size: Examples a batch and process.
-        steps_per_epoch: Batches an epoch, of all processes together.
+        steps_per_epoch: Batches of an epoch, over all ranks.
         num_val: Validation tasks of each level and family.
         tokenizer: Hub name or local folder of a Hugging Face tokenizer, or "bytes". "auto": that of the model's
             ``pretrained``, else "bytes".
-        order: Levels while nobody chooses: "uniform" draws from all; "easy_to_hard" raises the level evenly over
-            ``ramp_steps`` and then draws from all: the usual curriculum, to compare with.
+        order: Levels while nothing steers the sampler: "uniform" draws from all; "easy_to_hard" raises the level evenly
+            over ``ramp_steps`` and then draws from all: the usual curriculum, to compare with.
         ramp_steps: Batches until "easy_to_hard" has reached all levels.
         seed: Seed of tasks and choices.
         num_workers: Loader processes. 0 keeps the choices fresh.
@@ -264,7 +264,7 @@ class GeneratedTasks(TokenDataModule):
 
 
 class _EasyToHard(DifficultySampler):
-    """Levels up to one that rises evenly with the examples drawn, while nobody chooses."""
+    """Levels up to one that rises evenly with the examples drawn, while nothing steers the sampler."""
 
     ramp = 1
 

@@ -1,4 +1,4 @@
-"""DreamAugmenter: variants of programming problems that were run before they are believed."""
+"""DreamAugmenter: variants of programming problems, each checked by running it."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -7,25 +7,25 @@ from typing import Any
 from forge_lightning.dream.code_augmentation import AUGMENTATIONS, CodeExample, Material, Variant
 
 Run = Callable[[Sequence[CodeExample]], Sequence[Any]]
-"""Runs programs on their tests, confined, and returns for each an object with ``status`` and ``stdout``."""
+"""Runs programs on their tests in a sandbox. Returns for each an object with ``status`` and ``stdout``."""
 
 
 class DreamAugmenter:
-    """Makes variants of programming problems, and keeps those that hold when they are run.
+    """Makes variants of programming problems, and keeps those that pass when they are run.
 
     Kinds, and what each changes: ``rename_variables`` (target), ``rename_entry_point`` (prompt, target, tests),
     ``flip_comparisons``, ``swap_branches``, ``loops_to_while``, ``api_equivalents`` (target), ``restyle`` (layout of
     the target, and the prompt that asks for it), ``tighten_specification`` (one more assertion in prompt and tests,
     which the target meets), ``repair`` (a wrong program in the prompt; its tests fail before and pass after),
     ``shift_context`` (prompt). More with `register_augmentation`. A variant counts only if its program passes its
-    tests, and what must fail fails; one that is all the same as the original does not count.
+    tests, and what must fail fails. A variant that equals the original does not count.
 
     Args:
-        kinds: Which. Default: all that are registered.
+        kinds: Names of the kinds to make. Default: all registered kinds.
         per_problem: Variants of a problem at most, of different kinds.
 
     Raises:
-        ValueError: If there is no such kind, or an argument is out of range.
+        ValueError: If a kind does not exist, or an argument is out of range.
     """
 
     def __init__(self, kinds: Sequence[str] | None = None, per_problem: int = 1) -> None:
@@ -37,27 +37,27 @@ class DreamAugmenter:
         self.kinds = None if kinds is None else list(kinds)
         self.per_problem = per_problem
         self.tried: dict[str, int] = {}
-        """By kind, how often variants were made of a problem."""
+        """Number of problems that variants were made for, by kind."""
         self.kept: dict[str, int] = {}
-        """By kind, how often one of them held."""
+        """Number of problems for which one of them passed, by kind."""
 
     @property
     def success_rate(self) -> float:
-        """Share of the variants made that held; NaN before the first."""
+        """Share of the variants that passed; NaN before the first."""
         tried = sum(self.tried.values())
         return sum(self.kept.values()) / tried if tried else float("nan")
 
     def augment(
         self, examples: Sequence[CodeExample], run: Run, seed: int, others: Sequence[CodeExample] = ()
     ) -> list[list[Variant]]:
-        """Variants of each example that hold.
+        """Variants of each example that pass.
 
         Args:
             examples: Problems with right answers.
             run: Runs programs. Never without a sandbox, as mutants do whatever they do: with a `Sandbox`, ``lambda
                 examples: sandbox.run_many([Task(e.program, e.tests, e.entry_point, e.setup) for e in examples])``.
-            seed: Of all choices.
-            others: Problems to put in front of one another.
+            seed: Random seed for all choices.
+            others: Problems that may be put in front of another one.
 
         Returns:
             Up to ``per_problem`` of each.
@@ -87,7 +87,7 @@ class DreamAugmenter:
         return self._holding(made, run)
 
     def _holding(self, made: list[list[list[Variant]]], run: Run) -> list[list[Variant]]:
-        """The first candidate of each group that holds."""
+        """The first candidate of each group that passes."""
         flat = [variant for groups in made for group in groups for variant in group]
         wrong = [(i, variant) for i, variant in enumerate(flat) if variant.must_fail is not None]
         verdicts = run(
@@ -114,12 +114,12 @@ class DreamAugmenter:
         return {"tried": dict(self.tried), "kept": dict(self.kept)}
 
     def load_state_dict(self, state_dict: dict[str, dict[str, int]]) -> None:
-        """Go on from `state_dict`."""
+        """Restore from `state_dict`."""
         self.tried, self.kept = dict(state_dict["tried"]), dict(state_dict["kept"])
 
 
 def _checked(kind: str, candidates: Any, example: CodeExample) -> Sequence[Variant]:
-    """What a transformation made, if it is what it says."""
+    """Candidates of a transformation that change only what its kind may change."""
     if not isinstance(candidates, list | tuple) or not all(isinstance(variant, Variant) for variant in candidates):
         raise TypeError(f"The augmentation {kind!r} must return a list of `Variant`, and returned {candidates!r:.80}.")
     parts = {"prompt": "prompt", "target": "solution", "tests": "tests"}
@@ -146,7 +146,7 @@ def _with_program(variant: Variant) -> CodeExample:
 
 
 def _evaluated(run: Run, example: CodeExample, expressions: Sequence[str]) -> list[str | None]:
-    """What expressions give after a program, one run for each: one that fails does not take the others with it."""
+    """Values of expressions after a program. Each has its own run, so that one failure does not affect the others."""
     printing = [
         CodeExample("", f"{example.program}\nprint({_MARK!r} + repr({expression}))", "", "pass", (), example.setup)
         for expression in expressions

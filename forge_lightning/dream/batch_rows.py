@@ -1,4 +1,4 @@
-"""Batches of somebody else's as rows of named tensors, and back."""
+"""Convert any batch to named tensors with one entry per example, and back."""
 
 from collections.abc import Container, Mapping
 from copy import copy
@@ -9,13 +9,13 @@ from torch import Tensor
 
 
 def rows_of(batch: Any) -> dict[str, Tensor]:
-    """The tensors of a batch by name, or by place in a tuple.
+    """The tensors of a batch, by name or by position in a tuple.
 
     Args:
         batch: A mapping or sequence of tensors ``(B, ...)``, or one tensor.
 
     Raises:
-        ValueError: If there is anything else in it, or the number of rows is not the same in all.
+        ValueError: If the batch holds anything else, or tensors with different numbers of examples.
     """
     if isinstance(batch, Tensor):
         fields: dict[str, Any] = {"0": batch}
@@ -29,26 +29,26 @@ def rows_of(batch: Any) -> dict[str, Tensor]:
         if not isinstance(value, Tensor) or value.ndim == 0:
             kind = "a number" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise ValueError(
-                f"entry {name!r} of the batch is {kind}; rows can be made only of tensors (B, ...). Drop it in the"
+                f"entry {name!r} of the batch is {kind}; only tensors (B, ...) can be stored by example. Drop it in the"
                 " loader's `collate_fn`, or in the module's `on_before_batch_transfer`."
             )
     if not fields:
         raise ValueError("the batch is empty.")
     sizes = {name: len(value) for name, value in fields.items()}
     if len(set(sizes.values())) != 1:
-        raise ValueError(f"the batch has no one number of rows: {sizes}.")
+        raise ValueError(f"the tensors of the batch differ in their number of examples: {sizes}.")
     return fields
 
 
 def with_rows(batch: Any, rows: Mapping[str, Tensor]) -> Any:
-    """A batch of the same kind, of these rows."""
+    """A batch of the same type with these tensors."""
     if isinstance(batch, Tensor):
         return rows["0"]
     if isinstance(batch, Mapping):
         made = {key: rows[str(key)] for key in batch}
         if not isinstance(batch, dict):
             return type(batch)(made)  # type: ignore[call-arg]
-        new = copy(batch)  # with what its kind has beside its entries
+        new = copy(batch)  # with attributes of a dict subclass
         new.update(made)
         return new
     values = [rows[str(place)] for place in range(len(batch))]
@@ -56,7 +56,7 @@ def with_rows(batch: Any, rows: Mapping[str, Tensor]) -> Any:
 
 
 def template_of(batch: Any) -> Any:
-    """A batch of the same kind without rows, for `with_rows`."""
+    """A batch of the same type without examples, for `with_rows`."""
     return with_rows(batch, {name: torch.empty(0) for name in rows_of(batch)})
 
 
@@ -67,27 +67,27 @@ def joined(
     sequences: Container[str],
     at_front: bool = False,
 ) -> dict[str, Tensor]:
-    """Rows of both.
+    """Concatenate examples.
 
     Args:
-        first: Rows ``(B, ...)``.
-        second: Rows of the same fields.
-        pads: What fills up shorter sequences.
-        sequences: Fields whose rows may have different lengths.
-        at_front: Where they are filled up; otherwise at the end.
+        first: Tensors ``(B, ...)`` by name.
+        second: Tensors of the same names.
+        pads: Padding value of each sequence.
+        sequences: Names of tensors whose examples may differ in length.
+        at_front: Pad at the front instead of at the end.
 
     Raises:
-        ValueError: If their fields differ, or lengths of what is no sequence.
+        ValueError: If names differ, or lengths of tensors that are no sequences.
     """
     if set(first) != set(second):
-        raise ValueError(f"the batch has {list(first)}, and what is stored {list(second)}.")
+        raise ValueError(f"the batch has {list(first)}, and stored examples have {list(second)}.")
     rows = {}
     for name, one in first.items():
         other = second[name].to(device=one.device, dtype=one.dtype)
         if one.ndim > 1 and one.shape[1] != other.shape[1]:
             if name not in sequences:
                 raise ValueError(
-                    f"rows of {name!r} are {one.shape[1]} long, and stored ones {other.shape[1]}. Where lengths differ,"
+                    f"{name!r} has length {one.shape[1]}, and stored examples {other.shape[1]}. Where lengths differ,"
                     " batches need a mask that is 0 at the padding."
                 )
             width = max(one.shape[1], other.shape[1])

@@ -1,4 +1,4 @@
-"""ReplayBuffer: what was trained on, kept so that it can be trained on again."""
+"""ReplayBuffer: stored examples with their scores."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -39,21 +39,21 @@ _COLUMNS: dict[str, torch.dtype] = {
 _REFRESH = 32  # rows between computations of the quantiles
 _MOST_TOUCHED = 256  # rows whose priority waits to be computed anew
 _ROW_OVERHEAD = 400
-"""Bytes that a row takes beside its data: scores, places and the objects that hold it. Measured with tracemalloc."""
+"""Bytes of an example in addition to its data: scores, positions and Python objects. Measured with tracemalloc."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """Rows drawn from a `ReplayBuffer`.
+    """Examples drawn from a `ReplayBuffer`.
 
     Args:
-        rows: The fields that were pushed, ``(B, ...)``, padded at the end to the longest row.
-        extras: What was pushed with each, a list of ``B`` tensors.
-        slots: Where they lie in the buffer, for `ReplayBuffer.update`.
-        sample_id: ``(B,)``.
-        loss: Last known, ``(B,)``.
-        success: Last known, ``(B,)``, NaN where it never was.
-        weights: Importance weights, ``(B,)``; ones but for strategy "priority".
+        rows: Fields, ``(B, ...)`` each, padded at the end to the longest example.
+        extras: Additional tensors of each example, lists of ``B`` tensors.
+        slots: Slots in the buffer, for `ReplayBuffer.update`.
+        sample_id: Identifiers, ``(B,)``.
+        loss: Last known losses, ``(B,)``.
+        success: Last known successes, ``(B,)``, NaN where never known.
+        weights: Importance weights, ``(B,)``; ones unless the strategy is "priority".
     """
 
     rows: dict[str, Tensor]
@@ -69,31 +69,30 @@ class Replay:
 
 
 class ReplayBuffer:
-    """Rows of tensors with their scores: a fair sample of everything, and a frontier of what is barely right or wrong.
+    """Stores examples with scores: a fair sample of everything seen, and a frontier near the threshold of success.
 
-    The **reservoir** is a uniform sample of all rows that were ever pushed, with equal shares for families once it is
-    full. It matters most: no way of drawing makes up for rows that were not kept. The **frontier** holds, each with a
-    third of its room: ``near_success`` (right, at a loss in the upper third of those that are right), ``near_failure``
-    (wrong, at a loss in the lower third of those that are wrong) and ``edge_case`` (right in spite of a loss in the
-    highest tenth of all, or wrong in spite of one in the lowest). Quantiles are of the last 512 losses. Where success
-    is never told, the frontier stays empty.
+    The **reservoir** is a uniform sample of all examples ever pushed, with equal shares for families once it is full.
+    It matters most: no way of drawing makes up for examples that were not stored. The **frontier** has three parts of
+    equal size: ``near_success`` (right, at a loss in the upper third of right ones), ``near_failure`` (wrong, at a loss
+    in the lower third of wrong ones) and ``edge_case`` (right at a loss in the highest tenth, or wrong at one in the
+    lowest). Quantiles are taken over the last 512 losses. Without successes the frontier stays empty.
 
-    A row whose ``sample_id`` is known is not stored twice; its scores are refreshed, and a row that left the frontier's
-    range leaves the frontier. Rows lie on the CPU, exactly as pushed; whole numbers are kept in 32 bits where they fit,
-    and what a mask covers at the end is left out.
+    An example with a known ``sample_id`` is not stored twice: its scores are refreshed, and it may leave the frontier.
+    Examples lie on the CPU, exactly as pushed. Integers take 32 bits where they fit, and padding at the end is left
+    out.
 
     Args:
-        capacity: Rows at most.
+        capacity: Number of examples at most.
         frontier: Share of the capacity for the frontier, in [0, 1).
-        max_bytes: Memory at most, with about 400 bytes for the bookkeeping of each row; shared out as the capacity is.
-            A row larger than its part is not kept.
+        max_bytes: Memory at most, with about 400 bytes of bookkeeping for each example. Divided like the capacity; an
+            example larger than its part is not stored.
         mask: Field that is 0 where sequences are padded.
-        labels: Fields that get ``label_pad`` where shorter rows are filled up.
+        labels: Fields that are padded with ``label_pad``.
         label_pad: Label that the loss ignores.
-        alpha: How much priority decides in strategy "priority"; 0 is uniform.
-        beta: How much importance weights correct for that, in [0, 1].
-        memory_map: Folder for a file that holds the rows, for more than fits into memory.
-        seed: Of admission and draws.
+        alpha: Exponent of the priority in strategy "priority", at least 0; 0 draws uniformly.
+        beta: Strength of the importance weights, in [0, 1].
+        memory_map: Folder for a file that holds the examples, for more than fits into memory.
+        seed: Random seed for admission and draws.
         owner: Name for error messages.
 
     Raises:
@@ -159,12 +158,12 @@ class ReplayBuffer:
 
     @property
     def num_seen(self) -> int:
-        """Rows pushed so far."""
+        """Number of examples pushed so far."""
         return sum(self._reservoir.seen.values())
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the rows, with their bookkeeping."""
+        """Memory of the examples, with their bookkeeping."""
         return self._store.num_bytes + _ROW_OVERHEAD * len(self)
 
     def _bytes_of(self, slot: int) -> int:
@@ -172,37 +171,40 @@ class ReplayBuffer:
 
     @property
     def num_in_reservoir(self) -> int:
-        """Rows of the fair sample."""
+        """Number of examples in the fair sample."""
         return self._reservoir.num_held
 
     @property
     def families(self) -> dict[int, int]:
-        """Rows of the reservoir, by family."""
+        """Number of examples in the reservoir, by family."""
         return {family: len(slots) for family, slots in self._reservoir.held.items() if slots}
 
     @property
     def categories(self) -> dict[str, int]:
-        """Rows of each part of the frontier."""
+        """Number of examples in each part of the frontier."""
         return {name: len(slots) for name, slots in zip(CATEGORIES, self._frontier.parts, strict=True)}
 
     @property
     def pads(self) -> dict[str, float]:
-        """What fills up shorter rows, by field."""
+        """Padding value, by field."""
         return self._store.pads
 
     @property
     def sequences(self) -> list[str]:
-        """Fields whose rows have lengths of their own."""
+        """Fields whose examples may differ in length."""
         return self._store.sequences
 
     @property
     def padded_at_front(self) -> bool:
-        """Whether rows are filled up there."""
+        """Whether examples are padded at the front."""
         return self._store.padded_at_front
 
     def column(self, name: str) -> Tensor:
-        """A score or label of all stored rows, by slot: "loss", "best_loss", "success", "best_success", "sample_id",
-        "family", "stage", "step", "replays", "category" or "in_reservoir".
+        """A score or label of all stored examples, by slot.
+
+        Args:
+            name: "loss", "best_loss", "success", "best_success", "sample_id", "family", "stage", "step", "replays",
+                "category" or "in_reservoir".
         """
         return self._columns[name][self.slots()]
 
@@ -217,29 +219,29 @@ class ReplayBuffer:
         stage: int = -1,
         step: int = 0,
     ) -> list[int]:
-        """Offer rows; they are kept or not.
+        """Offer examples, of which some are stored.
 
         Args:
             rows: Fields, ``(B, ...)`` each.
-            loss: ``(B,)``; NaN where it is not known.
-            success: ``(B,)`` in [0, 1]; NaN where it is not known.
-            sample_id: ``(B,)``, whole numbers. Default: one made of each row's content.
-            family: ``(B,)``, whole numbers.
-            extras: More for each row, of any length: ``B`` tensors ``(n, ...)`` each.
-            stage: Of training.
-            step: Of training.
+            loss: Losses, ``(B,)``; NaN where unknown.
+            success: Successes in [0, 1], ``(B,)``; NaN where unknown.
+            sample_id: Integers that identify examples, ``(B,)``. Default: a hash of the content.
+            family: Integers that number families, ``(B,)``.
+            extras: Additional tensors of any length for each example, lists of ``B`` tensors ``(n, ...)``.
+            stage: Stage of training.
+            step: Optimizer step of training.
 
         Returns:
-            The slot of each row, -1 where it was not kept.
+            The slot of each example, -1 if it was not stored.
 
         Raises:
-            ValueError: If rows are no tensors, fields differ from those of earlier rows, or lengths do not agree.
+            ValueError: If a field is no tensor, fields differ from earlier ones, or lengths do not agree.
         """
         rows = rows_of(rows)
         size = len(next(iter(rows.values())))
         bytes_before = self._store.num_bytes
         packed = self._store.pack(rows, extras or {})
-        if self._store.num_bytes != bytes_before:  # numbers came that no longer fit into half the bits
+        if self._store.num_bytes != bytes_before:  # integers that no longer fit into half the bits
             self._recount_bytes()
         contents = packed.ids()
         ids = _listed(sample_id, size, "sample_id", whole=True) if sample_id is not None else contents
@@ -287,27 +289,27 @@ class ReplayBuffer:
         return kept
 
     def content_of(self, sample_id: int) -> int | None:
-        """The number made of a stored row's content, as `ids_of` makes it; ``None`` if it is not stored."""
+        """Hash of a stored example's content, as from `ids_of`; ``None`` if it is not stored."""
         slot = self._slot_of.get(sample_id)
         return None if slot is None else int(self._c["content"][slot])
 
     def ids_of(self, rows: Mapping[str, Tensor]) -> Tensor:
-        """Numbers made of each row's content, ``(B,)``, whatever its padding: its ``sample_id`` where it has none."""
+        """Hashes of the examples' contents without padding, ``(B,)``: the default ``sample_id``."""
         return torch.tensor(self._store.pack(rows_of(rows), {}).ids())
 
     def sample(self, batch_size: int, strategy: Strategy = "uniform", counted: bool = True) -> Replay:
-        """Draw rows without replacement.
+        """Draw examples without replacement.
 
         Args:
-            batch_size: How many; fewer where fewer are stored.
+            batch_size: Number of examples; fewer if fewer are stored.
             strategy: "uniform" over the reservoir, which is uniform over everything seen; "balanced": families alike;
                 "near_threshold": the near successes and near failures; "edge_cases": those; both filled up from the
                 reservoir; "priority": in proportion to `replay_priority` to the power of ``alpha``, with importance
                 weights.
-            counted: Whether it is a replay of each, after which others come first under "priority".
+            counted: Whether to increment the replay count of each drawn example, which lowers its priority.
 
         Raises:
-            ValueError: If nothing is stored, or there is no such strategy.
+            ValueError: If nothing is stored, or the strategy does not exist.
         """
         if strategy not in STRATEGIES:
             raise ValueError(f"`sample(strategy={strategy!r})` must be one of {list(STRATEGIES)}.")
@@ -330,7 +332,7 @@ class ReplayBuffer:
         return self._read(slots, weights)
 
     def read(self, slots: Sequence[int]) -> Replay:
-        """Rows by slot; no replay is counted."""
+        """Read examples by slot. Replay counts stay as they are."""
         return self._read([int(slot) for slot in slots], torch.ones(len(slots)))
 
     def _read(self, slots: list[int], weights: Tensor) -> Replay:
@@ -340,19 +342,19 @@ class ReplayBuffer:
         return Replay(rows, extras, slots, weights=weights, **score)
 
     def slots(self) -> list[int]:
-        """Those in use, in order."""
+        """Slots in use, in ascending order."""
         return self._used().tolist()  # type: ignore[no-any-return]
 
     def _used(self) -> Any:
         return np.flatnonzero(self._c["in_reservoir"] | (self._c["category"] > 0))
 
     def update(self, replay: Replay, loss: Tensor, success: Tensor | None = None) -> None:
-        """Tell how replayed rows did. A row that has left the buffer since is passed over.
+        """Update the scores of replayed examples. Those that have left the buffer since are skipped.
 
         Args:
-            replay: As it was drawn.
+            replay: The drawn examples.
             loss: ``(B,)``.
-            success: ``(B,)``, or ``None`` where it is not known: what was known last stays.
+            success: ``(B,)``, or ``None`` if unknown: the last known values stay.
         """
         losses = _listed(loss, len(replay), "loss")
         successes = [math.nan] * len(replay) if success is None else _listed(success, len(replay), "success")
@@ -364,7 +366,7 @@ class ReplayBuffer:
         self._touched.update(replay.slots)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, as plain tensors, numbers and lists."""
+        """The whole state, as plain tensors, numbers and lists."""
         slots = self.slots()
         recent, num_recent, bounds = self._quantiles.state()
         return {
@@ -385,7 +387,7 @@ class ReplayBuffer:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`, exactly; with other limits as far as its rows fit, by chance."""
+        """Restore from `state_dict`: exactly, or with other limits a random part that fits."""
         if state_dict["capacity"] != self._limits:
             self.load_shard([state_dict], rank=0, world_size=1)
             return
@@ -403,12 +405,12 @@ class ReplayBuffer:
         self._rng.bit_generator.state = state_dict["rng"]
 
     def load_shard(self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
-        """Take this process's share of what other numbers of processes had stored.
+        """Load this rank's share of what another number of ranks had stored.
 
         Args:
-            states: `state_dict` of every process that wrote the checkpoint.
-            rank: Of this process.
-            world_size: Number of processes now.
+            states: The `state_dict` of every rank that wrote the checkpoint.
+            rank: This rank.
+            world_size: Number of ranks now.
         """
         self._clear(self._share_of_frontier)
         self._rng = np.random.default_rng([self.seed, rank, world_size])
@@ -532,7 +534,7 @@ class ReplayBuffer:
         best_success: Tensor | None = None,
         replays: Tensor | None = None,
     ) -> Tensor:
-        """Of rows; without their history, as if they were new."""
+        """Priorities of examples; without their history, as if they were new."""
         best_loss, best_success = (
             loss if best_loss is None else best_loss,
             success if best_success is None else best_success,
@@ -541,7 +543,7 @@ class ReplayBuffer:
         return replay_priority(loss, best_loss, success, best_success, replays, self.threshold, self._quantiles.scale)
 
     def _prioritise(self, slots: slice | None = None) -> None:
-        """Bring priorities up to date, of rows that were touched or of these, by all that is known of them."""
+        """Update the priorities in ``slots``, or of examples whose scores have changed."""
         where = torch.tensor(sorted(self._touched), dtype=torch.int64) if slots is None else slots
         self._touched.clear()
         names = ("loss", "success", "best_loss", "best_success", "replays")
@@ -549,7 +551,7 @@ class ReplayBuffer:
         self._columns["priority"][where] = self._priorities(*known)
 
     def _filled_up(self, slots: list[int], count: int) -> list[int]:
-        """With rows of the reservoir, then of anything."""
+        """Add examples of the reservoir, then any others, up to ``count``."""
         taken = set(slots)
         while len(slots) < count and self._reservoir.num_held > 4 * count:
             more = [s for s in self._reservoir.sample(count - len(slots), self._rng) if s not in taken]
@@ -585,7 +587,7 @@ def check_limits(owner: str, capacity: int, frontier: float, max_bytes: int, mem
 def _listed(values: Any, size: int, name: str, whole: bool = False) -> list[Any]:
     tensor = torch.as_tensor(values).detach().cpu()
     if tensor.shape != (size,):
-        raise ValueError(f"`{name}` is {tuple(tensor.shape)} for {size} rows, and must be ({size},).")
+        raise ValueError(f"`{name}` must be ({size},) for {size} examples, not {tuple(tensor.shape)}.")
     if whole and (tensor.is_floating_point() or tensor.is_complex()):
-        raise ValueError(f"`{name}` must be whole numbers, and is {str(tensor.dtype).removeprefix('torch.')}.")
+        raise ValueError(f"`{name}` must be integers, not {str(tensor.dtype).removeprefix('torch.')}.")
     return list(tensor.tolist() if whole else tensor.float().tolist())

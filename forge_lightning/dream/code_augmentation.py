@@ -37,15 +37,15 @@ from forge_lightning.dream.code_trees import (
 
 @dataclass(frozen=True)
 class CodeExample:
-    """A programming problem with a right answer.
+    """A programming problem with a correct answer.
 
     Args:
-        prompt: What the model continues.
-        solution: What it should write.
-        before: Program text in front of a completion, where the prompt begins the program.
-        tests: Statements that fail where the program is wrong.
-        entry_point: Names of the program's that the tests use.
-        setup: Statements that the tests need before.
+        prompt: Text that the model continues.
+        solution: Completion that is correct.
+        before: Program text in front of a completion, if the prompt starts the program.
+        tests: Statements that fail if the program is wrong.
+        entry_point: Names in the program that the tests use.
+        setup: Statements that the tests need first.
     """
 
     prompt: str
@@ -57,24 +57,24 @@ class CodeExample:
 
     @classmethod
     def of(cls, problem: Any) -> "CodeExample":
-        """From anything with these attributes, as `forge_lightning.data.Problem`."""
+        """Copy from any object with these attributes, such as `forge_lightning.data.Problem`."""
         parts = (problem.prompt, problem.solution, problem.before, problem.tests)
         return cls(*parts, tuple(problem.entry_point), problem.setup)
 
     @property
     def program(self) -> str:
-        """All of it."""
+        """The whole program."""
         return f"{self.before}{self.solution}\n"
 
 
 @dataclass(frozen=True)
 class Variant:
-    """A new example, to be verified.
+    """A new example, which still has to be verified.
 
     Args:
-        kind: What made it.
-        example: Its program must pass its tests.
-        must_fail: A program that its tests must catch.
+        kind: Name of the kind.
+        example: The example; its program must pass its tests.
+        must_fail: A program that the tests must catch.
     """
 
     kind: str
@@ -87,9 +87,9 @@ class Material:
     """What a transformation may use.
 
     Args:
-        rng: Random choices.
+        rng: Random generator.
         others: Other examples.
-        evaluate: Runs a program and returns what expressions give then, as `repr`; ``None`` where one fails.
+        evaluate: Runs a program and returns the `repr` of expressions after it; ``None`` for one that fails.
     """
 
     rng: random.Random
@@ -105,8 +105,8 @@ class Augmentation:
     """A kind of variant.
 
     Args:
-        make: Makes candidates, the best first; none where it does not apply.
-        changes: What differs from the original: of "prompt", "target" and "tests".
+        make: Makes candidates, the best first; empty if it does not apply.
+        changes: Parts that may differ from the original: "prompt", "target", "tests".
     """
 
     make: Transformation
@@ -121,8 +121,8 @@ def register_augmentation(name: str, changes: Iterable[str]) -> Callable[[Transf
     """Add a kind of variant, for `DreamAugmenter` to use by name.
 
     Args:
-        name: Another one takes the place of what has the same name.
-        changes: What differs from the original: of "prompt", "target" and "tests". The rest must stay.
+        name: Name of the kind. A kind of the same name is replaced.
+        changes: Parts that may differ from the original: "prompt", "target", "tests". The rest must stay.
 
     Raises:
         ValueError: If ``changes`` names anything else.
@@ -147,7 +147,7 @@ def register_augmentation(name: str, changes: Iterable[str]) -> Callable[[Transf
 
 @register_augmentation("rename_variables", ["prompt", "target"])
 def rename_variables(example: CodeExample, material: Material) -> list[Variant]:
-    """Other names for local variables and parameters, in one of three manners; docstrings follow."""
+    """Rename local variables and parameters, in one of three styles; docstrings follow."""
     tree = parsed(example.program)
     if tree is None:
         return []
@@ -169,7 +169,7 @@ def rename_variables(example: CodeExample, material: Material) -> list[Variant]:
 
 @register_augmentation("rename_entry_point", ["prompt", "target", "tests"])
 def rename_entry_point(example: CodeExample, material: Material) -> list[Variant]:
-    """Another name for what the tests call, in prompt, program and tests."""
+    """Rename the function that the tests call, in prompt, program and tests."""
     tree = parsed(example.program)
     if tree is None or len(example.entry_point) != 1:
         return []
@@ -182,7 +182,7 @@ def rename_entry_point(example: CodeExample, material: Material) -> list[Variant
     called = re.compile(rf"(?<![\w.]){re.escape(old)}(?=\()")
 
     def in_prose(text: str) -> str:
-        """In calls; and everywhere in lines that are Python, as assertions are."""
+        """Rename in calls, and everywhere in lines that are Python, such as assertions."""
         lines = text.splitlines(keepends=True)
         return "".join(
             (with_token(line, old, new) if parsed(line.strip()) else None) or called.sub(new, line) for line in lines
@@ -222,13 +222,13 @@ def loops_to_while(example: CodeExample, material: Material) -> list[Variant]:
 
 @register_augmentation("api_equivalents", ["target"])
 def api_equivalents(example: CodeExample, material: Material) -> list[Variant]:
-    """Calls and displays that give the same: ``[]`` and ``list()``, comprehensions and generators, ``+=`` spelt out."""
+    """Equivalent calls and displays: ``[]`` and ``list()``, comprehensions and generators, ``+=`` written out."""
     return _by_visitor("api_equivalents", example, Equivalents())
 
 
 @register_augmentation("restyle", ["prompt", "target"])
 def restyle(example: CodeExample, material: Material) -> list[Variant]:
-    """The same tree in another layout, which the prompt asks for."""
+    """The same program in another layout, which the prompt asks for."""
     tree = parsed(example.solution)
     if tree is None or example.before:
         return []
@@ -247,7 +247,7 @@ def restyle(example: CodeExample, material: Material) -> list[Variant]:
 
 @register_augmentation("tighten_specification", ["prompt", "tests"])
 def tighten_specification(example: CodeExample, material: Material) -> list[Variant]:
-    """One more assertion, in prompt and tests: what the right program gives for another input, or of which type."""
+    """Add an assertion to prompt and tests: the correct program's result for another input, or its type."""
     calls = asserted_calls(example.tests, example.entry_point)
     if not calls:
         return []
@@ -278,11 +278,11 @@ def tighten_specification(example: CodeExample, material: Material) -> list[Vari
 
 @register_augmentation("repair", ["prompt", "target"])
 def repair(example: CodeExample, material: Material) -> list[Variant]:
-    """A wrong program in the prompt, with one change to the right one, which is the answer."""
+    """Put a wrong program into the prompt, one change away from the answer."""
     variants = []
     for mutant in mutants(example.program, material.rng):
-        told = mutant if example.before and "#" not in example.before else f"{example.prompt}{mutant}"
-        prompt = f"{told.rstrip()}\n\n# The program above is wrong. Repaired:\n"
+        shown = mutant if example.before and "#" not in example.before else f"{example.prompt}{mutant}"
+        prompt = f"{shown.rstrip()}\n\n# The program above is wrong. Repaired:\n"
         fixed = replace(example, prompt=prompt, solution=example.program.rstrip(), before="")
         variants.append(Variant("repair", fixed, must_fail=mutant))
     return variants
@@ -290,7 +290,7 @@ def repair(example: CodeExample, material: Material) -> list[Variant]:
 
 @register_augmentation("shift_context", ["prompt"])
 def shift_context(example: CodeExample, material: Material) -> list[Variant]:
-    """The same task after another one that was solved, or asked for in comments in place of a docstring."""
+    """The same task after a solved one, or asked for in comments instead of a docstring."""
     variants = []
     commented = re.fullmatch(r'"""\n(.*)\n"""\n', example.prompt, flags=re.DOTALL)
     if commented and not example.before:
@@ -310,7 +310,7 @@ def shift_context(example: CodeExample, material: Material) -> list[Variant]:
 
 
 def _of_tree(kind: str, example: CodeExample, tree: ast.Module) -> list[Variant]:
-    """The example with another program; where the prompt begins the program, cut behind the docstring."""
+    """The example with another program. If the prompt starts the program, it is cut after the docstring."""
     text = ast.unparse(ast.fix_missing_locations(tree))
     if not example.before:
         return [Variant(kind, replace(example, solution=text))]

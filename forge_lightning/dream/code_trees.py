@@ -1,4 +1,4 @@
-"""Reading and changing Python programs: names, literals, small mistakes."""
+"""Read and change Python programs: names, literals, small mistakes."""
 
 import ast
 import copy
@@ -13,12 +13,12 @@ from typing import Any, ClassVar
 
 
 def mutants(program: str, rng: random.Random, most: int = 8) -> list[str]:
-    """Programs with one small change each, in random order: a constant, an operator, a condition, a bound, a call.
+    """Mutants of a program, in random order. Each changes a constant, an operator, a condition, a bound or a call.
 
     Args:
-        program: Python; nothing comes of what cannot be parsed.
-        rng: Random choices.
-        most: How many.
+        program: Python source. Source that cannot be parsed has no mutants.
+        rng: Random generator.
+        most: Number of mutants at most.
     """
     tree = parsed(program)
     if tree is None:
@@ -60,7 +60,7 @@ _ARITHMETIC = {
 
 
 def _changes(node: ast.AST) -> list[Callable[[Any], None]]:
-    """Functions that make one small mistake of a node of this kind."""
+    """Functions that turn a node of this type into a small mistake."""
     if isinstance(node, ast.Constant) and isinstance(node.value, int) and not isinstance(node.value, bool):
         return [lambda n: setattr(n, "value", n.value + 1), lambda n: setattr(n, "value", n.value - 1)]
     if isinstance(node, ast.Compare) and len(node.ops) == 1:
@@ -83,7 +83,7 @@ def _changes(node: ast.AST) -> list[Callable[[Any], None]]:
 
 
 def parsed(source: str) -> ast.Module | None:
-    """The tree of a program; ``None`` of what is none."""
+    """The syntax tree of a program; ``None`` if it cannot be parsed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of old escapes
@@ -98,14 +98,14 @@ def is_docstring(node: ast.stmt) -> bool:
 
 
 class Counting(ast.NodeTransformer):
-    """Counts what it has changed."""
+    """Base of transformers that count their changes."""
 
     def __init__(self) -> None:
         self.count = 0
 
 
 class Flip(Counting):
-    """Comparisons, seen from the other side."""
+    """Flips comparisons: ``a < b`` to ``b > a``."""
 
     _mirrored: ClassVar[dict[type[ast.cmpop], type[ast.cmpop]]] = {
         ast.Lt: ast.Gt,
@@ -125,7 +125,7 @@ class Flip(Counting):
 
 
 class Swap(Counting):
-    """Branches in the other order, with the condition negated."""
+    """Swaps branches and negates their condition."""
 
     def visit_If(self, node: ast.If) -> ast.stmt:
         self.generic_visit(node)
@@ -136,7 +136,7 @@ class Swap(Counting):
 
 
 class Unroll(Counting):
-    """Loops over an iterator that is asked by hand."""
+    """Turns ``for`` loops into ``while`` loops over an iterator."""
 
     def visit_For(self, node: ast.For) -> Any:
         self.generic_visit(node)
@@ -151,7 +151,7 @@ class Unroll(Counting):
 
 
 class Equivalents(Counting):
-    """Other words for the same."""
+    """Replaces calls and displays by equivalent ones."""
 
     def visit_Call(self, node: ast.Call) -> ast.expr:
         self.generic_visit(node)
@@ -189,7 +189,7 @@ class Equivalents(Counting):
 
 
 class Renamer(ast.NodeTransformer):
-    """Names wherever they are bound or read, and in docstrings where they are words of three letters or more."""
+    """Renames names where they are bound or read, and in docstrings if they have three letters or more."""
 
     def __init__(self, names: Mapping[str, str]) -> None:
         self.names = names
@@ -214,7 +214,7 @@ class Renamer(ast.NodeTransformer):
         return self.generic_visit(node)
 
     def _in_prose(self, line: str) -> str:
-        """A line of a docstring; examples and quotations in it are not about variables."""
+        """Rename in a line of a docstring, except in examples and quotations."""
         if self._words is None or any(mark in line for mark in (">>>", '"', "'")):
             return line
         return self._words.sub(lambda m: self.names[m[0]], line)
@@ -224,7 +224,7 @@ _DEFINES = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
 
 
 def local_names(source: str) -> set[str]:
-    """Names that belong to functions: parameters and what they assign."""
+    """Local names of functions: parameters and assigned names."""
     names: set[str] = set()
 
     def walk(table: symtable.SymbolTable) -> None:
@@ -240,7 +240,7 @@ def local_names(source: str) -> set[str]:
 
 
 def names_elsewhere(tree: ast.Module) -> set[str]:
-    """Names that mean something outside functions too, or are said to callers: they stay."""
+    """Names that mean something outside of functions too, or that callers use: they must stay."""
     top = {symbol.get_name() for symbol in symtable.symtable(ast.unparse(tree), "example", "exec").get_symbols()}
     in_classes = {
         target.id
@@ -255,23 +255,23 @@ def names_elsewhere(tree: ast.Module) -> set[str]:
 
 
 def keywords_of(tree: ast.AST) -> set[str]:
-    """Names that calls give their arguments by."""
+    """Names of keyword arguments in calls."""
     return {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword) and node.arg}
 
 
 def attributes_of(tree: ast.AST) -> set[str]:
-    """Names behind a dot."""
+    """Names of attributes."""
     return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
 
 
 def camel_case(name: str) -> str:
-    """``like_this`` as ``likeThis``."""
+    """Convert ``like_this`` to ``likeThis``."""
     first, *others = [word for word in name.split("_") if word] or [name]
     return first[:1].lower() + first[1:] + "".join(word[:1].upper() + word[1:] for word in others)
 
 
 def with_token(source: str, old: str, new: str) -> str | None:
-    """A text of Python with one name replaced wherever it is a token of its own; ``None`` of what is no Python."""
+    """Python source with one name replaced wherever it is a token; ``None`` if it cannot be tokenised."""
     try:
         tokens = list(tokenize.generate_tokens(io.StringIO(source).readline))
     except (tokenize.TokenError, SyntaxError):
@@ -310,7 +310,7 @@ def is_literal(text: str) -> bool:
 
 
 def type_asserted(tests: str, call: ast.Call) -> str | None:
-    """Type of what a call should give, where its assertion compares with a literal of a type with one meaning."""
+    """Type of a call's result, if its assertion compares with a literal of an unambiguous type."""
     tree = parsed(tests)
     for node in tree.body if tree else ():
         test = node.test if isinstance(node, ast.Assert) else None
@@ -323,7 +323,7 @@ def type_asserted(tests: str, call: ast.Call) -> str | None:
 
 
 def perturbed(call: ast.Call, rng: random.Random) -> ast.Call | None:
-    """The same call with one literal a little changed."""
+    """A call with one literal slightly changed."""
     new = copy.deepcopy(call)
     sizes = {len(n.elts) for a in new.args for n in ast.walk(a) if isinstance(n, ast.List | ast.Tuple)}
     nodes: list[Any] = [node for argument in new.args for node in ast.walk(argument)]

@@ -1,6 +1,4 @@
-"""Training and evaluation steps that the loop does not know of: not counted, not logged, on a random stream of their
-own.
-"""
+"""Extra training and evaluation steps outside the loop: not counted, not logged, with their own random generator."""
 
 import random
 from collections.abc import Iterator, Mapping
@@ -17,7 +15,7 @@ from forge_lightning.core.step_log import muted
 
 
 def extra_step(trainer: Any, module: Any, batch: Any) -> None:
-    """Train on a batch through the strategy, as the loop would: precision, gradient scaling, clipping, all processes.
+    """Train on a batch through the strategy, as the loop would: precision, gradient scaling, clipping, all ranks.
 
     The step counter, the learning-rate schedule and the module's own ``optimizer_step`` are left out. Under manual
     optimization the module's ``training_step`` does it all.
@@ -43,8 +41,8 @@ def extra_step(trainer: Any, module: Any, batch: Any) -> None:
 def extra_evaluation(trainer: Any, module: Any, batch: Any) -> None:
     """Run the training step on a batch in evaluation mode. Not for manual optimization.
 
-    With several processes without a gradient, because the strategies wait for a backward pass after every forward pass
-    that has one. With one process a step that looks at gradients itself is served.
+    With several ranks there is no gradient, because strategies wait for a backward pass after every forward pass with
+    one. With one rank there is, for modules whose step reads gradients.
     """
     modes = {part: part.training for part in module.modules()}
     module.eval()
@@ -59,14 +57,14 @@ def extra_evaluation(trainer: Any, module: Any, batch: Any) -> None:
 
 @contextmanager
 def apart(trainer: Any, module: Any, term: LossTerm, seed: int, with_callbacks: bool = False) -> Iterator[None]:
-    """Let what happens meanwhile be seen by nobody, and draw from random numbers of its own.
+    """Hide the steps inside the block from callbacks, loggers and the global random generators.
 
     Args:
-        trainer: Whose callbacks and loggers see nothing.
-        module: Whose ``log`` does nothing.
-        term: The one loss term that goes on.
-        seed: Of torch's, NumPy's and Python's global random numbers.
-        with_callbacks: Let callbacks' hooks and other loss terms take part; logged is nothing all the same.
+        trainer: The Trainer; its callbacks and loggers see nothing.
+        module: The module; its ``log`` does nothing.
+        term: The only loss term that stays active.
+        seed: Random seed for torch, NumPy and Python inside the block; their generators are restored afterwards.
+        with_callbacks: Let callbacks' hooks and other loss terms act. Nothing is logged either way.
     """
     devices = [module.device] if module.device.type == "cuda" else []
     callbacks = trainer.callbacks
@@ -87,7 +85,7 @@ def apart(trainer: Any, module: Any, term: LossTerm, seed: int, with_callbacks: 
 
 @contextmanager
 def scaled_lr(optimizers: Any, scale: float) -> Iterator[None]:
-    """Meanwhile multiply all learning rates."""
+    """Multiply all learning rates inside the block."""
     groups = [group for optimizer in optimizers for group in optimizer.param_groups]
     before = [group["lr"] for group in groups]
     try:
@@ -101,7 +99,7 @@ def scaled_lr(optimizers: Any, scale: float) -> Iterator[None]:
 
 
 def _arguments(trainer: Any, batch: Any) -> list[Any]:
-    """Of ``training_step``, which may or may not want the number of the batch."""
+    """Arguments of ``training_step``, which may take the batch's number or not."""
     return list(trainer.fit_loop.epoch_loop._build_kwargs({}, batch, 0).values())
 
 
@@ -111,7 +109,7 @@ def _loss(outputs: Any) -> Tensor | None:
 
 
 def _reshard(module: nn.Module) -> None:
-    """What was run without a backward pass under FSDP2 still has its gathered weights."""
+    """Free gathered weights, which FSDP2 keeps after a forward pass without a backward pass."""
     for part in module.modules():
         if isinstance(part, FSDPModule):
             part.reshard()

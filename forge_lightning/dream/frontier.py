@@ -14,7 +14,7 @@ _WINDOW = 512  # losses that quantiles are taken over
 _FEWEST = 24  # losses that make a quantile
 _RIVALS = 16  # of which the least important leaves
 _QUANTILES = ((0, 1 / 3), (1, 2 / 3), (2, 0.1), (2, 0.9))
-"""Of losses of failures, of successes, and twice of all."""
+"""Row of the window (failures, successes, all losses) and quantile."""
 
 
 class LossQuantiles:
@@ -97,7 +97,7 @@ class Frontier:
 
         Args:
             category: 1 to 3.
-            priority: Of the example.
+            priority: Priority of the example.
             length: Bytes of the example.
             priorities: By slot; the least important of 16 examples leaves, if the new one matters more.
             rng: Random generator, which draws the 16.

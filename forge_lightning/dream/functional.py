@@ -1,4 +1,4 @@
-"""What to replay, and what a replayed example should still say."""
+"""Replay priorities, draws without replacement, and distillation from stored logits."""
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ def replay_priority(
     scale: float,
     floor: float = 0.1,
 ) -> Tensor:
-    r"""How much there is to learn from each stored example.
+    r"""Priority of stored examples: how much there is to learn from each.
 
     ``floor + (4 p (1 - p) + ½ (best_success - success)₊ + ¼ min(1, (loss - best_loss)₊ / 3)) · 2^(-replays / 8)`` with
     ``p = σ((threshold - loss) / scale)``, the chance of success at that loss: most for what is on the edge, was
@@ -49,11 +49,11 @@ def replay_priority(
 
 
 def gumbel_top_k(log_weights: Tensor, k: int, uniform: Tensor) -> Tensor:
-    """Draw without replacement, each time in proportion to the weights of what is left.
+    """Draw without replacement, each time in proportion to the remaining weights.
 
     Args:
         log_weights: ``(N,)``; -inf is never drawn.
-        k: How many, at most ``N``.
+        k: Number of draws, at most ``N``.
         uniform: Random numbers in [0, 1), ``(N,)``.
 
     Returns:
@@ -67,12 +67,12 @@ def gumbel_top_k(log_weights: Tensor, k: int, uniform: Tensor) -> Tensor:
 
 
 def importance_weights(probability: Tensor, num_stored: int, beta: float) -> Tensor:
-    """``(num_stored · p)^-beta`` over its largest: what makes a mean over draws by priority that of all examples.
+    """Weights that undo the bias of draws by priority: ``(num_stored · p)^-beta``, divided by the largest.
 
     Args:
-        probability: Of those drawn, ``(B,)``.
-        num_stored: Examples that they were drawn from.
-        beta: 0 corrects nothing, 1 all.
+        probability: Probabilities of the drawn examples, ``(B,)``.
+        num_stored: Number of stored examples.
+        beta: Strength of the correction: 0 for none, 1 for a full one.
 
     Returns:
         ``(B,)``, in (0, 1].
@@ -85,11 +85,11 @@ def importance_weights(probability: Tensor, num_stored: int, beta: float) -> Ten
 
 
 def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """What to keep of logits, so that `stored_logit_loss` can compare with them.
+    """The part of logits to store for `stored_logit_loss`.
 
     Args:
         logits: ``(N, V)``.
-        k: How many of each row.
+        k: Number of largest logits in each row.
 
     Returns:
         Log-probabilities of the largest, ``(N, min(k, V))``; their classes, int32; and the log-sum-exp of all logits,
@@ -103,7 +103,7 @@ def top_logits(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def stored_logit_loss(logits: Tensor, values: Tensor, classes: Tensor, total: Tensor) -> Tensor:
-    r"""How far logits are from those that were stored by `top_logits`.
+    r"""Distance of logits from those stored by `top_logits`.
 
     Where all ``V`` were stored, their mean squared difference, as in dark experience replay. Otherwise the divergence
     ``KL(stored ‖ now)`` over the stored classes and one more for all the others together.

@@ -232,7 +232,7 @@ class ReplayMemory:
 
         Args:
             states: One state for each rank that wrote the checkpoint. Stores that it lacks are left as they are.
-            rank: Of this process.
+            rank: This rank.
             world_size: Number of ranks now.
         """
         for name, store in self._stores.items():

@@ -1,4 +1,4 @@
-"""What is made of programs that were met: variants of them, and what the model writes in their place."""
+"""Generate programs from stored ones: augmented variants, and samples of the model."""
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,15 +8,15 @@ from forge_lightning.dream.augmenter import DreamAugmenter, Run
 from forge_lightning.dream.code_augmentation import CodeExample
 
 Dream = tuple[int, str, str]
-"""Number of the problem that it was made of, prompt and completion."""
+"""Number of the problem behind it, prompt, and completion."""
 
 
 class ProgramDreams:
-    """Makes programs of programs, and counts how many held when they were run.
+    """Generates programs, and counts those that passed.
 
     Args:
-        augmenter: Makes variants; ``None`` for none.
-        temperatures: At which the model writes programs of its own, above 0 each.
+        augmenter: Makes variants; ``None`` for no variants.
+        temperatures: Sampling temperatures of programs that the model writes, above 0 each.
         max_new_tokens: Tokens of such a program at most.
     """
 
@@ -25,7 +25,7 @@ class ProgramDreams:
         self.clear()
 
     def clear(self) -> None:
-        """Begin to count afresh."""
+        """Reset all counts."""
         self.rounds = 0
         self.written, self.passed = 0, 0
         if self.augmenter is not None:
@@ -33,7 +33,7 @@ class ProgramDreams:
 
     @property
     def is_on(self) -> bool:
-        """Whether anything is ever made."""
+        """Whether anything is ever generated."""
         return self.augmenter is not None or bool(self.temperatures)
 
     def make(
@@ -44,14 +44,14 @@ class ProgramDreams:
         complete: Callable[..., Sequence[str]] | None,
         seed: int,
     ) -> Iterator[Dream]:
-        """Variants of problems that hold, then what the model writes and passes with.
+        """Variants that pass, then programs of the model that pass.
 
         Args:
-            problems: By number, as `forge_lightning.data.Problem`.
-            run: Runs programs on their tests, confined.
-            run_tasks: The same, of what ``problem.task(completion)`` gives.
-            complete: Continues prompts; of use with ``temperatures``.
-            seed: Of all choices.
+            problems: `forge_lightning.data.Problem` by number.
+            run: Runs programs on their tests in a sandbox.
+            run_tasks: Runs tasks, as ``problem.task(completion)`` returns them, in a sandbox.
+            complete: Continues prompts; needed for ``temperatures``.
+            seed: Random seed for all choices.
         """
         if not problems:
             return
@@ -73,7 +73,7 @@ class ProgramDreams:
         complete: Callable[..., Sequence[str]],
         seed: int,
     ) -> Iterator[Dream]:
-        """Where it passes, and is not the answer that was given."""
+        """Programs of the model that pass and differ from the known answer."""
         prompts = [problem.prompt for problem in problems.values()]
         for temperature in self.temperatures:
             options = {"max_new_tokens": self.max_new_tokens, "temperature": temperature, "seed": seed % (1 << 31)}
@@ -87,12 +87,12 @@ class ProgramDreams:
                     yield i, problem.prompt, completion
 
     def counts(self) -> list[float]:
-        """Variants made and held, programs written and passed; numbers that can be summed over processes."""
+        """Numbers of variants made and passed, of programs written and passed; they can be summed over ranks."""
         tried, kept = ({}, {}) if self.augmenter is None else (self.augmenter.tried, self.augmenter.kept)
         return [*(float(sum(each.values())) for each in (tried, kept)), float(self.written), float(self.passed)]
 
     def metrics(self, counts: Sequence[float]) -> dict[str, float]:
-        """What to log of `counts`: of what is made at all; NaN before the first."""
+        """Numbers to log from `counts`; NaN before the first program."""
         tried, kept, written, passed = counts
         found: dict[str, float] = {}
         if self.augmenter is not None:
@@ -102,12 +102,12 @@ class ProgramDreams:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain numbers."""
+        """Plain numbers and dicts."""
         of_augmenter = {} if self.augmenter is None else {"augmenter": self.augmenter.state_dict()}
         return {"rounds": self.rounds, "written": self.written, "passed": self.passed, **of_augmenter}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restore from `state_dict`."""
         self.rounds, self.written, self.passed = (int(state[key]) for key in ("rounds", "written", "passed"))
         if self.augmenter is not None and "augmenter" in state:
             self.augmenter.load_state_dict(state["augmenter"])

@@ -1,4 +1,4 @@
-"""How each row of a training step did, and the logits it was given: read off what somebody else's step does."""
+"""Per-example loss, success and logits of a training step of any module."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,20 +12,20 @@ from forge_lightning.core.tokens import IGNORED
 from forge_lightning.dream.functional import stored_logit_loss, top_logits
 
 KEPT = ("stored_values", "stored_classes", "stored_total")
-"""Names of what is kept of a row's logits."""
+"""Names of the stored parts of an example's logits."""
 _LEAST = -60_000.0
-"""Log-probability that is kept of the least likely: 16 bits end at 65,504."""
+"""Lowest log-probability that is stored: 16 bits end at 65,504."""
 
 
 class RowScores:
     """Reads one training step at a time.
 
     Args:
-        network: Puts out logits; ``None`` where it is not known.
-        labels: Key or position of the labels; "auto" for the usual ones.
-        shift: Whether the label of a position is what the position before it predicts. Default: as the network says.
+        network: Returns logits; ``None`` if unknown.
+        labels: Key or position of the labels; "auto" for the usual names.
+        shift: Whether position ``t`` predicts the label of ``t + 1``. Default: inferred from the network.
         mask: Key of the mask of real tokens.
-        ignore_index: Label that the loss ignores, beside -100.
+        ignore_index: Label that the loss ignores, in addition to -100.
     """
 
     def __init__(
@@ -39,7 +39,7 @@ class RowScores:
         self.network = network
         self.shifted = shift if shift is not None else network is not None and is_shifted(network)
         self.reader = LabelReader(labels, mask, self.shifted, ignore_index)
-        """What the network's outputs and the labels are."""
+        """Reads outputs as logits, and labels as classes."""
         self._known: Tensor | None = None
         self._tap = None if network is None else LogitTap(network)
         self._batch: Any = None
@@ -47,23 +47,23 @@ class RowScores:
 
     @property
     def has_logits(self) -> bool:
-        """Whether the step has put out logits."""
+        """Whether the step has returned logits."""
         return self._logits is not None
 
     def begin(self, batch: Any) -> None:
-        """Before a step; of the calls of the network the last one with a gradient counts, where there are gradients."""
+        """Call before a step. The network's last call counts; in training, its last call with a gradient."""
         self._batch, self._logits, self._known = batch, None, None
         if self._tap is not None:
             self._tap.start(with_gradient=torch.is_grad_enabled())
 
     def take(self, loss: Tensor | None = None) -> bool:
-        """After the step's forward pass. Returns whether this found logits that were not known before.
+        """Call after the forward pass. Returns whether it found logits that were unknown before.
 
         Args:
-            loss: Of the step.
+            loss: Loss of the step.
 
         Raises:
-            ValueError: If the network puts out no logits.
+            ValueError: If the network returns no logits.
         """
         if self._tap is None or self._logits is not None:
             return False
@@ -75,7 +75,7 @@ class RowScores:
         return True
 
     def end(self) -> None:
-        """Forget the step."""
+        """Drop the step."""
         self._batch = self._logits = self._known = None
         if self._tap is not None:
             self._tap.stop()
@@ -86,17 +86,17 @@ class RowScores:
             self._tap.detach()
 
     def read(self, outputs: Any, count: int) -> tuple[Tensor, Tensor]:
-        """Loss and success of each row: those that the step returns, else those of its logits.
+        """Loss and success of each example: as the step returned them, otherwise from its logits.
 
         Args:
             outputs: What the step returned.
-            count: Rows of the batch.
+            count: Number of examples in the batch.
 
         Returns:
-            ``(B,)`` fp32 each; success is NaN where only the loss is returned.
+            ``(B,)`` fp32 each; success is NaN if only losses were returned.
 
         Raises:
-            ValueError: If nothing tells them, saying why.
+            ValueError: If they cannot be inferred.
         """
         given = outputs if isinstance(outputs, Mapping) else {}
         losses, successes = (given.get(f"example_{name}") for name in ("loss", "success"))
@@ -106,14 +106,14 @@ class RowScores:
             return losses.detach().float(), found.detach().float()
         logits, labels = self._logits, self._labels()
         if logits is None:
-            raise ValueError("which part puts out logits is not known.")
+            raise ValueError("no submodule is known to return logits.")
         if labels is None or labels.shape != logits.shape[:-1]:
             shape = None if labels is None else tuple(labels.shape)
             raise ValueError(f"labels {shape} do not fit logits {tuple(logits.shape)}.")
         return scores_of_rows(logits.detach(), labels, self.shifted)
 
     def logits_to_keep(self, right: Tensor, top_k: int) -> list[list[Tensor]]:
-        """Of each row that was right `top_logits` of each label: log-probabilities in 16 bits, classes, log-sum-exps.
+        """`top_logits` of each label, for right examples only: log-probabilities in 16 bits, classes, log-sum-exps.
 
         Raises:
             ValueError: If labels and logits do not fit.
@@ -131,14 +131,14 @@ class RowScores:
         return [[t.clone() if keep else t[:0].clone() for t in parts] for keep, *parts in pieces]
 
     def distance(self, kept: Mapping[str, Sequence[Tensor]], count: int) -> Tensor | None:
-        """How far the batch's last rows are from what was kept of them, per label of the whole batch.
+        """Distance of the batch's last examples from their stored logits, per label of the whole batch.
 
         Args:
-            kept: What `logits_to_keep` gave for each, by the names in `KEPT`; empty for rows of which nothing was kept.
-            count: How many rows.
+            kept: What `logits_to_keep` returned for each, by the names in `KEPT`; empty where nothing was stored.
+            count: Number of examples.
 
         Returns:
-            A scalar with gradient; ``None`` where there is nothing to compare.
+            Scalar with gradient; ``None`` if there is nothing to compare.
         """
         labels, logits = self._labels(), self._logits
         if not kept or labels is None or logits is None or labels.shape != logits.shape[:-1]:
@@ -157,7 +157,7 @@ class RowScores:
         return self._known
 
     def _counts(self) -> Tensor:
-        """Labels of each row that a prediction is for, ``(B,)``."""
+        """Number of predicted labels of each example, ``(B,)``."""
         labels = self._labels()
         assert labels is not None, "looked at before"
         if labels.ndim == 1:

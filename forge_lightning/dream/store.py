@@ -1,4 +1,4 @@
-"""Rows of tensors as bytes, in memory or in a file that is mapped into it, and back again exactly."""
+"""Examples as bytes, in memory or in a memory-mapped file, restored exactly."""
 
 import hashlib
 import math
@@ -17,17 +17,17 @@ from forge_lightning.core.tokens import IGNORED
 
 @dataclass
 class _Field:
-    """How one field of every row is kept.
+    """How one field of every example is stored.
 
     Args:
-        dtype: As it was given.
-        stored: As it is kept: whole numbers in half the bits, while they fit.
-        tail: Shape of an entry along the first dimension of a row.
-        scalar: Whether a row is a single number.
-        pad: What fills up shorter rows, once it was seen.
-        sequence: Whether the mask says how long each row is; decided by the first batch.
-        width: Length of all rows, where it does not.
-        extra: Given row by row, with lengths of their own.
+        dtype: Type of the user's tensor.
+        stored: Type in the store: integers take half the bits while they fit.
+        tail: Shape of an entry along the example's first dimension.
+        scalar: Whether an example is a single number.
+        pad: Padding value of shorter examples, once it was seen.
+        sequence: Whether the mask gives the length of each example; decided by the first batch.
+        width: Length of all examples, if the field is no sequence.
+        extra: Whether it comes example by example, each with its own length.
     """
 
     dtype: torch.dtype
@@ -41,12 +41,12 @@ class _Field:
 
     @property
     def item(self) -> int:
-        """Bytes of an entry along the first dimension of a row."""
+        """Bytes of an entry along the example's first dimension."""
         return self.stored.itemsize * math.prod(self.tail)
 
 
 class PackedRows:
-    """A batch as bytes; a row is put together only when it is asked for."""
+    """A batch as bytes. An example is assembled only when it is read."""
 
     def __init__(self, items: Sequence[int], arrays: Sequence[Any], counts: Any, halved: Sequence[bool]) -> None:
         self.counts = counts
@@ -63,11 +63,11 @@ class PackedRows:
         return [array[i][: item * count] for array, item, count in pieces]
 
     def length(self, i: int) -> int:
-        """Bytes of a row."""
+        """Bytes of an example."""
         return sum(item * count for item, count in zip(self._items, self.counts[i].tolist(), strict=True))
 
     def ids(self) -> list[int]:
-        """A number made of each row's content, of 62 bits."""
+        """Hashes of the examples' contents, 62 bits each."""
         ids = []
         for i in range(len(self)):
             digest = hashlib.blake2b(digest_size=8)
@@ -78,19 +78,19 @@ class PackedRows:
 
 
 class RowStore:
-    """Rows by slot: the same fields in each, of any length along their first dimension.
+    """Examples by slot: the same fields in each, of any length along their first dimension.
 
-    Sequences are the fields of whole numbers, ``(B, T)``, that are as long as the mask in the first batch. What the
+    Sequences are the integer fields, ``(B, T)``, that are as long as the mask in the first batch. What the
     mask covers at their end is left out, and filled up again where rows are read together. Batches that are padded at
     the front are kept whole, and filled up there.
 
     Args:
         capacity: Number of slots.
         mask: Field that is 0 where sequences are padded.
-        folder: Where a file is made for the rows, which goes with the process. Default: they are kept in memory.
+        folder: Folder of a file for the examples, which ends with the process. Default: memory.
         owner: Name for error messages.
-        labels: Fields that are filled up with ``label_pad``.
-        label_pad: Label that takes no loss.
+        labels: Fields that are padded with ``label_pad``.
+        label_pad: Label that the loss ignores.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class RowStore:
         self._counts: Any = np.zeros((capacity, 0), np.int64)  # entries of each field of each row
 
     def pack(self, rows: Mapping[str, Tensor], extras: Mapping[str, Sequence[Tensor]]) -> PackedRows:
-        """Make bytes of a batch.
+        """Convert a batch to bytes.
 
         Args:
             rows: ``(B, ...)`` each.
@@ -158,16 +158,16 @@ class RowStore:
         )
 
     def put(self, slot: int, packed: PackedRows, i: int) -> None:
-        """Keep the ``i``-th row of a batch, in a free slot."""
+        """Store the ``i``-th example of a batch in a free slot."""
         self._put(slot, packed[i], packed.counts[i])
 
     def free(self, slot: int) -> None:
-        """Forget a row."""
+        """Drop an example."""
         self.num_bytes -= len(self._bytes[slot])
         self._bytes.free(slot)
 
     def read(self, slots: Sequence[int]) -> tuple[dict[str, Tensor], dict[str, list[Tensor]]]:
-        """Rows ``(B, ...)``, padded at the end to the longest, and the extras of each."""
+        """Fields ``(B, ...)``, padded at the end to the longest example, and the extras of each."""
         split = [self._split(slot) for slot in slots]
         all_counts = self._counts[np.array(slots)]
         rows: dict[str, Tensor] = {}
@@ -191,20 +191,20 @@ class RowStore:
 
     @property
     def sequences(self) -> list[str]:
-        """Fields whose rows have lengths of their own."""
+        """Fields whose examples may differ in length."""
         return [name for name, field in self._fields.items() if field.sequence]
 
     def length(self, slot: int) -> int:
-        """Bytes of a stored row."""
+        """Bytes of a stored example."""
         return len(self._bytes[slot])
 
     @property
     def pads(self) -> dict[str, float]:
-        """What fills up shorter rows, by field."""
+        """Padding value, by field."""
         return {name: field.pad or 0 for name, field in self._fields.items() if not field.extra}
 
     def state_dict(self, slots: Sequence[int]) -> dict[str, Any]:
-        """The rows of these slots, as plain tensors and lists."""
+        """The examples in these slots, as plain tensors and lists."""
         blobs = [self._bytes[slot] for slot in slots]
         fields = {
             name: [_name(f.dtype), _name(f.stored), list(f.tail), f.scalar, f.pad, f.sequence, f.width, f.extra]
@@ -219,7 +219,7 @@ class RowStore:
         }
 
     def load(self, state: Mapping[str, Any], slots: Mapping[int, int]) -> None:
-        """Take rows of a `state_dict`: of each place in it, to a free slot."""
+        """Load examples from a `state_dict`: from each position in it to a free slot."""
         if not self._fields:
             self._fields = {
                 name: _Field(getattr(torch, dtype), getattr(torch, stored), tuple(tail), *rest)
@@ -253,7 +253,7 @@ class RowStore:
         self._counts = np.zeros((self._capacity, len(self._fields)), np.int64)
 
     def _real_lengths(self, mask: Tensor) -> Any:
-        """Positions up to the last one that counts, ``(B,)``; all where rows are padded at the front."""
+        """Positions up to the last one that the mask keeps, ``(B,)``; all if examples are padded at the front."""
         counts = mask.detach().cpu().ne(0)
         self.padded_at_front |= bool((counts[:, -1] & ~counts[:, 0]).any()) if counts.shape[1] else False
         if self.padded_at_front:
@@ -285,7 +285,7 @@ class RowStore:
         return tensor.to(field.stored)
 
     def _widen(self, name: str, field: _Field) -> None:
-        """Keep a field whole, whose numbers no longer fit into half."""
+        """Store a field in full width, because its numbers no longer fit into half."""
         place = list(self._fields).index(name)
         pieces = {slot: self._split(slot) for slot in self._bytes.slots()}
         field.stored = field.dtype
@@ -298,7 +298,7 @@ class RowStore:
         self._bytes[slot] = row
 
     def _as_here(self, blob: Any, state: Mapping[str, Any], place: int) -> Any:
-        """A row of a state whose whole numbers may be kept in another width than here."""
+        """An example of a state whose integers may have another width than here."""
         parts, at = [], 0
         saved = [getattr(torch, stored) for _, stored, *_ in state["fields"].values()]
         if saved == [field.stored for field in self._fields.values()]:
@@ -340,7 +340,7 @@ class _Memory:
 
 
 class _Mapped:
-    """In a file of records as long as the longest row so far, each doubling a copy. Holes take no space on disk."""
+    """Bytes by slot, in a file of records as long as the longest example so far. Unused parts take no disk space."""
 
     def __init__(self, folder: str | Path, capacity: int) -> None:
         self._folder, self._capacity = folder, capacity
@@ -379,7 +379,7 @@ def _bytes_of(tensor: Tensor) -> Any:
 
 
 def _doubled(part: Any) -> Any:
-    """Whole numbers of 32 bits as such of 64."""
+    """Convert 32-bit integers to 64 bits."""
     return part.copy().view(np.int32).astype(np.int64).view(np.uint8)
 
 

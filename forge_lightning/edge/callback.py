@@ -37,7 +37,7 @@ class EdgeController(ForgeCallback):
     ``forge/edge/target_high``; with "item" also ``forge/edge/mastered`` (share of examples expected to succeed more
     often than the band allows).
 
-    Cost: 0.5 to 0.8 ms of CPU a step, and one small exchange between processes.
+    Cost: 0.5 to 0.8 ms of CPU a step, and one small exchange between ranks.
 
     When to use: examples differ much in difficulty, the hard ones teach nothing yet and the easy ones nothing more, and
     no ramp from easy to hard has been tuned.
@@ -50,7 +50,7 @@ class EdgeController(ForgeCallback):
     8 %; judge by the mean.
 
     Args:
-        target_range: Band of success to hold, within (0, 1). Its middle is aimed at.
+        target_range: Band of success, low and high within (0, 1). The aim is its middle.
         policy: "skill": one skill for all difficulties, which must be in an order. "bandit": arms without an order, as
             families of tasks. "item": a skill, and a difficulty for each example of a data set, which declared ones
             help to know. "auto": "item" for a data set; for levels "skill" if they are in an order, else "bandit".
@@ -60,11 +60,11 @@ class EdgeController(ForgeCallback):
             success from another callback that measured it, as `CodeEvaluation(every_n_steps=...)` does on examples of a
             data set; ``success_rate`` is then that of the measured ones.
         loss_threshold: Count a ``signal`` up to this as success. A single loss counts for the whole batch.
-        soft: For "item": learn from log-likelihoods, which tell much more than right and wrong.
-        epsilon: Share of examples drawn from all difficulties, in [0, 1]: none is forgotten, and each stays known.
-        spread: Spread of difficulties in logits of success, for "skill".
-        steer: Choose. Otherwise only watch, and change nothing.
-        seed: Seed of the choices.
+        soft: For "item": learn from log-likelihoods, which carry much more information than right and wrong.
+        epsilon: Share of examples drawn from all difficulties, in [0, 1], so that none is forgotten or out of date.
+        spread: Spread of difficulties in logits of success, for "skill", at least 0.
+        steer: Choose examples. If false, the callback only measures, and changes nothing.
+        seed: Random seed for the choices.
         name: Tells two instances apart.
 
     Raises:
@@ -108,7 +108,9 @@ class EdgeController(ForgeCallback):
         if soft and (policy not in ("auto", "item") or loss_threshold is not None):
             raise ValueError("`EdgeController(soft=True)` goes with policy='item', and without `loss_threshold`.")
         if signal == "loss" and loss_threshold is None:
-            raise ValueError("`EdgeController(signal='loss')` is no success: set `loss_threshold`.")
+            raise ValueError(
+                "`EdgeController(signal='loss')` needs `loss_threshold`: a loss at or below it counts as success."
+            )
         self.target_range, self.policy, self.signal = (low, high), policy, signal
         self.loss_threshold, self.soft = loss_threshold, soft
         self.epsilon, self.spread, self.steer, self.seed = epsilon, spread, steer, seed
@@ -202,7 +204,7 @@ class EdgeController(ForgeCallback):
         if self.signal == "outcomes":
             arms, success = self._measured_elsewhere(trainer)
         else:
-            arms, success = np.array(self._arms), self._everybodys(trainer, pl_module, outputs, len(self._arms))
+            arms, success = np.array(self._arms), self._gather_success(trainer, pl_module, outputs, len(self._arms))
         self._batches += 1
         logs = is_logging_step(trainer)
         expected = self._expected(np.array(self._arms)) if logs else math.nan  # before it knows
@@ -286,7 +288,7 @@ class EdgeController(ForgeCallback):
             return SkillTracker(low, high, target, self.spread, self.epsilon, seed=self.seed)
         if policy == "item" and sampler.makes_examples:
             raise self.refuse(
-                "policy='item' on examples that are made when asked for",
+                "policy='item' on examples that are generated on the fly",
                 "none comes twice",
                 "Use 'skill' or 'bandit'.",
             )
@@ -303,7 +305,7 @@ class EdgeController(ForgeCallback):
         if sampler.num_arms < together:
             raise self.refuse(
                 f"policy='item' on {sampler.num_arms} examples",
-                f"a batch of all processes holds {together} different ones",
+                f"a batch over all ranks holds {together} different ones",
                 "Use a smaller batch.",
             )
         return ItemTracker(features, **options)
@@ -331,8 +333,8 @@ class EdgeController(ForgeCallback):
             self._steps_counted += 1
             self._steps_in_band += low <= self.success_rate <= high
 
-    def _everybodys(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, count: int) -> Any:
-        """Success of every example of the batch, over all processes; NaN where a process has none to tell."""
+    def _gather_success(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, count: int) -> Any:
+        """Success of every example of the batch, over all ranks; NaN where a rank has none."""
         mine = self._success(trainer, outputs)
         world = trainer.world_size
         if not self._told:
@@ -394,7 +396,7 @@ class EdgeController(ForgeCallback):
         )
 
     def _measured_elsewhere(self, trainer: Trainer) -> tuple[Any, Any]:
-        """Outcomes of another callback that are new; the same on all processes."""
+        """New outcomes of another callback; the same on all ranks."""
         callbacks: Sequence[Any] = trainer.callbacks  # type: ignore[attr-defined]
         sources = [callback for callback in callbacks if isinstance(callback, SupportsOutcomes)]
         sources.sort(key=lambda callback: not callback.outcomes)

@@ -1,4 +1,4 @@
-"""How complicated a text or a program is, by measures that do not depend on a model.
+"""Complexity of a text or a program, by measures that need no model.
 
 None of them is difficulty. They are features that predict it, in different units: combine them by rank, or let a model
 of skill learn their weights.

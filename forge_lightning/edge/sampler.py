@@ -1,4 +1,4 @@
-"""Drawing training examples by difficulty, on any number of processes, with any number of loader workers."""
+"""Draw training examples by difficulty, with any number of ranks and loader workers."""
 
 import math
 from collections import deque
@@ -13,18 +13,18 @@ from forge_lightning.core.stateful_loader import ResumableSampler
 from forge_lightning.edge.trackers import SkillTracker
 
 _MOST_TIMES = 3  # that one example is drawn by its difficulty in as many draws as there are examples
-_MOST_BLOCKS = 512  # drawn batches that are remembered where nobody asks for them
+_MOST_BLOCKS = 512  # drawn batches that are remembered while none is asked for
 
 
 class DifficultySampler(ResumableSampler):
-    """Draws examples of chosen difficulty, once `EdgeController` chooses; until then, and without one, all alike.
+    """Draws examples of a chosen difficulty once `EdgeController` steers it; without one it shuffles.
 
     Examples of a data set that has a length: ``DifficultySampler(dataset, difficulty)`` yields their indices, in a new
-    order each epoch while nobody chooses. Examples that are made when asked for: ``DifficultySampler(dataset,
+    order each epoch while nothing steers it. Examples that are made when asked for: ``DifficultySampler(dataset,
     levels=...)`` yields ``(serial, level)`` with a number of its own for every example, so that the data set can make
     one of that level and put both into the batch.
 
-    A `DistributedSampler`, the one kind that Lightning leaves alone. All processes make the same choices, and each
+    A `DistributedSampler`, the one kind that Lightning leaves alone. All ranks make the same choices, and each
     takes its share. With ``num_workers`` loader workers, choices are ``num_workers × prefetch_factor`` batches old when
     they are trained on; outcomes are credited to what was really drawn. In a `StatefulDataLoader` a run resumes inside
     an epoch with what was drawn ahead.
@@ -33,10 +33,10 @@ class DifficultySampler(ResumableSampler):
         dataset: Map-style data set.
         difficulty: Difficulty of each example, ``(N,)``: a column of the data, `forge_lightning.functional`'s measures,
             or anything that orders them. Default: unknown, to be learned.
-        levels: Difficulties that examples can be made of, ``(K,)``, in place of ``difficulty``.
-        batch_size: Examples a batch and process, as the loader's.
-        num_samples: Examples an epoch, over all processes; needed with ``levels``. Default: as many as there are.
-        seed: Seed of the order and of the choices.
+        levels: Difficulties at which examples can be made, ``(K,)``, instead of ``difficulty``.
+        batch_size: Examples of a batch on one rank, as in the loader.
+        num_samples: Examples of an epoch, over all ranks; needed with ``levels``. Default: the size of the data set.
+        seed: Random seed for the order and the choices.
 
     Raises:
         TypeError: If the data set is iterable: its examples cannot be chosen.
@@ -54,8 +54,8 @@ class DifficultySampler(ResumableSampler):
     ) -> None:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
             raise TypeError(
-                f"`DifficultySampler` chooses examples, and {type(dataset).__name__} is iterable: its examples come in"
-                " their own order. Give a data set with `__getitem__`."
+                f"`DifficultySampler` needs a data set with `__getitem__`; {type(dataset).__name__} is iterable: its"
+                " examples come in their own order."
             )
         if batch_size < 1:
             raise ValueError(f"`DifficultySampler(batch_size={batch_size})` must be at least 1.")
@@ -88,11 +88,11 @@ class DifficultySampler(ResumableSampler):
 
     @property
     def num_examples(self) -> int:
-        """Number of examples of an epoch, over all processes."""
+        """Number of examples of an epoch, over all ranks."""
         return self.epoch_size
 
     def bind(self) -> None:
-        """Take the shape of the running process group, if there is one."""
+        """Read rank and world size from the running process group, if there is one."""
         if torch.distributed.is_available() and torch.distributed.is_initialized():
             self.num_replicas, self.rank = torch.distributed.get_world_size(), torch.distributed.get_rank()
         self.num_samples = math.ceil(self.epoch_size / self.num_replicas)
@@ -120,14 +120,14 @@ class DifficultySampler(ResumableSampler):
                 yield (serial + place, arms[place]) if self.makes_examples else arms[place]
 
     def _order(self, epoch: int) -> list[int]:
-        """The shuffle of an epoch, over all processes: what is drawn while nobody chooses."""
+        """The shuffle of an epoch, over all ranks, which is drawn while nothing steers."""
         if self.makes_examples:
             return []
         order = torch.randperm(self.num_arms, generator=torch.Generator().manual_seed(self.seed + epoch)).tolist()
         return (order * math.ceil(self.total_size / len(order)))[: self.total_size]
 
     def _draw(self, count: int, order: list[int], begin: int) -> list[int]:
-        """Arms of one batch of all processes: indices of examples, or of levels."""
+        """Arms of one batch over all ranks: indices of examples, or of levels."""
         if self.policy is None:
             if self.makes_examples:
                 return [int(arm) for arm in self._rng.integers(0, self.num_arms, count)]
@@ -172,7 +172,7 @@ class DifficultySampler(ResumableSampler):
             room *= 2
 
     def arms_of(self, batch: int) -> list[int] | None:
-        """What was drawn for a batch of the epoch, over all processes: the ``i``-th is that of process ``i mod W``.
+        """Arms drawn for a batch of the epoch, over all ranks: the ``i``-th belongs to rank ``i mod W``.
 
         ``None`` where it is no longer known.
         """

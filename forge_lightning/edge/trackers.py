@@ -1,6 +1,6 @@
-"""What to train on next, so that success stays in a band: estimators of skill that also choose difficulties.
+"""Estimate skill, and choose difficulties so that success stays in a band.
 
-All work in float64 on the CPU, keep their own random stream, and give the same choices on every process that feeds them
+All work in float64 on the CPU, have their own random generator, and make the same choices on every rank that feeds them
 the same outcomes.
 """
 
@@ -17,7 +17,7 @@ Integers = NDArray[np.int64]
 _LEAST_LOG_SLOPE = -1.2  # flatter, and slips on easy examples would make hard ones look within reach
 _MOST_AIMED = 4096  # items that the aim is computed from
 _WIDEST_AIM = 6.0  # logits that the aim may be away from the target
-_OFF = 4.0  # standard deviations beside the others from which on an outcome tells the skill nothing more
+_OFF = 4.0  # standard deviations from the others, from which on an outcome does not change the skill
 _FEW = 8  # outcomes at least that "the others" are
 _LEAST_LOG = -20.0  # logarithm of a probability of 0, where no other outcome was less likely
 _UNITS = 10.0  # a range of difficulties is ten units wide, whatever it is called outside
@@ -39,7 +39,7 @@ class DifficultyPolicy(Protocol):
         """Plain numbers and lists."""
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`."""
+        """Restore from `state_dict`."""
 
 
 class SkillTracker:
@@ -59,7 +59,7 @@ class SkillTracker:
         epsilon: Share drawn from the whole range, in [0, 1].
         drift: Variance that the skill may gain a step, in units of a tenth of the range, at least 0.
         surprise: Standard deviations at which outcomes count as a jump, above 0.
-        seed: Seed of the draws.
+        seed: Random seed for the draws.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -188,7 +188,7 @@ class SkillTracker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`.
+        """Restore from `state_dict`.
 
         Raises:
             ValueError: If it is of another range of difficulties.
@@ -206,7 +206,7 @@ class ItemTracker:
     ``x_i`` are features that predict difficulty, with learned weights ``w``; ``u_i`` is what is left, an item's own,
     and grows uncertain again while the item is not seen. Outcomes enter by an extended Kalman filter: as 0 or 1, or,
     much better, as the probability that the model gives to the right answer. Items are drawn by how near a draw from
-    their posterior comes to an aim; a share ``epsilon`` is drawn from all. The aim is moved until the believed mean
+    their posterior is to an aim; a share ``epsilon`` is drawn from all. The aim is moved until the believed mean
     success of what is drawn is ``target``: items are more numerous on one side of it, and pull the mean there.
 
     With ``replace``, items are arms of a bandit that may be drawn again and again, as families of generated tasks are;
@@ -220,9 +220,9 @@ class ItemTracker:
         epsilon: Share drawn from all items alike, in [0, 1].
         item_std: Prior standard deviation of ``u_i`` in logits, above 0.
         item_drift: Variance that ``u_i`` gains for each update that passes, at least 0.
-        drift: The same of ``θ``.
+        drift: Variance that ``θ`` gains for each update, at least 0.
         surprise: Standard deviations at which outcomes count as a jump of skill, above 0.
-        seed: Seed of the draws.
+        seed: Random seed for the draws.
 
     Raises:
         ValueError: If an argument is out of range, or a feature is not finite.
@@ -302,7 +302,7 @@ class ItemTracker:
 
     def _aim(self) -> float:
         """The logit to draw around, so that the believed mean success of a batch is the target: by bisection."""
-        every = max(1, len(self._own) // _MOST_AIMED)  # of many items a part tells
+        every = max(1, len(self._own) // _MOST_AIMED)  # of many items, a part is enough
         logits = self._logits()[::every]
         variance = 0.25 * (self._own_variance[::every] + self._cov[0, 0]) + self.temperature**2
         chance = _sigmoid(logits)
@@ -330,7 +330,7 @@ class ItemTracker:
             success: 0 or 1 for each, or, with ``soft``, the probability of the right answer. One of 0 counts as the
                 least of all so far.
             soft: Take logits of ``success`` as observed, with noise of variance 1. What is far from the other outcomes
-                tells of its item alone.
+                updates its item alone.
             is_log: With ``soft``, ``success`` holds logarithms of probabilities, at most 0.
         """
         i, y = np.asarray(arms, dtype=np.int64), np.asarray(success, dtype=float)
@@ -362,7 +362,7 @@ class ItemTracker:
             noise, residual = 1 / (weight * counts), (np.clip(y, 1e-6, 1 - 1e-6) - p) / weight
         own = noise + self._own_variance[i]
         shared = residual  # what the shared skill learns from
-        if soft:  # an answer that is all but impossible tells of its item, not of the others
+        if soft:  # an all but impossible answer updates its item, not the others
             shared = usual + np.clip(residual - usual, -_OFF * np.sqrt(own), _OFF * np.sqrt(own))
         unit = 1 / own
         toward = design.T @ unit
@@ -371,7 +371,7 @@ class ItemTracker:
         # In the form of the few shared numbers, not of the many items.
         cov = np.linalg.inv(np.linalg.inv(cov) + (design.T * unit) @ design)
         step = cov @ (design.T @ (unit * shared))
-        longest = math.inf if soft else 2.0  # a linearised outcome tells little far from where it was linearised
+        longest = math.inf if soft else 2.0  # far from where it was linearised, an outcome carries little information
         self._mean = self._mean + np.clip(step, -longest, longest)
         self._cov = (cov + cov.T) / 2
         share = self._own_variance[i] / own
@@ -395,13 +395,13 @@ class ItemTracker:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`.
+        """Restore from `state_dict`.
 
         Raises:
-            ValueError: If it is of another number of items.
+            ValueError: If the number of items differs.
         """
         if len(state["own"]) != len(self._own):
-            raise ValueError(f"The state is of {len(state['own'])} items, and there are {len(self._own)}.")
+            raise ValueError(f"The state has {len(state['own'])} items, and the data set {len(self._own)}.")
         self._mean, self._cov = np.array(state["mean"]), np.array(state["cov"])
         self._own, self._own_variance = np.array(state["own"]), np.array(state["own_variance"])
         self._least, self._recent = state.get("least", _LEAST_LOG), list(state.get("recent", self._recent))
@@ -415,7 +415,7 @@ def _check(**arguments: tuple[float, bool, str]) -> None:
 
 
 def _inverse(a: float, b: float, c: float) -> tuple[float, float, float]:
-    """Of the symmetric ``[[a, b], [b, c]]``."""
+    """Inverse of the symmetric ``[[a, b], [b, c]]``."""
     determinant = a * c - b * b
     return c / determinant, -b / determinant, a / determinant
 

@@ -25,7 +25,7 @@ class CodeEvaluation(ForgeCallback):
     """Generate programs for the validation or test problems, run their tests, and log pass@k.
 
     Hook: the end of every ``every_n_validations``-th validation, and of testing; or every ``every_n_steps`` optimizer
-    steps, on training problems in turn. Problems are split over the processes. Generated programs
+    steps, on training problems in turn. Problems are split over the ranks. Generated programs
     are kept in ``programs.jsonl`` in the run directory. They run in `forge_lightning.sandbox.Sandbox`. The reference
     solutions of the problems are run once; a warning counts those that fail, as no program can solve such a problem.
 
@@ -33,8 +33,8 @@ class CodeEvaluation(ForgeCallback):
     Changes: nothing.
     Logs: after each evaluation, ``forge/code_evaluation/pass_at_1`` (and one such key for every other ``k``), in
     [0, 1], ``forge/code_evaluation/timeout_rate``, the share of programs that ran out of time, and
-    ``forge/code_evaluation/num_problems``, how many were evaluated. With ``temperatures``, testing logs all of these
-    for each, as ``forge/code_evaluation/at_0.2/pass_at_1``, and writes ``temperature_study.json`` into the run
+    ``forge/code_evaluation/num_problems``, the number of evaluated problems. With ``temperatures``, testing logs all of
+    these for each, as ``forge/code_evaluation/at_0.2/pass_at_1``, and writes ``temperature_study.json`` into the run
     directory, with standard errors over the problems.
 
     Cost: a generation of up to ``num_samples × max_new_tokens`` tokens a problem, and 7 ms of CPU a program, or
@@ -137,8 +137,8 @@ class CodeEvaluation(ForgeCallback):
 
     @property
     def outcomes(self) -> list[dict[str, Any]]:
-        """Of the last evaluation on training problems, over all processes: ``step``, ``example`` (its place in the data
-        set) and ``success``.
+        """Results of the last evaluation on training problems, over all ranks: ``step``, ``example`` (its index in the
+        data set) and ``success``.
         """
         return list(self._outcomes)
 
@@ -153,7 +153,7 @@ class CodeEvaluation(ForgeCallback):
         if uses_strategy(trainer, "ModelParallelStrategy", "FSDPStrategy"):
             raise self.refuse(
                 "sharded weights",
-                "the processes would generate out of step",
+                "ranks would generate out of step",
                 "Leave it out of the training, and run `forge-fit test` on the checkpoint with one process.",
             )
         try:
@@ -303,7 +303,7 @@ class CodeEvaluation(ForgeCallback):
     def _measure(
         self, trainer: Trainer, pl_module: Any, split: str, mine: Sequence[tuple[int, Any]], verdicts: Sequence[Verdict]
     ) -> tuple[dict[str, Tensor], list[dict[str, float]]]:
-        """Over all processes: what is logged, and pass@k with its error.
+        """Numbers to log, over all ranks, and pass@k with its standard error.
 
         A problem of which a program was left out for want of time does not count.
         """
@@ -355,7 +355,7 @@ class CodeEvaluation(ForgeCallback):
 
 
 def _gathered(trainer: Trainer, table: Tensor) -> Tensor:
-    """Everybody's rows, whose numbers may differ, in one order on all processes."""
+    """Gather rows from all ranks, which may have different numbers of them, in the same order on all ranks."""
     counts = trainer.strategy.all_gather(torch.tensor(len(table), device=table.device)).flatten().tolist()
     padded = torch.zeros(max(counts), table.shape[1], dtype=table.dtype, device=table.device)
     padded[: len(table)] = table

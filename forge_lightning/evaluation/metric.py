@@ -1,4 +1,4 @@
-"""pass@k as a metric over batches and processes."""
+"""pass@k as a metric over batches and ranks."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ class PassAtK(Metric):
         self.add_state("num_passed", default=[], dist_reduce_fx="cat")
 
     def update(self, num_samples: Tensor, num_passed: Tensor) -> None:
-        """Add problems: how many samples each had, and how many of them passed, both ``(N,)``."""
+        """Add problems: the number of samples of each, and the number that passed, both ``(N,)``."""
         self.num_samples.append(num_samples)
         self.num_passed.append(num_passed)
 

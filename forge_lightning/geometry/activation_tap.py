@@ -1,4 +1,4 @@
-"""Keeping a few rows of what chosen layers put out, without keeping the rest alive."""
+"""Copy a few rows of chosen layers' activations, without keeping the rest alive."""
 
 import math
 import sys
@@ -31,7 +31,7 @@ class ActivationTap:
             every one that is not padding, "auto" the labelled ones where labels are ``(B, T)``, else all. Position 0 is
             left out by "labelled" and "auto" where others remain: it is nearly the same for all texts.
         unique_tokens: Take each token at most once: repeated tokens make a cloud look thinner than it is.
-        output_key: Entry of a mapping that is the activation.
+        output_key: Key of the activation, if a layer returns a mapping.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class ActivationTap:
         self._handles = [module.register_forward_hook(hooks[name]) for name, module in self.modules.items()]
 
     def detach(self) -> None:
-        """Remove the hooks and forget the rows."""
+        """Remove the hooks and drop the rows."""
         for handle in self._handles:
             handle.remove()
         self._handles = []
@@ -71,8 +71,8 @@ class ActivationTap:
         """Copy at most ``limit`` rows of each layer from the next forward pass.
 
         Args:
-            fields: What of the batch says which positions count.
-            limit: Rows.
+            fields: Mask, labels and tokens of the batch.
+            limit: Number of rows.
             seed: Random seed for their choice.
         """
         self._fields, self._limit, self._seed = fields, limit, seed
@@ -84,7 +84,7 @@ class ActivationTap:
             self._eager.__enter__()
 
     def stop(self) -> None:
-        """Copy no more, until the next `start`."""
+        """Stop copying until the next `start`."""
         self._active = False
         if self._eager is not None:
             self._eager.__exit__(None, None, None)
@@ -94,13 +94,13 @@ class ActivationTap:
         self._tokens_now = set()
 
     def clear(self) -> None:
-        """Forget the rows."""
+        """Drop the rows."""
         self.rows = {name: [] for name in self.modules}
         self.seconds = 0.0
         self._tokens_taken.clear()
 
     def num_rows(self) -> int:
-        """Rows of the layer that has most: one that is never called must not keep the others waiting."""
+        """Number of rows of the layer with the most: a layer that is never called must not hold up the others."""
         return max((sum(len(part) for part in parts) for parts in self.rows.values()), default=0)
 
     def _copy_rows(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
@@ -119,7 +119,7 @@ class ActivationTap:
     def _copy(self, name: str, output: Any) -> None:
         x = activation_of(output, name, self.output_key).detach()
         if x.ndim < 2:
-            raise ValueError(f"Layer {name!r} puts out {tuple(x.shape)}; a probe needs (N, D), (B, T, D) or more.")
+            raise ValueError(f"Layer {name!r} returns {tuple(x.shape)}; a probe needs (N, D), (B, T, D) or more.")
         if is_positions_first(x, self._fields):
             x = x.transpose(0, 1)
         shape = tuple(x.shape[:2]) if x.ndim == 3 else (len(x),)
@@ -153,8 +153,8 @@ class ActivationTap:
         mask, labels = (None if t is None else t.detach().cpu() for t in (self._fields.mask, self._fields.labels))
         if mask is not None and math.prod(shape) not in (mask.numel(), len(mask)) and not bool(mask.all()):
             raise ValueError(
-                f"The batch's mask is {tuple(mask.shape)} and a layer puts out {shape} rows: what is padding cannot be"
-                " told. Name layers that keep the positions, or set `mask` to null."
+                f"The batch's mask is {tuple(mask.shape)} and a layer returns {shape} positions: cannot infer which are"
+                " padding. Name layers that keep the positions, or set `mask` to null."
             )
         if len(shape) == 1:
             return everything if mask is None or mask.numel() != shape[0] else everything[mask.flatten().bool()]

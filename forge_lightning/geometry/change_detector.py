@@ -1,4 +1,4 @@
-"""Finding phase transitions in a series as it comes in."""
+"""Find phase transitions in a series, value by value."""
 
 import math
 from collections import deque
@@ -28,7 +28,7 @@ class ChangeDetector:
 
     False alarms in 300 series of 200 values without a change, of noise of 8 % of which a value keeps a share from the
     one before: none of a share of 0 and of 0.5, 76 of 0.9, 21 of 0.98. Noise that lasts looks like a change while it
-    does; with ``relative_change=0.35`` there is none in any of these.
+    does; with ``relative_change=0.35`` it reports none in any of these.
     Falls by 40 % and more, and rises to double, under noise of 3 %: all found, within 25 values of their
     begin. On recorded runs: `benchmarks/phases.md`.
 
@@ -57,7 +57,7 @@ class ChangeDetector:
         self._levels: deque[float] = deque(maxlen=10)
 
     def update(self, step: int, value: float, healthy: bool = True) -> Change | None:
-        """Take the next value of the series; returns the change that it completes."""
+        """Add the next value of the series. Returns the change that it completes."""
         if not healthy or not math.isfinite(value) or value <= 0:
             return None
         self._level = value if self._level is None else self._level + self.smoothing * (value - self._level)
@@ -117,7 +117,7 @@ def trend_confidence(values: list[float], direction: str) -> float:
 
 
 class LossHealth:
-    """Tells when a loss has come down far enough to look at dimensions, and when it spikes.
+    """Detects when a loss is low enough for dimensions to mean something, and when it spikes.
 
     It begins once the median of five losses is below a fifth of the first; from then on a loss is healthy that is at
     most twice the median of the last 15 healthy ones, plus 0.1 nats. 30 unhealthy ones in a row are the new normal.

@@ -31,7 +31,7 @@ _BACKEND = "skdim:"
 
 
 def check_estimators(names: Sequence[str]) -> None:
-    """Refuse names that stand for nothing.
+    """Refuse unknown names.
 
     Raises:
         ValueError: If an estimator is unknown, naming close ones.
@@ -84,7 +84,7 @@ def estimate(points: Tensor, names: Sequence[str]) -> Estimates:
 
 
 def _scikit_dimension(cloud: PointCloud, name: str) -> DimensionEstimate:
-    """On the points without duplicates, in fp64; the global random stream is left as it was."""
+    """Estimate on the points without duplicates, in fp64. The global random generator is left as it was."""
     import numpy as np
     import skdim.id
 

@@ -1,4 +1,4 @@
-"""How many dimensions a cloud of points fills: estimators that share one Gram matrix.
+"""Estimators of the intrinsic dimension of a cloud of points, which share one Gram matrix.
 
 Every estimator takes ``(N, D)`` points of any floating type on any device, or a `PointCloud` of them, and returns a
 `DimensionEstimate`. All local estimators read too low above ten dimensions, and by an amount that depends on ``N`` and
@@ -24,7 +24,7 @@ class DimensionEstimate(NamedTuple):
     """A dimension and how sure it is."""
 
     dimension: float
-    """NaN where there is none to be had; ``reason`` says why."""
+    """NaN if it cannot be estimated; ``reason`` says why."""
     standard_error: float
     num_points: int
     """Points left after duplicates are removed."""

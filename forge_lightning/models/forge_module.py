@@ -371,8 +371,8 @@ def refuse_config(options: dict[str, Any], tokenizer: Any = None) -> bool:
     """Raise what building the model would, without memory for its weights.
 
     Args:
-        options: As of ``ForgeModule(config=...)``.
-        tokenizer: Of the data, where it is known.
+        options: The ``config`` of `ForgeModule`.
+        tokenizer: Tokenizer of the data, if known.
 
     Returns:
         Whether the model could be made; of one that needs its weights for that, nothing more is known.
@@ -397,7 +397,7 @@ def refuse_pretrained(name: str, **options: Any) -> None:
     """Raise what building the model would, if there is no config by a hub name, or no config or weights in a folder.
 
     Args:
-        name: As of ``ForgeModule(pretrained=...)``.
+        name: The ``pretrained`` of `ForgeModule`.
         **options: Of the checkpoint, as ``revision``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Pictures of runs, in a light and a dark version, with colours that the colour-blind tell apart."""
+"""Pictures of runs, in a light and a dark version, with colours for the colour-blind."""
 
 import math
 import warnings

@@ -34,7 +34,7 @@ def self_model(run: RunTrace) -> Any | None:
         above.get_lines()[-1].set(linewidth=1, linestyle=(0, (3, 2)))
     later = [v for steps, values in explained.values() for v in values[len(steps) // 2 :] if math.isfinite(v)]
     above.set(xlabel=STEP, ylabel="explained variance")
-    above.set_ylim(min([-0.03, *later]), 1.03)  # how bad it began is told in a word
+    above.set_ylim(min([-0.03, *later]), 1.03)  # how bad it was at first is written in words
     whole = [v for _, values in explained.values() for v in values]
     above.set_title("Predicted, beyond the best constant" + cut_off(above, whole))
     above.legend(loc="best", ncols=2)

@@ -130,7 +130,7 @@ def read_run(path: str | Path) -> RunTrace:
 
 
 def _find_other_names(run: RunTrace) -> None:
-    """Of a project with names of its own; where more than one could be meant, none is taken."""
+    """The metric of a project with its own names; ``None`` if more than one could be meant."""
     for usual, words in (("val/loss", ("loss", "nll")), ("val/accuracy", ("acc", "exact_match", "success"))):
         if run.find(*(VAL_LOSS if usual == "val/loss" else VAL_SUCCESS)) is None:
             splits = {name: split for name in run.series if (split := split_of(name)) is not None}
@@ -296,7 +296,7 @@ def _runs_below(directory: Path) -> list[str]:
 
 
 def _config_of(run: RunTrace) -> str:
-    """The text of the config that `forge-fit` leaves in a run; empty where there is none."""
+    """The text of the config that `forge-fit` leaves in a run; empty if it does not exist."""
     try:
         return (run.path / "config.yaml").read_text()
     except (OSError, UnicodeDecodeError):
@@ -381,7 +381,7 @@ def _remark(run: RunTrace) -> None:
     if missing["geometry"]:
         run.remarks.append("No dimensions: add `GeometryProbe` to the callbacks.")
     if missing["validation"]:
-        run.remarks.append("No validation metrics: memorisation and generalisation cannot be told apart.")
+        run.remarks.append("No validation metrics: memorisation and generalisation cannot be distinguished.")
     if not run.stages:
         found = run.find("forge/stage/number") is not None
         run.remarks.append(

@@ -1,4 +1,4 @@
-"""InterruptCheckpoint: a stopped run that can be taken up again."""
+"""InterruptCheckpoint: stop a run with a checkpoint that resumes it."""
 
 import signal
 import threading
@@ -59,7 +59,7 @@ class InterruptCheckpoint(ForgeCallback):
         self.stop_if_asked(trainer)
 
     def stop_if_asked(self, trainer: Trainer) -> None:
-        """After a signal, write the checkpoint and end the run. Only between steps, and on all processes alike.
+        """After a signal, write the checkpoint and end the run. Only between steps, and on all ranks alike.
 
         Raises:
             KeyboardInterrupt, SIGTERMException: After a signal.

@@ -1,4 +1,4 @@
-"""RNGState: random numbers that go on where they stopped."""
+"""RNGState: random generators that continue after a resume."""
 
 import random
 from typing import Any, ClassVar
@@ -24,7 +24,7 @@ class RNGState(ForgeCallback):
     When to use: always, where a run may be resumed.
 
     When it does not help: a loader that keeps no state begins its epoch anew (use `StatefulDataLoader`). A resume with
-    a different number of processes leaves the generators as they are.
+    a different world size leaves the generators as they are.
 
     Args:
         name: Tells two instances apart.

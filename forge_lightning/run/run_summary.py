@@ -1,4 +1,4 @@
-"""RunSummary: what a run came to, on the terminal, as JSON and as a picture."""
+"""RunSummary: the results of a run, on the terminal, as JSON and as a picture."""
 
 import json
 import math
@@ -189,7 +189,7 @@ class RunSummary(ForgeCallback):
         from rich.table import Table
         from rich.text import Text
 
-        status = ": ".join(summary["status"].split(": ")[:2])  # not what went wrong: that is told by who raised it
+        status = ": ".join(summary["status"].split(": ")[:2])  # without the error, which is shown where it was raised
         table = Table(title=Text(f"Run {status}", style="table.title"), show_header=False, title_justify="left")
         monitor = summary["monitor"]
         if self.threshold is not None:

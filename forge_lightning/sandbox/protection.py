@@ -59,7 +59,7 @@ SYSTEM_CALLS: dict[str, tuple[int | None, int | None]] = {
 """What a program is denied: `EPERM`, or `ENOSYS` for ``clone3``, so that libraries fall back to ``clone``."""
 
 WORKERS_OWN = ("fork", "vfork", "clone", "clone3", "kill", "tgkill", "setsid", "setrlimit", "prlimit64", "prctl")
-"""Of those, what a worker needs to start, limit and end programs."""
+"""System calls among them that a worker needs to start, limit and end programs."""
 
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}
 _TO_SELF_ONLY = ("kill", "tgkill")  # `abort` signals the process itself
@@ -184,7 +184,7 @@ def leave_siblings(version: int) -> None:
     """Enter a domain of one's own, which has no part in the pipes, memory and signals of processes outside it.
 
     Args:
-        version: Of landlock, as `apply_landlock` returned it; 0 does nothing.
+        version: Version of landlock, as `apply_landlock` returned it; 0 does nothing.
     """
     if version:
         _enter_domain(version, 1 << 0, 0, ())  # may not execute a file, which is forbidden already

@@ -69,7 +69,7 @@ def encode(value: Any, keep: Callable[[Any], int], serves: bool = False, depth: 
         keep: Returns the handle of an object that has to stay.
         serves: Whether this side answers for what stays: iterators then stay too, which may have no end, and so do
             exception classes.
-        depth: Of nesting.
+        depth: Depth of nesting.
     """
     if value is None or type(value) in (bool, str, float):
         return value

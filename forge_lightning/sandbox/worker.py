@@ -273,7 +273,7 @@ def _answer(source: str, names: Sequence[str]) -> NoReturn:
         write_frame(4, answer)
 
     def pull(iterator: Any, count: int) -> tuple[list[Any], Any]:
-        """Items of an iterator; fewer than asked for where it ends, or raises, which is told with those before."""
+        """Items of an iterator; fewer than asked for if it ends or raises. An exception comes with earlier items."""
         items: list[Any] = []
         try:
             for item in itertools.islice(iterator, count):

@@ -20,14 +20,14 @@ from forge_lightning.self_model.head import Form, SelfModelHead
 
 
 class SelfModel(LossCallback):
-    """Add to the loss how badly the network's activations are predicted, by a small head that is trained along.
+    """Add to the loss the error of a small head that predicts the network's own activations.
 
     Hook: forward hooks on the layers; the module's ``training_step`` is wrapped while fitting. The head becomes the
     module's ``self_model_head`` in ``configure_model``, so that strategies, precision, clipping and checkpoints treat
     it as the module's own. Its weights are in the checkpoint and in the optimizer (where ``configure_optimizers``
-    leaves them out, they join the first parameter group that takes them), and a run cannot go on without this callback;
-    for inference, ``load_from_checkpoint(..., strict=False)`` leaves them out. They are no part of an exported model.
-    `ForgeModule` adds this callback itself where it is given ``self_model``.
+    leaves them out, they join the first parameter group that takes them), and a run cannot be resumed without
+    this callback; for inference, ``load_from_checkpoint(..., strict=False)`` leaves them out. Exported models do not
+    have them. `ForgeModule` adds this callback itself where it is given ``self_model``.
 
     Reads: activations; the batch's mask.
     Changes: the loss.
@@ -39,7 +39,7 @@ class SelfModel(LossCallback):
 
     Cost: 1.4 % of a GPT-2-small step, 7 % of one of a model of 2 M parameters.
 
-    When to use: a run that over-fits and has nothing against it; or to see which layers the model's own features tell.
+    When to use: a run that over-fits without other regularisation; or to see which layers the final features predict.
 
     When it does not help: it regularises features, and helps at the end of a run that over-fits. At the best step of
     such a run, which early stopping takes, nothing was gained; a task that has to be grokked came later
@@ -65,14 +65,14 @@ class SelfModel(LossCallback):
         watch_every_n_steps: Optimizer steps between measurements of the rank.
         output_layer: Name of the module that reads the final features. Default: the output embedding of a Hugging Face
             model, else the last ``nn.Linear``.
-        width: Units of the layers, where they cannot be told from the modules.
+        width: Units of the layers. Default: inferred from the modules.
         mask: Key or position in the batch of the attention mask, ``(B, T)``; ``None`` for no mask.
         name: Tells two instances apart.
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: At start, if a layer is not found, its width cannot be told, or the module has a head
-            of its own; at the first step, if activations do not fit the head.
+        MisconfigurationException: At start, if a layer is not found, its width cannot be inferred, or the module has a
+            head of its own; at the first step, if activations do not fit the head.
 
     References:
         Premakumar et al., `Unexpected Benefits of Self-Modeling in Neural Systems <https://arxiv.org/abs/2407.10188>`_,

@@ -1,4 +1,4 @@
-"""How well activations are predicted, on a scale that does not depend on theirs."""
+"""Scores of predicted activations, independent of the scale of the activations."""
 
 import math
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class PredictionSums(NamedTuple):
-    """Sums of squares over rows and units, from which all that is reported of a prediction follows.
+    """Sums of squares over positions and units, from which every reported score follows.
 
     Sums of several batches add up, entry by entry.
 
@@ -37,7 +37,7 @@ def normalized_target(x: Tensor, stop_gradient: bool = True) -> Tensor:
         stop_gradient: Detach. With the gradient, targets move towards the prediction too.
 
     Returns:
-        ``(..., D)``; a row whose units are equal, as far as rounding tells, is 0.
+        ``(..., D)``; a row whose units are equal up to rounding becomes 0.
 
     Example:
         >>> normalized_target(torch.tensor([[1.0, 3.0], [2.0, 2.0]]))
@@ -55,7 +55,7 @@ def normalized_target(x: Tensor, stop_gradient: bool = True) -> Tensor:
 
 
 def prediction_sums(prediction: Tensor, target: Tensor, source: Tensor | None = None) -> PredictionSums:
-    """Squared error of a prediction beside those of the trivial ones.
+    """Squared error of a prediction, and of the two trivial ones.
 
     Args:
         prediction: ``(N, D)``.
@@ -79,7 +79,7 @@ def prediction_sums(prediction: Tensor, target: Tensor, source: Tensor | None = 
 
 
 def explained_variance(error: Tensor, trivial_error: Tensor) -> Tensor:
-    """Share of a trivial predictor's error that a prediction takes away: ``1 - error / trivial_error``.
+    """Share of a trivial predictor's error that a prediction removes: ``1 - error / trivial_error``.
 
     At most 1; 0 for one that is no better, below 0 for a worse one; NaN where the trivial one makes no error.
     """
@@ -93,7 +93,7 @@ def uncertainty_weights(losses: Sequence[float], low: float = 0.5, high: float =
     taking all the weight, and a mean of 1 keeps the sum from falling by shrinking the weights.
 
     Args:
-        losses: Running mean of each loss, relative to what predicting nothing costs; NaN where there is none yet.
+        losses: Running mean of each loss, relative to what predicting nothing costs; NaN before the first.
         low: Smallest weight, at most 1.
         high: Largest weight, at least 1.
 

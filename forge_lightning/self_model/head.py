@@ -1,4 +1,4 @@
-"""A head that predicts the network's own activations, so that these become predictable."""
+"""SelfModelHead: predicts the network's own activations, which makes them more predictable."""
 
 import itertools
 import math
@@ -27,7 +27,7 @@ Form = Literal["paper", "next_latent", "forward"]
 Reduce = Callable[[Tensor], Tensor]
 
 FEATURES = "features"
-"""What the output layer reads."""
+"""Name of the features that the output layer reads."""
 _WATCHED_ROWS, _LEAST_ROWS = 512, 4
 _LAYER_LOSS_DECAY = 0.99
 
@@ -75,7 +75,7 @@ class SelfModelHead(nn.Module):
     is_auxiliary = True
     """No layer of the network: see `forge_lightning.core.layers.network_modules`."""
     owner = "SelfModelHead"
-    """Whom errors name."""
+    """Name in error messages."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class SelfModelHead(nn.Module):
 
     @property
     def is_off(self) -> bool:
-        """Whether it can never change a loss."""
+        """Whether the settings can never change a loss."""
         return self.weight == 0
 
     # --- to a network ---
@@ -142,19 +142,19 @@ class SelfModelHead(nn.Module):
     def attach(
         self, network: nn.Module, *, reads: str | None = None, width: int | None = None, otherwise: int | None = None
     ) -> None:
-        """Make the predictors for a network, once, and hook its layers. Before the optimizer is made, and compilation.
+        """Make the predictors for a network, once, and hook its layers. Call it before optimizer and compilation.
 
         The global seed decides the initial weights; the random streams are left as they were.
 
         Args:
-            network: Where the layers are.
+            network: The module that has the layers.
             reads: Name of the module that reads the final features. Default: the output embedding of a Hugging Face
                 model, else the last ``nn.Linear``.
-            width: Units of the layers. Default: told from the modules.
-            otherwise: Units of layers whose modules do not tell.
+            width: Units of the layers. Default: inferred from the modules.
+            otherwise: Units of layers for which they cannot be inferred.
 
         Raises:
-            ValueError: If a layer is not found, there are too few, a width cannot be told, or the head is another
+            ValueError: If a layer is not found, there are too few, a width cannot be inferred, or the head is another
                 network's.
         """
         if self._handles and self._network == id(network):
@@ -177,7 +177,7 @@ class SelfModelHead(nn.Module):
         for name, found in widths.items():
             if found is None:
                 raise ValueError(
-                    f"`{self.owner}`: how many units {name!r} puts out cannot be told from its module. Say it: `width`."
+                    f"`{self.owner}`: cannot infer the output width of {name!r} from its module. Set `width`."
                 )
         if not self.targets:
             self._plan(chosen, {name: int(found or 0) for name, found in widths.items()})
@@ -204,7 +204,7 @@ class SelfModelHead(nn.Module):
             chosen = select_layers(network, layers)
         except ValueError as error:
             raise ValueError(f"`{self.owner}(layers={layers!r})`: {error}") from None
-        if self.layers is None:  # what it puts out follows from the features by definition
+        if self.layers is None:  # its output is a function of the features
             chosen = {name: m for name, m in chosen.items() if all(part is not reader for part in m.modules())}
         least = 2 if self.form == "forward" else 1
         if len(chosen) < least:
@@ -233,7 +233,7 @@ class SelfModelHead(nn.Module):
         self._top_ranks = self._top_ranks or [math.nan] * len(self.targets)
 
     def running_state(self) -> dict[str, Any]:
-        """What is known beside the weights: plain numbers, alike on all processes."""
+        """State in addition to the weights: plain numbers, alike on all ranks."""
         return {
             "layer_losses": [*self._layer_losses],
             "top_ranks": [*self._top_ranks],
@@ -243,13 +243,13 @@ class SelfModelHead(nn.Module):
         }
 
     def load_running_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from `running_state`."""
+        """Restore from `running_state`."""
         self._layer_losses, self._top_ranks = list(state["layer_losses"]), list(state["top_ranks"])
         self._answer, self._num_watched = state["answer"], state["num_watched"]
         self._next_watch = state["next_watch"]
 
     def take_settings(self, other: "SelfModelHead") -> None:
-        """Go on with the settings of another head, not yet attached.
+        """Take over the settings of another head that is not attached yet.
 
         Raises:
             ValueError: If its form, layers or size differ: the predictors are made for the ones.
@@ -270,7 +270,7 @@ class SelfModelHead(nn.Module):
         return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, predicted))
 
     def _keep_output(self, name: str, module: nn.Module, args: Any, output: Any) -> None:
-        if self._is_open() and name not in self._captured:  # recomputed activations come by twice
+        if self._is_open() and name not in self._captured:  # checkpointing computes them twice
             self._keep(name, output)
 
     def _features_hook(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -278,14 +278,14 @@ class SelfModelHead(nn.Module):
             self._keep(FEATURES, args if args else tuple(kwargs.values()))
 
     def _is_open(self) -> bool:
-        return self._open and torch.is_grad_enabled()  # not while somebody only looks, as a teacher
+        return self._open and torch.is_grad_enabled()  # not in a forward pass without gradient, such as a teacher's
 
     def _keep(self, name: str, output: Any) -> None:
         try:
             x = activation_of(output, name)
             if x.ndim not in (2, 3):
-                raise ValueError(f"Layer {name!r} puts out {tuple(x.shape)}; a head needs (N, D) or (B, T, D).")
-        except ValueError as error:  # raised where the loss is asked for: not inside somebody's forward pass
+                raise ValueError(f"Layer {name!r} returns {tuple(x.shape)}; a head needs (N, D) or (B, T, D).")
+        except ValueError as error:  # raised in `loss`, not inside a user's forward pass
             self._error = self._error or error
             return
         self._captured[name] = x
@@ -299,12 +299,12 @@ class SelfModelHead(nn.Module):
         self._open = True
 
     def stop(self) -> None:
-        """Keep no more, and forget what `loss` did not take."""
+        """Stop capturing, and drop what `loss` did not take."""
         self._open = False
         self._captured, self._error = {}, None
 
     def loss(self, *, step: int, mask: Tensor | None = None) -> Tensor | None:
-        """What to add to the loss of the forward pass that was captured; ``None`` where none was.
+        """What to add to the loss of the captured forward pass; ``None`` if none was captured.
 
         Args:
             step: Optimizer steps done, for the warm-up.
@@ -330,8 +330,8 @@ class SelfModelHead(nn.Module):
         for name, x in captured.items():
             if x._version != self._versions[name]:
                 raise ValueError(
-                    f"`{self.owner}`: what {name!r} put out was changed in place after it, and is not its output any"
-                    " more. Name the layer that does so, or use `inplace=False`."
+                    f"`{self.owner}`: the output of {name!r} was changed in place by a later layer. Name that layer in"
+                    " `layers`, or use `inplace=False` there."
                 )
         captured = {name: self._batch_first(name, x, mask) for name, x in captured.items()}
         sources, targets = self._rows(captured, mask)
@@ -352,7 +352,7 @@ class SelfModelHead(nn.Module):
         for index, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
             goal = normalized_target(target, self.stop_gradient)
             sums = prediction_sums(prediction, goal, copies[index if self.form == "forward" else 0])
-            # A target that is 0 throughout has nothing to be predicted: no loss, and no share in the mean.
+            # A target that is 0 everywhere needs no prediction: it has no loss, and no share in the mean.
             weight = goal.detach().any().to(goal.dtype)
             errors.append((sums.error / sums.size.clamp(min=1) * weight, weight))
             kept = torch.stack([sums.error.detach(), sums.spread, sums.copy_error, sums.size * weight])
@@ -365,7 +365,7 @@ class SelfModelHead(nn.Module):
         return self.current_weight(step) * total / present.clamp(min=1e-12)
 
     def forward(self, sources: Sequence[Tensor]) -> list[Tensor]:
-        """Rows to predict from, ``(N, D)`` each, to predictions of the targets, ``(N, D)`` each."""
+        """Map sources, ``(N, D)`` each, to predictions of the targets, ``(N, D)`` each."""
         predictions = [predictor(x) for predictor, x in zip(self.predictors, sources, strict=True)]
         if self.form == "paper":
             return list(predictions[0].split([self._widths[name] for name in self.targets], dim=-1))
@@ -378,23 +378,23 @@ class SelfModelHead(nn.Module):
         return uncertainty_weights(self._layer_losses)
 
     def current_weight(self, step: int) -> float:
-        """Factor of the error at a step: ``weight``, after warm-up and what a collapse made of it."""
+        """Factor of the error at a step: ``weight``, scaled by the warm-up and lowered after a collapse."""
         ramp = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         return self.weight * ramp * self._answer
 
     def end_step(self, *, step: int, measure: bool = False, reduce: Reduce | None = None) -> dict[str, float]:
-        """Close an optimizer step: running errors, and at times the watch.
+        """End an optimizer step: update running errors, and sometimes measure the rank.
 
         Args:
             step: Optimizer steps done, this one included.
-            measure: Return what is logged.
-            reduce: Sums a tensor over processes, which must all call this alike. Default: there is one.
+            measure: Return numbers to log.
+            reduce: Sums a tensor over ranks, which must all call this method. Default: one rank.
 
         Returns:
             ``{}``, or "loss" (mean error of the targets, 1 for a prediction of 0), "weight" (its factor in the last
             loss), and for each target "<layer>/explained_variance" (over the best constant),
             "<layer>/copy_explained_variance" (the same of the source, taken unchanged for a prediction) and, where it
-            was watched, "<layer>/effective_rank"; NaN for what cannot be told.
+            was watched, "<layer>/effective_rank"; NaN where it is unknown.
         """
         metrics: dict[str, float] = {}
         if self._sums and (measure or self.adaptive):
@@ -428,7 +428,7 @@ class SelfModelHead(nn.Module):
                 self._layer_losses[index] = loss if math.isnan(running) else mixed
 
     def _watch(self, step: int, reduce: Reduce | None) -> dict[str, float]:
-        """Effective rank of the targets, and the answer to a collapse; the same on all processes."""
+        """Effective rank of the targets, and the response to a collapse; the same on all ranks."""
         rows = {index: torch.cat(parts) for index, parts in self._watched.items()}
         device = next(self.parameters()).device
         if not self._num_watched:  # of as many rows each time: the rank is at most one less
@@ -464,15 +464,15 @@ class SelfModelHead(nn.Module):
         """``(B, T, D)``; rows ``(N, D)`` are examples of one position."""
         if x.shape[-1] != self._widths[name]:
             raise ValueError(
-                f"`{self.owner}`: {name!r} puts out {x.shape[-1]} units; {self._widths[name]} were expected from its"
-                " module. Say it: `width`, or name other layers."
+                f"`{self.owner}`: {name!r} returns {x.shape[-1]} units; {self._widths[name]} were expected from its"
+                " module. Set `width`, or name other layers."
             )
         if x.ndim == 2:
             return x[:, None]
         return x.transpose(0, 1) if is_positions_first(x, PositionFields(mask=mask)) else x
 
     def _rows(self, captured: Mapping[str, Tensor], mask: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Rows of sources, and of targets, at the real tokens of the last positions that all of them have."""
+        """Sources and targets, ``(N, D)`` each, at the real tokens among the last positions that all of them have."""
         length = min(x.shape[1] for x in captured.values())
         if (
             length == 1
@@ -485,7 +485,7 @@ class SelfModelHead(nn.Module):
         batch = next(iter(x.values())).shape[0]
         if any(len(value) != batch for value in x.values()):
             shapes = {name: tuple(value.shape) for name, value in captured.items()}
-            raise ValueError(f"`{self.owner}`: layers put out different numbers of examples: {shapes}.")
+            raise ValueError(f"`{self.owner}`: layers return different numbers of examples: {shapes}.")
         real = torch.ones(batch, length, dtype=torch.bool, device=next(iter(x.values())).device)
         if mask is not None:
             if mask.ndim != 2 or len(mask) != batch or mask.shape[1] < length:
@@ -508,7 +508,7 @@ class SelfModelHead(nn.Module):
 
 
 def _at_last_token(captured: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:
-    """Beside what has one position for each example, the last real token of what has them all."""
+    """If some activations have one position per example, take the last real token of the others."""
     positions = torch.arange(mask.shape[1], device=mask.device)
     last = torch.where(mask.bool(), positions, -1).amax(1).clamp(min=0)
     rows = torch.arange(len(mask), device=mask.device)

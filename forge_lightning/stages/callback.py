@@ -47,7 +47,7 @@ class StageClassifier(ForgeCallback):
 
     When it does not help: a stage needs at least four validations, and is declared several after it began. The
     thresholds were set on small algorithmic tasks (`benchmarks/phases.md`). Without validation, or where success is
-    unknown and the loss is no cross-entropy, it tells only warm-up, plateau and divergence, and says so. Cosine and
+    unknown and the loss is no cross-entropy, it names only warm-up, plateau and divergence, with a warning. Cosine and
     gradient norm are kept as evidence, and decide nothing.
 
     Args:
@@ -60,7 +60,7 @@ class StageClassifier(ForgeCallback):
         solved: Success from which data counts as solved, in (0, 1).
         cross_entropy: Whether losses are mean cross-entropies in nats, so that their exponential stands for success
             where that is unknown. Default: true for causal language models of Hugging Face, else false. A negative loss
-            is none.
+            counts as another loss.
         name: Tells two instances apart.
 
     Raises:
@@ -155,7 +155,7 @@ class StageClassifier(ForgeCallback):
             if not self._machine.cross_entropy:
                 self.warn_once(
                     "no success of both training and validation is known, and a loss that is no cross-entropy does not"
-                    " say how far training is: only warm-up, plateau and divergence are told apart. Return"
+                    " show how far training is: only warm-up, plateau and divergence are named. Return"
                     " `example_success` from `training_step` and log `val/accuracy`; or, if the loss is a mean"
                     " cross-entropy in nats, set `cross_entropy=True`.",
                     key="success",
@@ -173,7 +173,7 @@ class StageClassifier(ForgeCallback):
         if trainer.enable_validation:
             return
         self.warn_once(
-            "there is no validation data. Warm-up, plateau and divergence are told apart, once an epoch; memorisation"
+            "there is no validation data. Only warm-up, plateau and divergence are named, once an epoch; memorisation"
             " and generalisation cannot be."
         )
         self._observe(trainer, pl_module, {})
@@ -213,7 +213,7 @@ class StageClassifier(ForgeCallback):
         if not known:
             if trainer.global_step > 0:
                 self.warn_once(
-                    "`training_step` has returned no loss since the last validation, and the stage stays what it was."
+                    "`training_step` has returned no loss since the last validation, and the stage stays the same."
                     " Return the loss, also under manual optimization."
                 )
             return

@@ -1,4 +1,4 @@
-"""One machine that names the stage of training, from what a validation tells."""
+"""A state machine that names the stage of training from validation results."""
 
 import math
 from collections import deque
@@ -85,7 +85,7 @@ class _Trend:
         return self.change < -max(floor, sure * self.error)
 
     def is_still(self, floor: float) -> bool:
-        """Whether nothing hints at a change; true where the series is too short to tell."""
+        """Whether there is no sign of a change; true if the series is too short."""
         return abs(self.change) < max(floor, self.error)
 
 
@@ -120,9 +120,9 @@ class StageClassifier:
             rests on trends alone, to go back to an earlier stage, or to leave consolidation.
         min_dwell: Observations that a stage lasts at least; divergence does not wait.
         solved: Success from which data counts as solved, in (0, 1).
-        cross_entropy: Whether losses are mean cross-entropies in nats, whose exponential is a likelihood. Of other
-            losses nobody knows where they end: without successes, only warm-up, plateau and divergence are told apart.
-            A negative loss shows that it is none.
+        cross_entropy: Whether losses are mean cross-entropies in nats, whose exponential is a likelihood. Other
+            losses have no known lower end: without successes, only warm-up, plateau and divergence are named. A
+            negative loss is taken for such a loss.
     """
 
     def __init__(
@@ -288,7 +288,7 @@ class StageClassifier:
         return jump > max(6 * spread, math.log(2)) and (loss > 0.1 or self._negative)
 
     def _likelihood(self, loss: float) -> float:
-        """Of a mean cross-entropy; NaN of another loss."""
+        """Likelihood of a mean cross-entropy; NaN for any other loss."""
         return math.exp(-loss) if self.cross_entropy and math.isfinite(loss) and loss > -700 else math.nan
 
     def _log(self, loss: float) -> float:

@@ -33,7 +33,7 @@ from forge_lightning.core.protocols import SupportsEvents, SupportsStage
 from forge_lightning.core.trace import FILE_NAME, TraceWriter
 from forge_lightning.telemetry.step_timer import StepTimer
 
-_OPTIONAL = ("loss", "success", "tokens", "examples")  # what a module or a batch may not tell
+_OPTIONAL = ("loss", "success", "tokens", "examples")  # which a module or a batch may lack
 
 
 class Telemetry(ForgeCallback):
@@ -56,7 +56,7 @@ class Telemetry(ForgeCallback):
     ``forge/telemetry/forward_backward_seconds``, ``forge/telemetry/optimizer_seconds``,
     ``forge/telemetry/callbacks_seconds``, ``forge/telemetry/other_seconds``; ``forge/telemetry/peak_memory`` (GiB, of
     the accelerator, else of the process). Times are the host's, since the last logged step, without validation. What a
-    module does not tell is not logged.
+    module does not return is not logged.
 
     Cost: 0.2 to 0.3 ms of CPU a step of a small model; logging at every step, 2 % of one of 27 ms.
 
@@ -95,7 +95,7 @@ class Telemetry(ForgeCallback):
         self._writer: TraceWriter | None = None
         self._earlier: Path | None = None
         self._offered = 0
-        self._num_rows: int | None = None  # of the trace that a restored state goes on from
+        self._num_rows: int | None = None  # of the trace that a restored state continues
         self._seen_events: dict[str, dict[str, Any]] = {}
         self._seconds_before = 0.0
         self._trainer: Trainer | None = None
@@ -222,7 +222,7 @@ class Telemetry(ForgeCallback):
         self._seconds_before = state_dict["seconds"]
 
     def _lost(self, error: OSError) -> None:
-        self.warn_once(f"the trace ends here: {error}. Training goes on without it.")
+        self.warn_once(f"the trace ends here: {error}. Training continues without it.")
 
     def _begin_fit(self) -> None:
         self._started = time.perf_counter()
@@ -283,7 +283,7 @@ class Telemetry(ForgeCallback):
         return values | metrics
 
     def _mean_over_ranks(self, trainer: Trainer, values: dict[str, float]) -> dict[str, float]:
-        """Of the ranks that have a value; one that is there and not finite stays so."""
+        """Means over the ranks that have a value. A value that is not finite stays so."""
         keys = list(dict.fromkeys((*_OPTIONAL, *values)))  # the same on all ranks
         both = [values.get(key, 0.0) for key in keys] + [float(key in values) for key in keys]
         sums, counts = sum_over_ranks(trainer, torch.tensor(both)).chunk(2)
@@ -365,7 +365,7 @@ class _TimedProfiler(Profiler):
         self._hands_on = not is_a(inner, "PassThroughProfiler")
 
     def __del__(self) -> None:
-        """Not the end of the inner one, which goes on: the base class would tear it down."""
+        """Do nothing: the inner profiler is still in use, and the base class would tear it down."""
 
     def profile(self, action_name: str) -> Any:
         return super().profile(action_name) if self._hands_on else _Span(self.timer, action_name)

@@ -1,4 +1,4 @@
-"""Where the time of a training step goes."""
+"""Time of the parts of a training step."""
 
 import time
 

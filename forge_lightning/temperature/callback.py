@@ -34,7 +34,7 @@ class TemperatureCurriculum(LogitLossCallback):
     r"""Train towards agreement with a running mean of the model's own weights, at temperatures that move through bins.
 
     The loss becomes ``(1 - weight) · loss + weight · τ² KL(teacher at τ ‖ model at τ)``, averaged over the tokens that
-    have a label. Round 1 takes one bin of temperatures at a time, and goes on when the held-out likelihood there stops
+    have a label. Round 1 takes one bin of temperatures at a time, and moves on when the held-out likelihood there stops
     improving; round 2 draws from all bins, widened so that they overlap, in proportion to their held-out negative
     log-likelihood. Nothing is generated. Several validation loaders are taken together.
 
@@ -72,7 +72,7 @@ class TemperatureCurriculum(LogitLossCallback):
         patience: Validations without improvement that end a bin of round 1.
         max_steps_per_bin: Optimizer steps of a bin of round 1 at most. Default: so many that round 1 takes half the
             training, where its length is known.
-        network: Name of the part of the module that puts out logits, ``(B, V)`` or ``(B, T, V)``, from its inputs: only
+        network: Name of the submodule that returns logits, ``(B, V)`` or ``(B, T, V)``, from its inputs: only
             its weights have a running mean. Its last call before the loss counts. Default: the only part with
             parameters, or "model", "net", "network".
         labels: Key or position in the batch of the labels; "auto" for the usual names, or the last of a tuple; of a
@@ -82,12 +82,12 @@ class TemperatureCurriculum(LogitLossCallback):
             tokens themselves. Default: true for causal language models of Hugging Face, else false.
         ignore_index: Label that the loss ignores, beside -100 and a number that is no class, as -1 or 255: 0 where that
             is padding.
-        seed: Of the temperatures.
+        seed: Random seed for the temperatures.
         name: Tells two instances apart.
 
     Raises:
         ValueError: If an argument is out of range.
-        MisconfigurationException: At start, if the network is not found; at the first step, if it puts out no logits.
+        MisconfigurationException: At start, if the network is not found; at the first step, if it returns no logits.
 
     References:
         Hinton et al., `Distilling the Knowledge in a Neural Network <https://arxiv.org/abs/1503.02531>`_, 2015.
@@ -151,7 +151,7 @@ class TemperatureCurriculum(LogitLossCallback):
         if self.weight and uses_strategy(trainer, "DeepSpeedStrategy", "FSDPStrategy"):
             raise self.refuse(
                 type(trainer.strategy).__name__,
-                "weights cannot be exchanged for their mean there",
+                "weights cannot be exchanged for their mean with it",
                 "Use DDP, or `ModelParallelStrategy` (FSDP2).",
             )
 
@@ -276,9 +276,9 @@ class TemperatureCurriculum(LogitLossCallback):
         metrics_of_bins, self._metrics = self._metrics, []
         if metrics_of_bins[0].is_empty:
             self.warn_once(
-                "validation gave no labels that fit the logits, and the bins go on by steps alone. Name them with"
-                ' `labels` ("input_ids" where all tokens are text to learn), and the part that puts out logits with'
-                " `network`."
+                "validation has no labels that fit the logits, and the bins move on by steps alone. Set `labels`"
+                ' ("input_ids" where all tokens are text to learn), and `network` to the submodule that returns the'
+                " logits."
             )
             return
         if trainer.sanity_checking:

@@ -61,7 +61,7 @@ def temperature_kl(student: Tensor, teacher: Tensor, temperature: float, places:
 
 
 class _TemperatureKL(torch.autograd.Function):
-    """Of rows ``(M, V)``, as many at a time as a processor's cache holds."""
+    """Divergence of rows ``(M, V)``, as many at a time as the processor's cache holds."""
 
     ON_CPU, ELSEWHERE = 2**17, 2**26
     """Logits at a time."""

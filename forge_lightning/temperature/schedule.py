@@ -14,7 +14,7 @@ class TemperatureSchedule:
     """Round 1 takes one bin at a time; round 2 draws from all, widened, in proportion to their held-out likelihood.
 
     A bin of round 1 ends when the likelihood measured at its middle has not improved for ``patience`` measurements, or
-    after ``max_steps_per_bin``. Draws depend on the seed and the step alone: all processes draw alike, and a resumed
+    after ``max_steps_per_bin``. Draws depend on the seed and the step alone: all ranks draw alike, and a resumed
     run draws what it would have.
 
     Args:
@@ -23,8 +23,8 @@ class TemperatureSchedule:
         patience: Measurements without improvement that end a bin, at least 1.
         min_improvement: Share of the best likelihood that counts as improvement, at least 0.
         max_steps_per_bin: Optimizer steps of a bin in round 1 at most; ``None`` for no limit.
-        seed: Of the draws.
-        owner: Whom errors name.
+        seed: Random seed for the draws.
+        owner: Name in error messages.
 
     Raises:
         ValueError: If an argument is out of range.
@@ -137,7 +137,7 @@ class TemperatureSchedule:
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Go on from `state_dict`.
+        """Restore from `state_dict`.
 
         Raises:
             ValueError: If it is the state of other bins.
@@ -145,8 +145,7 @@ class TemperatureSchedule:
         saved = [tuple(edges) for edges in state_dict["bins"]]
         if saved != self.bins:
             raise ValueError(
-                f"The state was saved with bins={saved} and cannot go on with bins={self.bins}. Resume with the bins as"
-                " they were."
+                f"The state was saved with bins={saved} and cannot be resumed with bins={self.bins}. Use the same bins."
             )
         self.round, self.index, self.nll = state_dict["round"], state_dict["index"], list(state_dict["nll"])
         self._best, self._waited, self._steps = state_dict["best"], state_dict["waited"], state_dict["steps"]

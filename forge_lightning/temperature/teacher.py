@@ -21,8 +21,8 @@ class EMATeacher:
     normalisation, are the network's own. Costs one fp32 copy of the trainable weights.
 
     Args:
-        network: Whose weights.
-        decay: In [0, 1). Over the first updates it is at most ``(1 + n) / (10 + n)``.
+        network: The network whose weights are averaged.
+        decay: Decay of the average, in [0, 1). Over the first updates it is at most ``(1 + n) / (10 + n)``.
     """
 
     def __init__(self, network: nn.Module, decay: float) -> None:
@@ -42,10 +42,10 @@ class EMATeacher:
 
     @torch.no_grad()
     def begin(self) -> None:
-        """Take weights that have no mean yet: at first all, later those that were frozen.
+        """Start the average of weights that have none yet: first all, later those that were frozen.
 
         Raises:
-            ValueError: If there are none, or the restored ones do not fit.
+            ValueError: If the network has no trainable weights, or restored ones do not fit.
         """
         for name, param in self._weights():
             if name not in self._means:

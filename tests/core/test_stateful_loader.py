@@ -99,8 +99,8 @@ def stopped_after(count, **kwargs):
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"batch_size": 8}, "examples of a batch, over all processes: 4, now 8"),
-        ({"batch_size": 2}, "examples of a batch, over all processes: 4, now 2"),
+        ({"batch_size": 8}, "examples of a batch, over all ranks: 4, now 8"),
+        ({"batch_size": 2}, "examples of a batch, over all ranks: 4, now 2"),
         ({"seed": 2}, "seed: 1, now 2"),
         ({"shuffle": False}, "shuffle: True, now False"),
     ],

@@ -47,9 +47,7 @@ def test_what_is_read_is_what_was_pushed():
         expected = tensor[:, :longest] if name in ("input_ids", "attention_mask", "labels") else tensor
         assert torch.equal(found[name], expected), name
         assert found[name].dtype == tensor.dtype
-    assert buffer._store.num_bytes < sum(t.nbytes for t in rows.values()), (
-        "padding and halves of whole numbers are left out"
-    )
+    assert buffer._store.num_bytes < sum(t.nbytes for t in rows.values()), "padding and halves of integers are left out"
 
 
 def test_numbers_too_large_for_half_the_bits_are_kept_whole():
@@ -457,11 +455,11 @@ def test_bad_arguments_are_refused():
         ValueError, match="rows of 'x' were 3 long and now are 4. Where lengths differ, batches need a mask"
     ):
         buffer.push({"x": torch.zeros(2, 4), "y": torch.zeros(2)})
-    with pytest.raises(ValueError, match=r"the batch has no one number of rows: \{'x': 2, 'y': 3\}"):
+    with pytest.raises(ValueError, match=r"differ in their number of examples: \{'x': 2, 'y': 3\}"):
         buffer.push({"x": torch.zeros(2, 3), "y": torch.zeros(3)})
-    with pytest.raises(ValueError, match=r"`loss` is \(1,\) for 2 rows, and must be \(2,\)"):
+    with pytest.raises(ValueError, match=r"`loss` must be \(2,\) for 2 examples, not \(1,\)"):
         buffer.push({"x": torch.zeros(2, 3), "y": torch.zeros(2)}, loss=torch.zeros(1))
-    with pytest.raises(ValueError, match=r"`sample_id` must be whole numbers, and is float32"):
+    with pytest.raises(ValueError, match=r"`sample_id` must be integers, not float32"):
         buffer.push({"x": torch.zeros(2, 3), "y": torch.zeros(2)}, sample_id=torch.tensor([1.2, 1.7]))
     with pytest.raises(ValueError, match=r"entry 'x' of the batch is a list"):
         buffer.push({"x": [1, 2]})

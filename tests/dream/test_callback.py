@@ -365,7 +365,7 @@ def test_manual_optimization_sleeps_too_and_says_that_nothing_is_measured():
 @pytest.mark.parametrize("mode", ["mix", "cycle"])
 @pytest.mark.filterwarnings("ignore:DreamReplay. the loss of single examples is unknown")
 def test_a_manual_step_that_returns_nothing_is_stored(mode):
-    """Also where no part is known to put out logits."""
+    """Also if no submodule is known to return logits."""
 
     class Manual(LightningModule):
         def __init__(self):
@@ -771,7 +771,7 @@ def test_ragged_batches_without_a_mask_are_refused():
             return self.net(torch.ones(4, 8)).square().mean() * batch[0].mean()
 
     with pytest.raises(
-        MisconfigurationException, match="rows of '0' are 7 long, and stored ones 9. Where lengths differ"
+        MisconfigurationException, match="'0' has length 7, and stored examples 9. Where lengths differ"
     ):
         fit([dream_replay(fraction=0.5, probe_size=0)], Ragged)
 
@@ -882,10 +882,10 @@ def test_it_can_be_pickled():
     [
         (
             lambda x, y: {"x": x, "names": ["a"] * len(x)},
-            r"entry 'names' of the batch is a list; rows can be made only",
+            r"entry 'names' of the batch is a list; only tensors \(B, ...\) can be stored",
         ),
         (lambda x, y: {"x": x, "scale": torch.tensor(1.0)}, r"entry 'scale' of the batch is a number"),
-        (lambda x, y: (x, y[:3]), r"no one number of rows: \{'0': 8, '1': 3\}"),
+        (lambda x, y: (x, y[:3]), r"differ in their number of examples: \{'0': 8, '1': 3\}"),
         (lambda x, y: "text", r"the batch is a str, and must be a mapping or tuple of tensors"),
     ],
 )

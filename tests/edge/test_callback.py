@@ -422,7 +422,7 @@ def test_a_state_of_another_data_set_is_refused(tmp_path):
     fit([controller], Learner)
     other = EdgeController(policy="item", loss_threshold=1.0)
     other.load_state_dict(controller.state_dict())
-    with pytest.raises(MisconfigurationException, match="another policy or data set .*2000 items, and there are 64"):
+    with pytest.raises(MisconfigurationException, match="another policy or data set .*2000 items, and the data set 64"):
         fit([other], with_choices(LossOnly))
 
 
@@ -441,7 +441,7 @@ def test_a_data_set_that_is_mastered_is_told():
         ({"target_range": (0.0, 0.5)}, r"within \(0, 1\)"),
         ({"policy": "random"}, r"`EdgeController\(policy='random'\)` must be"),
         ({"target_range": 0.65}, r"`EdgeController\(target_range=0.65\)` must be two numbers"),
-        ({"signal": "loss"}, r"`EdgeController\(signal='loss'\)` is no success: set `loss_threshold`"),
+        ({"signal": "loss"}, r"`EdgeController\(signal='loss'\)` needs `loss_threshold`: a loss at or below it"),
         ({"epsilon": 1.5}, r"`EdgeController\(epsilon=1.5\)` must be in \[0, 1\]"),
         ({"spread": -1.0}, r"`EdgeController\(spread=-1.0\)` must be at least 0"),
         ({"soft": True, "policy": "skill"}, r"`EdgeController\(soft=True\)` goes with policy='item'"),

@@ -191,7 +191,7 @@ def test_an_iterable_data_set_is_refused():
         def __iter__(self):
             return iter(range(3))
 
-    with pytest.raises(TypeError, match="Stream is iterable: its examples come in their own order"):
+    with pytest.raises(TypeError, match="Stream is iterable: its examples come in their own"):
         DifficultySampler(Stream())
 
 

@@ -60,7 +60,7 @@ def test_layers_that_put_positions_first_are_turned():
 
 def test_a_mask_that_does_not_fit_is_refused_where_it_matters():
     shorter = lambda x: x[:, :4]  # noqa: E731
-    with pytest.raises(ValueError, match=r"mask is \(4, 6\) and a layer puts out \(4, 4\)"):
+    with pytest.raises(ValueError, match=r"mask is \(4, 6\) and a layer returns \(4, 4\)"):
         tapped(PositionFields(mask=MASK), positions="all", form=shorter)
     assert len(tapped(PositionFields(mask=torch.ones(B, T)), positions="all", form=shorter)) == 16
     assert len(tapped(PositionFields(mask=MASK), form=lambda x: x[:, 0])) == B  # one row an example

@@ -62,7 +62,7 @@ def close(a, b, tolerance=1e-4):
 
 
 class Keeps(with_batches_of(64)):
-    """Keeps what its layers put out."""
+    """Keeps the outputs of its layers."""
 
     kept = []
 
@@ -121,7 +121,7 @@ class Runs(Reshuffled):
 
 
 class AtFixedWeights(Callback):
-    """What the layer puts out for all examples, when a probe is logged."""
+    """The layer's output for all examples, when a probe is logged."""
 
     def __init__(self):
         self.found = {}
@@ -318,9 +318,9 @@ def test_activations_that_are_not_finite_give_nan_and_one_warning():
 
 def test_overhead_is_the_fastest_probe_over_the_steps_between():
     probe = GeometryProbe()
-    probe._probe_seconds.extend([0.3, 0.1, 0.2])
-    probe._step_seconds.extend([0.01, 0.02, 0.06])
-    assert probe._overhead(10) == pytest.approx(0.1 / (10 * 0.02))
+    probe._pace.probe_seconds.extend([0.3, 0.1, 0.2])
+    probe._pace.step_seconds.extend([0.01, 0.02, 0.06])
+    assert probe._pace.overhead(10) == pytest.approx(0.1 / (10 * 0.02))
 
 
 class Forwards(Plain):
@@ -432,7 +432,7 @@ def test_a_module_may_say_how_it_is_probed():
 def test_too_costly_a_probe_comes_less_often_and_says_so():
     with pytest.warns(UserWarning, match=r"It comes every \d+ steps from here on, not every 2, to stay within"):
         logged, probe, _ = probed(max_overhead=1e-5, num_points=8, estimators=("two_nn",), trainer={"max_epochs": 4})
-    assert probe._interval > 100
+    assert probe._pace.interval > 100
     assert len(logged) < 8
 
 
@@ -583,5 +583,5 @@ def test_a_layer_that_cannot_be_tapped_is_refused():
             self.net.insert(0, nn.Flatten(0))
             self.net.insert(1, nn.Unflatten(0, (-1, 8)))
 
-    with pytest.raises(MisconfigurationException, match=r"`GeometryProbe`: Layer 'net.0' puts out \(64,\)"):
+    with pytest.raises(MisconfigurationException, match=r"`GeometryProbe`: Layer 'net.0' returns \(64,\)"):
         probed(Odd, layers=["net.0"])

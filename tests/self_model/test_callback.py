@@ -274,7 +274,7 @@ def test_what_it_cannot_serve(text):
         train(ForgeModule(config=GPT2, self_model=SelfModelHead()), text(), [SelfModel()])
     with pytest.raises(MisconfigurationException, match="No layer is called 'h.9'"):
         train(ForgeModule(config=GPT2, self_model=SelfModelHead(layers=["h.9"])), text())
-    with pytest.raises(MisconfigurationException, match="'net.0' puts out 16 units; 5 were expected"):
+    with pytest.raises(MisconfigurationException, match="'net.0' returns 16 units; 5 were expected"):
         fit([SelfModel(layers=["net.0"], width=5)])
 
 

@@ -288,7 +288,7 @@ def test_in_place_changes_are_told():
     head = head_on(network, layers=["0"])
     head.start()
     network(torch.randn(3, 4))
-    with pytest.raises(ValueError, match="what '0' put out was changed in place after it"):
+    with pytest.raises(ValueError, match="the output of '0' was changed in place by a later layer"):
         head.loss(step=0)
     head = head_on(nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2)), layers=["1"])
 
@@ -404,7 +404,7 @@ def test_width_that_cannot_be_told():
 
     network = nn.Sequential(Own(), nn.Linear(3, 3))
     x = torch.randn(5, 8, requires_grad=True)
-    with pytest.raises(ValueError, match="how many units '0' puts out cannot be told"):
+    with pytest.raises(ValueError, match="cannot infer the output width of '0'"):
         head_on(network, layers=["0"])
     head = SelfModelHead(layers=["0"], warmup_steps=0)
     head.attach(network, width=3)
@@ -424,7 +424,7 @@ def test_shapes_that_do_not_fit_are_said_at_the_loss():
     head.attach(images, width=16)
     head.start()
     images(torch.randn(3, 1, 2, 2))
-    with pytest.raises(ValueError, match=r"Layer '0' puts out \(3, 4, 2, 2\); a head needs \(N, D\) or \(B, T, D\)"):
+    with pytest.raises(ValueError, match=r"Layer '0' returns \(3, 4, 2, 2\); a head needs \(N, D\) or \(B, T, D\)"):
         head.loss(step=0)
     model = gpt2()
     head = head_on(model)

@@ -205,7 +205,7 @@ def test_a_logged_training_accuracy_is_success():
 
 
 def test_a_loss_of_unknown_kind_says_what_it_leaves_out():
-    with pytest.warns(UserWarning, match="only warm-up, plateau and divergence are told apart. Return") as told:
+    with pytest.warns(UserWarning, match="only warm-up, plateau and divergence are named. Return") as told:
         _, trainer = fit([StageClassifier()], Plain, max_epochs=4, limit_val_batches=8)
     assert sum("no success of both" in str(w.message) for w in told) == 1
     assert trainer.callback_metrics["forge/stage/gap"].isnan()

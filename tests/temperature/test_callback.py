@@ -190,7 +190,7 @@ def test_measures_are_those_of_the_whole_validation_set():
 
 
 def test_labels_that_do_not_fit_are_told():
-    with pytest.warns(UserWarning, match="validation gave no labels that fit the logits, and the bins go on by steps"):
+    with pytest.warns(UserWarning, match="validation has no labels that fit the logits, and the bins move on by steps"):
         fit([TemperatureCurriculum(labels=None)])
 
 

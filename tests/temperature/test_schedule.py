@@ -92,7 +92,7 @@ def test_state_goes_on():
     other = TemperatureSchedule(BINS, max_steps_per_bin=1)
     other.load_state_dict(schedule.state_dict())
     assert [other.draw(step) for step in range(50)] == [schedule.draw(step) for step in range(50)]
-    with pytest.raises(ValueError, match=r"saved with bins=.* and cannot go on with bins=\[\(1.0, 2.0\)\]"):
+    with pytest.raises(ValueError, match=r"saved with bins=.* and cannot be resumed with bins=\[\(1.0, 2.0\)\]"):
         TemperatureSchedule([(1, 2)]).load_state_dict(schedule.state_dict())
 
 
