@@ -24,7 +24,7 @@ def blocks(path):
 BLOCKS = blocks(ROOT / "README.md")
 PAGES = {path.stem: blocks(path) for path in sorted(ROOT.glob("docs/*.md"))}
 CONTINUED = "write_a_callback"
-"""Page whose Python blocks go on from one another."""
+"""Page whose Python blocks continue one another."""
 PAGES[CONTINUED] = [("python", "\n".join(block for _, block in PAGES[CONTINUED] if "from tests" not in block))]
 WALKS = ("geometry", "edge", "self_model")
 """Pages whose commands are to be typed one after another, like the README's."""
@@ -49,6 +49,17 @@ for words in json.loads(sys.argv[1]):
     assert not code, f"{words} ends with {code}"
 """
 """Runs commands of ``forge-fit`` one after another in one process: its start takes longer than most of them."""
+
+
+BLOCKS_IN_TURN = """
+import json, sys
+for page, block in json.loads(sys.argv[1]):
+    try:
+        exec(compile(block, page, "exec"), {"__name__": "__main__"})
+    except BaseException as error:
+        raise AssertionError(f"a block of {page} fails") from error
+"""
+"""Runs blocks of Python one after another, each in a namespace of its own."""
 
 
 def of(kind):
@@ -105,33 +116,31 @@ def test_commands(shell):
     assert seen == {"make", "pip", "export", "forge-fit"}
 
 
-@pytest.mark.parametrize("index", range(len(of("python"))))
-def test_python(index, tmp_path):
-    run([sys.executable, "-W", "ignore", "-c", of("python")[index]], cwd=tmp_path)
+@pytest.mark.parametrize("part", [0, 1])
+def test_python_blocks_run(part, tmp_path):
+    """In two processes, of which each imports the package once."""
+    readme = [("README", language, block) for language, block in BLOCKS]
+    python = [(page, block) for page, language, block in [*readme, *IN_PAGES] if language == "python"]
+    run([sys.executable, "-W", "ignore", "-c", BLOCKS_IN_TURN, json.dumps(python[part::2])], cwd=tmp_path)
 
 
-@pytest.mark.parametrize("index", range(len(of("yaml"))))
-def test_yaml(index, tmp_path):
-    path = tmp_path / "config.yaml"
-    path.write_text(of("yaml")[index])
-    assert yaml.safe_load(path.read_text())
-    run([sys.executable, "-W", "ignore", "-m", "forge_lightning.cli", "check", str(path)], cwd=tmp_path)
-
-
-@pytest.mark.parametrize(("page", "language", "block"), IN_PAGES, ids=[f"{p}-{kind}" for p, kind, _ in IN_PAGES])
-def test_pages(page, language, block, tmp_path):
-    if language == "python":
-        run([sys.executable, "-W", "ignore", "-c", block], cwd=tmp_path)
-        return
-    more = tmp_path / "more.yaml"
-    if language == "yaml":  # an add-on
-        more.write_text(block)
-        words = ["check", "grokking_observed.yaml", "--config", str(more)]
-    else:
-        assert language == "bash"
-        words = ["check", *shlex.split(block)[3:]]
-        assert block.startswith("forge-fit fit --config ")
-    run([sys.executable, "-W", "ignore", "-m", "forge_lightning.cli", *words], cwd=tmp_path)
+def test_yaml_and_commands_are_valid(tmp_path):
+    commands = []
+    for number, block in enumerate(of("yaml")):
+        path = tmp_path / f"config_{number}.yaml"
+        path.write_text(block)
+        assert yaml.safe_load(block)
+        commands.append(["check", str(path)])
+    for number, (page, language, block) in enumerate(IN_PAGES):
+        if language == "yaml":  # an add-on
+            path = tmp_path / f"{page}_{number}.yaml"
+            path.write_text(block)
+            commands.append(["check", "grokking_observed.yaml", "--config", str(path)])
+        elif language == "bash":
+            assert block.startswith("forge-fit fit --config ")
+            commands.append(["check", *shlex.split(block)[3:]])
+    assert len(commands) > 5
+    run([sys.executable, "-W", "ignore", "-c", IN_TURN, json.dumps(commands)], cwd=tmp_path)
 
 
 def test_the_callbacks_table_is_that_of_the_docstrings():
