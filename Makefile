@@ -5,7 +5,7 @@ EXTRAS ?= test,dev
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
-.PHONY: demo test test-full test-oldest check docs format clean claims claims-quick soak soak-full
+.PHONY: demo test test-full test-oldest check docs format clean claims claims-quick soak soak-full mutants
 
 demo: $(VENV)/.demo  ## train until it generalises; a quarter of a minute
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/forge-fit fit --config grokking_fast.yaml
@@ -45,6 +45,9 @@ claims-quick: $(VENV)/.test  ## the page from stored runs, and three of the runs
 soak: $(VENV)/.test  ## 3,000 steps with everything on, and everything that can end a run; minutes
 	$(BIN)/python -m benchmarks.soak --steps 3000
 	$(BIN)/python -m pytest -q tests/faults
+
+mutants: $(VENV)/.test  ## changes of single operators and numbers that the tests must catch; a quarter of an hour
+	$(BIN)/python .ci/mutants.py
 
 soak-full: $(VENV)/.test  ## 100,000 steps, half an hour
 	$(BIN)/python -m benchmarks.soak

@@ -333,7 +333,7 @@ class GeometryProbe(ForgeCallback):
         self._pace.probe_seconds.append(copied + time.perf_counter() - start)
         if warning := self._pace.plan_next(trainer.global_step, partial(broadcast_from_rank_zero, trainer)):
             rank_zero_warn(warning)
-        self.log_metrics(trainer, metrics | {"overhead": self._pace.overhead()})
+        self.log_metrics(trainer, metrics | {"overhead": broadcast_from_rank_zero(trainer, self._pace.overhead())})
         self._pace.end_probe()
 
     def _read(self, table: Tensor) -> dict[str, float]:

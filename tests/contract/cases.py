@@ -20,6 +20,7 @@ class Case:
     exempt: dict[str, str] = field(default_factory=dict)  # row -> why it does not apply
     logs: frozenset[str] = frozenset()  # every key that its docstring lists
     constant_logs: frozenset[str] = frozenset()  # of those, the ones that a healthy run holds constant
+    of_rank: frozenset[str] = frozenset()  # of those, the ones that its docstring calls rank 0's
     placeholders: dict[str, str] = field(default_factory=dict)  # pattern in a key -> what its docstring says for it
     adapt: Callable[[type], type] = lambda module: module  # gives a module what the callback cannot do without
 
@@ -144,6 +145,7 @@ def dream_replay(mode, logs, exempt, **kwargs) -> Case:
         twin=lambda: build.dream_replay(**options | {"mode": "cycle"}, name="second"),  # one of them can mix
         logs=frozenset(f"forge/dream/{key}" for key in logs),
         constant_logs=frozenset({"forge/dream/forgetting"}),  # 0 as long as the probe gets better
+        of_rank=frozenset(f"forge/dream/{key}" for key in DREAM_LOGS[:5]),
         exempt=exempt,
     )
 

@@ -4,6 +4,7 @@
 """
 
 import json
+import math
 import sys
 import traceback
 import warnings
@@ -15,6 +16,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from forge_lightning.callbacks import RNGState
+from forge_lightning.core import step_log
 from forge_lightning.optim import MuonAdamW
 from tests.contract.cases import CASES
 from tests.contract.modules import Plain, Sharded, Stateful, with_batches_of
@@ -78,7 +80,36 @@ def ranks_agree(case, kind, folder):
     model, trainer = two(kind, [case.build()], STATEFUL[kind], max_epochs=2, logger=logger)
     mine = weights(model)
     theirs = trainer.strategy.all_gather(mine)
+    _logged[case.id] = gathered(last_numbers(trainer))
     assert torch.equal(theirs[0], theirs[1])
+
+
+_logged = {}
+"""What each rank has logged in `ranks_agree`, by case."""
+
+
+def last_numbers(trainer):
+    """The last value of every number that callbacks of the suite logged on this rank."""
+    return {key: value for key, (_, value) in step_log._logged.get(trainer, {}).items()}
+
+
+def gathered(numbers):
+    """The numbers of both ranks, on both."""
+    ranks = [None, None]
+    torch.distributed.all_gather_object(ranks, numbers)
+    return ranks
+
+
+def logs_agree(case, kind, folder):
+    """With different data on each rank, numbers are the same whatever rank logs them, or documented as one rank's."""
+    check_logs(case, *_logged.pop(case.id))
+
+
+def check_logs(case, zero, one):
+    assert zero.keys() == one.keys(), zero.keys() ^ one.keys()
+    assert not case.of_rank or "rank 0" in type(case.build()).__doc__
+    differ = {key for key in zero if zero[key] != one[key] and not (math.isnan(zero[key]) and math.isnan(one[key]))}
+    assert differ <= case.of_rank, {key: (zero[key], one[key]) for key in differ - case.of_rank}
 
 
 ENDS = (({"max_epochs": 4}, {"max_epochs": 2}), ({"max_epochs": -1, "max_steps": 8}, {"max_steps": 3}))
@@ -108,7 +139,7 @@ def acts(case, kind, folder):
     assert torch.equal(weights(without), weights(with_it)) == case.observer
 
 
-ROWS = [shards_the_batch, ranks_agree, resumes, acts]
+ROWS = [shards_the_batch, ranks_agree, logs_agree, resumes, acts]
 
 
 def muon(kind):

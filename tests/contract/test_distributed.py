@@ -36,3 +36,14 @@ def test_every_case_on_two_processes(results, row):
 
 def test_muon_on_two_processes(results):
     assert results["muon"] == "passed", results["muon"]
+
+
+def test_numbers_of_one_rank_are_caught():
+    """Negative control of `logs_agree`."""
+    case = next(case for case in CASES if case.id == "calibration")
+    same = {"forge/calibration/nll": 1.0, "forge/calibration/ece": float("nan")}
+    distributed.check_logs(case, same, dict(same))
+    with pytest.raises(AssertionError, match="forge/calibration/nll"):
+        distributed.check_logs(case, same, same | {"forge/calibration/nll": 1.1})
+    with pytest.raises(AssertionError, match="forge/calibration/ece"):
+        distributed.check_logs(case, same, {"forge/calibration/nll": 1.0})

@@ -1,0 +1,94 @@
+"""Loss, success and stored logits of each example, against plain torch."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from forge_lightning.dream.scores import KEPT, RowScores
+
+LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.0, 3.0, 1.0], [1.0, 0.0, 0.5], [0.0, 0.0, 4.0]])
+LABELS = torch.tensor([0, 1, 2, -100])
+
+
+class Table(nn.Module):
+    """Returns its logits, whatever the input."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = nn.Parameter(logits.clone())
+
+    def forward(self, x):
+        return self.logits * 1.0
+
+
+def scored(logits, labels, outputs=None, shift=None):
+    network = Table(logits)
+    scores = RowScores(network, "labels", shift)
+    scores.begin({"x": torch.zeros(len(labels)), "labels": labels})
+    network(None)
+    assert scores.take()
+    assert not scores.take()
+    return scores, scores.read(outputs, len(labels))
+
+
+def test_losses_and_successes_are_those_of_the_logits():
+    _, (losses, successes) = scored(LOGITS, LABELS)
+    expected = F.cross_entropy(LOGITS[:3], LABELS[:3], reduction="none")
+    torch.testing.assert_close(losses[:3], expected)
+    assert math.isnan(losses[3])
+    assert successes[:3].tolist() == [1.0, 1.0, 0.0]
+
+
+def test_sequences_are_scored_as_a_whole():
+    logits = torch.stack([LOGITS[:2], LOGITS[2:]])
+    labels = torch.tensor([[0, 1], [2, -100]])
+    _, (losses, successes) = scored(logits, labels)
+    assert losses[0] == pytest.approx(float(F.cross_entropy(LOGITS[:2], LABELS[:2])))
+    assert losses[1] == pytest.approx(float(F.cross_entropy(LOGITS[2:3], LABELS[2:3])))
+    assert successes.tolist() == [1.0, 0.0]
+
+
+def test_shifted_labels_belong_to_the_position_before():
+    logits = LOGITS[:3][None]
+    _, (losses, successes) = scored(logits, torch.tensor([[2, 0, 1]]), shift=True)
+    assert losses[0] == pytest.approx(float(F.cross_entropy(LOGITS[:2], torch.tensor([0, 1]))))
+    assert successes.tolist() == [1.0]
+
+
+def test_returned_numbers_win_over_logits():
+    given = {"example_loss": torch.arange(4.0), "example_success": torch.ones(4)}
+    assert [t.tolist() for t in scored(LOGITS, LABELS, given)[1]] == [[0.0, 1.0, 2.0, 3.0], [1.0] * 4]
+    losses, successes = scored(LOGITS, LABELS, {"example_loss": torch.arange(4.0)})[1]
+    assert losses.tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert successes.isnan().all()
+
+
+def test_stored_logits_are_log_probabilities_of_right_examples():
+    scores, (_, successes) = scored(LOGITS, LABELS)
+    values, classes, totals = zip(*scores.logits_to_keep(successes.eq(1), 2), strict=True)
+    assert [len(v) for v in values] == [1, 1, 0, 0]
+    assert classes[0].tolist() == [[0, 1]]
+    torch.testing.assert_close(values[0][0], LOGITS[0].log_softmax(0)[:2].half())
+    assert totals[1].shape == (1,)
+
+
+def test_distance_is_zero_for_stored_logits_and_squared_otherwise():
+    labels = torch.tensor([0, 1, 2, 2])
+    scores, (_, successes) = scored(LOGITS, labels)
+    kept = dict(zip(KEPT, zip(*scores.logits_to_keep(successes.eq(1), 3), strict=True), strict=True))
+    assert scores.distance(kept, 4).item() == pytest.approx(0, abs=1e-6)
+    moved = LOGITS.clone()
+    moved[1, 2] += 0.5  # one logit of three, of one label of four
+    later, _ = scored(moved, labels)
+    assert later.distance(kept, 4).item() == pytest.approx(0.5**2 / 3 / 4, rel=1e-2)
+
+
+def test_without_a_network_nothing_is_known():
+    scores = RowScores(None, "labels", None)
+    scores.begin({"labels": LABELS})
+    assert not scores.take()
+    with pytest.raises(ValueError, match="no submodule is known to return logits"):
+        scores.read(None, 4)
