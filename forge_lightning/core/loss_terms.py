@@ -3,9 +3,12 @@
 import functools
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule
 
 TASK_LOSS = "forge_task_loss"
 """Key in the outputs of a step: the module's own loss, without what callbacks add."""
@@ -44,7 +47,7 @@ class LossTerms:
         module: A LightningModule.
     """
 
-    def __init__(self, module: Any) -> None:
+    def __init__(self, module: "LightningModule") -> None:
         self.module = module
         self.terms: list[LossTerm] = []
         self.own_loss: Tensor | None = None
@@ -113,24 +116,24 @@ class LossTerms:
         return True
 
 
-def _found(module: Any) -> LossTerms | None:
+def _found(module: "LightningModule") -> LossTerms | None:
     """The wrapper of a module; ``None`` also where other code has removed it."""
     return vars(module).get(_KEPT) if _STEP in vars(module) else None
 
 
-def own_loss(module: Any) -> Tensor | None:
+def own_loss(module: "LightningModule") -> Tensor | None:
     """The loss of a module's last training step before terms were added; ``None`` without terms."""
     found = _found(module)
     return None if found is None else found.own_loss
 
 
-def no_backward(module: Any) -> str:
+def no_backward(module: "LightningModule") -> str:
     """Advice for a step in which no term was asked for its part; empty under automatic optimization."""
     manual = "Under manual optimization the loss must go through `self.manual_backward`. "
     return "" if module.automatic_optimization else manual
 
 
-def add_loss_term(module: Any, term: LossTerm) -> None:
+def add_loss_term(module: "LightningModule", term: LossTerm) -> None:
     """Add a term to a module's loss until `remove_loss_term`."""
     found = _found(module)
     if found is None:
@@ -139,7 +142,7 @@ def add_loss_term(module: Any, term: LossTerm) -> None:
         found.terms.append(term)
 
 
-def remove_loss_term(module: Any, term: LossTerm) -> None:
+def remove_loss_term(module: "LightningModule", term: LossTerm) -> None:
     """Undo `add_loss_term`. Does nothing if the term was not added."""
     found = vars(module).get(_KEPT)
     if found is not None and term in found.terms:
@@ -149,7 +152,7 @@ def remove_loss_term(module: Any, term: LossTerm) -> None:
 
 
 @contextmanager
-def only_loss_term(module: Any, term: LossTerm) -> Iterator[None]:
+def only_loss_term(module: "LightningModule", term: LossTerm) -> Iterator[None]:
     """Suspend all other loss terms inside the block."""
     found = vars(module)[_KEPT]
     terms, found.terms = found.terms, [term]

@@ -1,7 +1,10 @@
 """Optional interfaces (`typing.Protocol`) of user modules, datamodules and callbacks. No inheritance is needed."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 
 @runtime_checkable
@@ -69,7 +72,7 @@ class SupportsProbe(Protocol):
 class SupportsInterrupt(Protocol):
     """A callback that ends a run between steps when it was asked to."""
 
-    def stop_if_asked(self, trainer: Any) -> None:
+    def stop_if_asked(self, trainer: "Trainer") -> None:
         """Called between two steps also by callbacks that make several steps in one hook, on all ranks."""
 
 

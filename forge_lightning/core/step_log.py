@@ -3,19 +3,22 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 
 from forge_lightning.core.metric_names import plain_metric
 
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
+
 _logged: WeakKeyDictionary[Any, dict[str, tuple[int, float]]] = WeakKeyDictionary()
 _intervals: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
 _muted: WeakSet[Any] = WeakSet()
 
 
-def log_at_this_step(trainer: Any, metrics: Mapping[str, float], monitor: bool = True) -> None:
+def log_at_this_step(trainer: "Trainer", metrics: Mapping[str, float], monitor: bool = True) -> None:
     """Log at this optimizer step only, to every logger, and by default where `EarlyStopping` looks.
 
     `LightningModule.log` would repeat a sparse value at every later logging step.
@@ -30,13 +33,13 @@ def log_at_this_step(trainer: Any, metrics: Mapping[str, float], monitor: bool =
     _logged.setdefault(trainer, {}).update({key: (step, value) for key, value in metrics.items()})
 
 
-def step_of_log(trainer: Any) -> int:
+def step_of_log(trainer: "Trainer") -> int:
     """The step number under which Lightning's own monitors log."""
     step: int = trainer.fit_loop.epoch_loop._batches_that_stepped
     return step
 
 
-def is_logging_step(trainer: Any) -> bool:
+def is_logging_step(trainer: "Trainer") -> bool:
     """Whether the coming or just finished optimizer step is one of ``log_every_n_steps``, or of `log_also_every`."""
     if trainer in _muted:
         return False
@@ -48,12 +51,12 @@ def is_logging_step(trainer: Any) -> bool:
 
 
 @contextmanager
-def muted(trainer: Any, module: Any) -> Iterator[None]:
+def muted(trainer: "Trainer", module: "LightningModule") -> Iterator[None]:
     """Meanwhile nothing is logged, neither by callbacks of the suite nor by the module: steps that are not counted."""
     was_muted = trainer in _muted
     before = {name: vars(module).get(name) for name in ("log", "log_dict")}
     _muted.add(trainer)
-    module.log = module.log_dict = _nothing
+    module.log = module.log_dict = _nothing  # type: ignore[method-assign]
     try:
         yield
     finally:
@@ -70,7 +73,7 @@ def _nothing(*_: Any, **__: Any) -> None:
     pass
 
 
-def log_also_every(trainer: Any, interval: int | None) -> None:
+def log_also_every(trainer: "Trainer", interval: int | None) -> None:
     """What one callback records at an interval of its own, the others log there too; ``None`` ends it."""
     if interval is None:
         _intervals.pop(trainer, None)
@@ -78,18 +81,18 @@ def log_also_every(trainer: Any, interval: int | None) -> None:
         _intervals.setdefault(trainer, set()).add(interval)
 
 
-def is_dev_run(trainer: Any) -> bool:
+def is_dev_run(trainer: "Trainer") -> bool:
     """Whether this is a `fast_dev_run`, which leaves nothing on disk."""
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
-def logged_at_this_step(trainer: Any) -> dict[str, float]:
+def logged_at_this_step(trainer: "Trainer") -> dict[str, float]:
     """What callbacks of the suite logged at the step that is being finished, by full name."""
     step = step_of_log(trainer)
     return {key: value for key, (at, value) in _logged.get(trainer, {}).items() if at == step}
 
 
-def last_logged(trainer: Any, *names: str) -> float:
+def last_logged(trainer: "Trainer", *names: str) -> float:
     """The value that callbacks of the suite logged last under the first of these full names; NaN without one.
 
     Instances with a ``name`` count as those without.

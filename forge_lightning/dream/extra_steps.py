@@ -1,9 +1,10 @@
 """Extra training and evaluation steps outside the loop: not counted, not logged, with their own random generator."""
 
 import random
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -13,8 +14,11 @@ from torch.distributed.fsdp import FSDPModule
 from forge_lightning.core.loss_terms import LossTerm, only_loss_term
 from forge_lightning.core.step_log import muted
 
+if TYPE_CHECKING:
+    from lightning.pytorch import LightningModule, Trainer
 
-def extra_step(trainer: Any, module: Any, batch: Any) -> None:
+
+def extra_step(trainer: "Trainer", module: "LightningModule", batch: Any) -> None:
     """Train on a batch through the strategy, as the loop would: precision, gradient scaling, clipping, all ranks.
 
     The step counter, the learning-rate schedule and the module's own ``optimizer_step`` are left out. Under manual
@@ -38,7 +42,7 @@ def extra_step(trainer: Any, module: Any, batch: Any) -> None:
     optimizer.zero_grad()
 
 
-def extra_evaluation(trainer: Any, module: Any, batch: Any) -> None:
+def extra_evaluation(trainer: "Trainer", module: "LightningModule", batch: Any) -> None:
     """Run the training step on a batch in evaluation mode. Not for manual optimization.
 
     With several ranks there is no gradient, because strategies wait for a backward pass after every forward pass with
@@ -56,7 +60,9 @@ def extra_evaluation(trainer: Any, module: Any, batch: Any) -> None:
 
 
 @contextmanager
-def apart(trainer: Any, module: Any, term: LossTerm, seed: int, with_callbacks: bool = False) -> Iterator[None]:
+def apart(
+    trainer: "Trainer", module: "LightningModule", term: LossTerm, seed: int, with_callbacks: bool = False
+) -> Iterator[None]:
     """Hide the steps inside the block from callbacks, loggers and the global random generators.
 
     Args:
@@ -67,7 +73,7 @@ def apart(trainer: Any, module: Any, term: LossTerm, seed: int, with_callbacks: 
         with_callbacks: Let callbacks' hooks and other loss terms act. Nothing is logged either way.
     """
     devices = [module.device] if module.device.type == "cuda" else []
-    callbacks = trainer.callbacks
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
     with ExitStack() as stack:
         stack.enter_context(muted(trainer, module))
         stack.enter_context(torch.random.fork_rng(devices))
@@ -98,9 +104,9 @@ def scaled_lr(optimizers: Any, scale: float) -> Iterator[None]:
             group["lr"] = lr
 
 
-def _arguments(trainer: Any, batch: Any) -> list[Any]:
+def _arguments(trainer: "Trainer", batch: Any) -> list[Any]:
     """Arguments of ``training_step``, which may take the batch's number or not."""
-    return list(trainer.fit_loop.epoch_loop._build_kwargs({}, batch, 0).values())
+    return list(trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, 0).values())
 
 
 def _loss(outputs: Any) -> Tensor | None:
