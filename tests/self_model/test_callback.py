@@ -101,14 +101,18 @@ def test_export_has_no_head(text, tmp_path):
     assert torch.allclose(loaded(input_ids=ids).logits, module.model.eval()(input_ids=ids).logits)
 
 
+@pytest.mark.parametrize("built_in", [False, True])
 @pytest.mark.parametrize("compile", [False, True])
-def test_compiled_and_checkpointed_modules(text, compile, monkeypatch):
+def test_compiled_and_checkpointed_modules(text, compile, built_in, monkeypatch):
     compile_ = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda self: compile_(self, backend="eager"))
-    head = SelfModelHead(warmup_steps=0)
-    module = ForgeModule(config=GPT2, self_model=head, compile=compile, gradient_checkpointing=not compile)
-    found, _ = train(module, text(), max_steps=4)
-    expected, _ = train(ForgeModule(config=GPT2, self_model=SelfModelHead(warmup_steps=0)), text(), max_steps=4)
+
+    def trained(**options):
+        head = SelfModelHead(warmup_steps=0) if built_in else None
+        module = ForgeModule(config=GPT2, self_model=head, **options)
+        return train(module, text(), [] if built_in else [SelfModel(warmup_steps=0)], max_steps=4)[0]
+
+    found, expected = trained(compile=compile, gradient_checkpointing=not compile), trained()
     torch.testing.assert_close(weights(found), weights(expected), atol=1e-5, rtol=1e-4)
 
 
