@@ -25,6 +25,17 @@ def sum_over_ranks(trainer: "Trainer", values: Tensor) -> Tensor:
     return total.to(values.device)
 
 
+def mean_over_ranks(trainer: "Trainer", numbers: dict[str, float]) -> dict[str, float]:
+    """Mean of each number over the ranks that have it. All ranks have to call this, also those without any."""
+    if trainer.world_size == 1:
+        return numbers
+    ranks: list[Any] = [None] * trainer.world_size
+    torch.distributed.all_gather_object(ranks, numbers)
+    keys = dict.fromkeys(key for rank in ranks for key in rank)
+    values = {key: [rank[key] for rank in ranks if key in rank] for key in keys}
+    return {key: sum(found) / len(found) for key, found in values.items()}
+
+
 def min_over_ranks(trainer: "Trainer", value: int) -> int:
     """Smallest of all ranks' integers. All ranks have to call this."""
     if trainer.world_size == 1:

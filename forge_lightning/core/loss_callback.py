@@ -8,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from forge_lightning.core.callback import ForgeCallback, is_logging_step, is_skipped
-from forge_lightning.core.distributed import sum_over_ranks
+from forge_lightning.core.distributed import mean_over_ranks
 from forge_lightning.core.labels import LabelReader, NoClassesError
 from forge_lightning.core.logit_tap import LogitTap, find_network, is_shifted, predicted_rows
 from forge_lightning.core.loss_terms import add_loss_term, no_backward, remove_loss_term
@@ -203,10 +203,10 @@ class LogitLossCallback(LossCallback):
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         super().on_step_end(trainer, pl_module, outputs, batch)
         recorded, self._recorded = self._recorded, {}
-        if recorded and is_logging_step(trainer):
-            means = torch.stack([torch.stack(values).mean() for values in recorded.values()])
-            means = sum_over_ranks(trainer, means) / trainer.world_size
-            self.log_metrics(trainer, dict(zip(recorded, means.tolist(), strict=True)))
+        if self._trainer is not None and is_logging_step(trainer):
+            means = {quantity: torch.stack(values).mean().item() for quantity, values in recorded.items()}
+            if means := mean_over_ranks(trainer, means):
+                self.log_metrics(trainer, means)
 
     def detach(self) -> None:
         super().detach()
