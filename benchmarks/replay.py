@@ -63,7 +63,7 @@ class Latest(ReplayBuffer):
 
     def _make_room(self, family, chance, place, length, rng, evict):
         if self._reservoir.num_held == self._reservoir.limit:
-            evict(min(self._reservoir.held[family], key=lambda slot: self._c["step"][slot]))
+            evict(min(self._reservoir.held[family], key=lambda slot: self._scores.arrays["step"][slot]))
         return True
 
 

@@ -13,31 +13,14 @@ from torch import Tensor
 
 from forge_lightning.core.tokens import IGNORED
 from forge_lightning.core.validate import require
-from forge_lightning.dream.batch_rows import rows_of
-from forge_lightning.dream.frontier import CATEGORIES, Frontier, LossQuantiles
-from forge_lightning.dream.functional import gumbel_top_k, importance_weights, replay_priority
+from forge_lightning.dream.batch_rows import joined, rows_of
+from forge_lightning.dream.frontier import CATEGORIES, Frontier
 from forge_lightning.dream.reservoir import Reservoir, draw
+from forge_lightning.dream.score_table import ScoreTable
 from forge_lightning.dream.store import RowStore
 
 Strategy = Literal["uniform", "balanced", "near_threshold", "edge_cases", "priority"]
 STRATEGIES: tuple[str, ...] = get_args(Strategy)
-_COLUMNS: dict[str, torch.dtype] = {
-    "sample_id": torch.int64,
-    "family": torch.int64,
-    "loss": torch.float32,
-    "best_loss": torch.float32,
-    "success": torch.float32,
-    "best_success": torch.float32,
-    "stage": torch.int64,
-    "step": torch.int64,
-    "replays": torch.float32,
-    "priority": torch.float32,
-    "category": torch.int64,
-    "in_reservoir": torch.bool,
-    "content": torch.int64,
-}
-_REFRESH = 32  # rows between computations of the quantiles
-_MOST_TOUCHED = 256  # rows whose priority waits to be computed anew
 _ROW_OVERHEAD = 400
 """Bytes of an example in addition to its data: scores, positions and Python objects. Measured with tracemalloc."""
 
@@ -134,8 +117,7 @@ class ReplayBuffer:
         self._clear(frontier)
 
     def _clear(self, frontier: float) -> None:
-        self._columns = {name: torch.zeros(self.capacity, dtype=dtype) for name, dtype in _COLUMNS.items()}
-        self._c: dict[str, Any] = {name: column.numpy() for name, column in self._columns.items()}
+        self._scores = ScoreTable(self.capacity)
         self._store = RowStore(self.capacity, self.mask, self.memory_map, self.owner, self.labels, self.label_pad)
         self._rng = np.random.default_rng(self.seed)
         self._free = list(range(self.capacity - 1, -1, -1))
@@ -146,9 +128,6 @@ class ReplayBuffer:
         limit, budget = self.capacity - parts * quota, self.max_bytes - parts * byte_quota
         self._reservoir = Reservoir(limit, budget, self.capacity, self._bytes_of)
         self._frontier = Frontier(quota, byte_quota, self.capacity, self._bytes_of)
-        self._quantiles = LossQuantiles()
-        self._until_refresh = 0
-        self._touched: set[int] = set()  # slots whose priority is out of date
 
     def __len__(self) -> int:
         return len(self._slot_of)
@@ -184,20 +163,13 @@ class ReplayBuffer:
         """Number of examples in each part of the frontier."""
         return {name: len(slots) for name, slots in zip(CATEGORIES, self._frontier.parts, strict=True)}
 
-    @property
-    def pads(self) -> dict[str, float]:
-        """Padding value, by field."""
-        return self._store.pads
+    def joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Append examples to others, padded as stored ones are.
 
-    @property
-    def sequences(self) -> list[str]:
-        """Fields whose examples may differ in length."""
-        return self._store.sequences
-
-    @property
-    def padded_at_front(self) -> bool:
-        """Whether examples are padded at the front."""
-        return self._store.padded_at_front
+        Raises:
+            ValueError: If their fields or shapes differ.
+        """
+        return joined(first, second, self._store.pads, self._store.sequences, self._store.padded_at_front)
 
     def column(self, name: str) -> Tensor:
         """A score or label of all stored examples, by slot.
@@ -206,7 +178,7 @@ class ReplayBuffer:
             name: "loss", "best_loss", "success", "best_success", "sample_id", "family", "stage", "step", "replays",
                 "category" or "in_reservoir".
         """
-        return self._columns[name][self.slots()]
+        return self._scores.columns[name][self.slots()]
 
     def push(
         self,
@@ -249,14 +221,12 @@ class ReplayBuffer:
         successes = _listed(success, size, "success") if success is not None else [math.nan] * size
         families = _listed(family, size, "family", whole=True) if family is not None else [0] * size
         chances, places = self._rng.random((2, size)).tolist()
-        if self._until_refresh <= 0:
-            self._refresh()
-        self._until_refresh -= size
-        priorities = self._priorities(torch.tensor(losses), torch.tensor(successes)).tolist()
+        self._scores.refresh(size)
+        priorities, quantiles = self._scores.new_priorities(losses, successes), self._scores.quantiles
         kept = []
         for i in range(size):
             one_family = self._reservoir.count(families[i])
-            self._quantiles.add(losses[i], successes[i])
+            quantiles.add(losses[i], successes[i])
             slot = self._slot_of.get(ids[i])
             if slot is not None:
                 self._rescore(slot, losses[i], successes[i], priorities[i])
@@ -265,7 +235,7 @@ class ReplayBuffer:
             length = packed.length(i) + _ROW_OVERHEAD
             lengths = self._reservoir.lengths
             self._reservoir.lengths = [lengths[0] + length, lengths[1] + 1]
-            category = self._quantiles.category(losses[i], successes[i])
+            category = quantiles.category(losses[i], successes[i])
             if category and not self._make_room_in_frontier(category, priorities[i], length):
                 category = 0
             fair = self._reservoir.make_room(
@@ -276,10 +246,9 @@ class ReplayBuffer:
                 continue
             slot = self._free.pop()
             self._slot_of[ids[i]] = slot
-            scores = (losses[i], losses[i], successes[i], successes[i])
-            values = (ids[i], one_family, *scores, stage, step, 0, priorities[i], 0, False, contents[i])
-            for name, value in zip(_COLUMNS, values, strict=True):
-                self._c[name][slot] = value
+            best = {"best_loss": losses[i], "best_success": successes[i], "priority": priorities[i]}
+            labels = {"sample_id": ids[i], "family": one_family, "stage": stage, "step": step, "content": contents[i]}
+            self._scores.write(slot, loss=losses[i], success=successes[i], **best, **labels)
             self._store.put(slot, packed, i)
             if fair:
                 self._join_reservoir(slot, one_family)
@@ -291,7 +260,7 @@ class ReplayBuffer:
     def content_of(self, sample_id: int) -> int | None:
         """Hash of a stored example's content, as from `ids_of`; ``None`` if it is not stored."""
         slot = self._slot_of.get(sample_id)
-        return None if slot is None else int(self._c["content"][slot])
+        return None if slot is None else int(self._scores.arrays["content"][slot])
 
     def ids_of(self, rows: Mapping[str, Tensor]) -> Tensor:
         """Hashes of the examples' contents without padding, ``(B,)``: the default ``sample_id``."""
@@ -319,7 +288,7 @@ class ReplayBuffer:
             raise ValueError("`ReplayBuffer.sample`: nothing is stored.")
         weights = torch.ones(min(batch_size, len(self)))
         if strategy == "priority":
-            slots, weights = self._by_priority(len(weights))
+            slots, weights = self._scores.draw_by_priority(len(weights), self.alpha, self.beta, self._rng)
         elif strategy == "balanced":
             slots = self._reservoir.balanced_sample(len(weights), self._rng)
         else:
@@ -327,8 +296,7 @@ class ReplayBuffer:
             slots = draw([slot for place in wanted for slot in self._frontier.parts[place]], len(weights), self._rng)
         slots = self._filled_up(slots, len(weights))
         if counted:
-            self._c["replays"][np.array(slots)] += 1
-            self._touched.update(slots)
+            self._scores.count_replays(slots)
         return self._read(slots, weights)
 
     def read(self, slots: Sequence[int]) -> Replay:
@@ -338,15 +306,12 @@ class ReplayBuffer:
     def _read(self, slots: list[int], weights: Tensor) -> Replay:
         rows, extras = self._store.read(slots)
         places = torch.tensor(slots, dtype=torch.int64)
-        score = {name: self._columns[name][places] for name in ("sample_id", "loss", "success")}
+        score = {name: self._scores.columns[name][places] for name in ("sample_id", "loss", "success")}
         return Replay(rows, extras, slots, weights=weights, **score)
 
     def slots(self) -> list[int]:
         """Slots in use, in ascending order."""
-        return self._used().tolist()  # type: ignore[no-any-return]
-
-    def _used(self) -> Any:
-        return np.flatnonzero(self._c["in_reservoir"] | (self._c["category"] > 0))
+        return self._scores.used().tolist()  # type: ignore[no-any-return]
 
     def update(self, replay: Replay, loss: Tensor, success: Tensor | None = None) -> None:
         """Update the scores of replayed examples. Those that have left the buffer since are skipped.
@@ -359,31 +324,26 @@ class ReplayBuffer:
         losses = _listed(loss, len(replay), "loss")
         successes = [math.nan] * len(replay) if success is None else _listed(success, len(replay), "success")
         ids = replay.sample_id.tolist()
-        priorities = self._priorities(torch.tensor(losses), torch.tensor(successes)).tolist()
+        priorities = self._scores.new_priorities(losses, successes)
         for slot, id, *scores in zip(replay.slots, ids, losses, successes, priorities, strict=True):
             if self._slot_of.get(id) == slot:
                 self._rescore(slot, *scores)
-        self._touched.update(replay.slots)
+        self._scores.touch(replay.slots)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, as plain tensors, numbers and lists."""
         slots = self.slots()
-        recent, num_recent, bounds = self._quantiles.state()
         return {
             "rows": self._store.state_dict(slots),
             "slots": torch.tensor(slots, dtype=torch.int64),
             "free": torch.tensor(self._free, dtype=torch.int64),
-            "columns": {name: column[slots].clone() for name, column in self._columns.items()},
             "held": {family: list(held) for family, held in self._reservoir.held.items()},
             "frontier": [list(part) for part in self._frontier.parts],
             "seen": dict(self._reservoir.seen),
             "lengths": [*self._reservoir.lengths, self._reservoir.was_full],
-            "recent": torch.from_numpy(recent),
-            "num_recent": num_recent,
-            "bounds": [self._until_refresh, *bounds],
             "rng": self._rng.bit_generator.state,
-            "touched": sorted(self._touched),
             "capacity": self._limits,
+            **self._scores.state_dict(slots),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -393,15 +353,12 @@ class ReplayBuffer:
             return
         self._clear(self._share_of_frontier)
         slots = state_dict["slots"].tolist()
-        for name, column in state_dict["columns"].items():
-            self._columns[name][slots] = column
+        self._scores.load_state_dict(state_dict, slots)
         self._store.load(state_dict["rows"], dict(enumerate(slots)))
         self._slot_of = dict(zip(state_dict["columns"]["sample_id"].tolist(), slots, strict=True))
         self._free = state_dict["free"].tolist()
         self._reservoir.load(state_dict["held"], state_dict["seen"], state_dict["lengths"])
         self._frontier.load(state_dict["frontier"])
-        self._touched = set(state_dict["touched"])
-        self._load_quantiles(state_dict)
         self._rng.bit_generator.state = state_dict["rng"]
 
     def load_shard(self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
@@ -429,12 +386,8 @@ class ReplayBuffer:
         # Any rank's quantiles will do: all ranks see the same task.
         if states:
             state = states[rank % len(states)]
-            self._load_quantiles(state)
+            self._scores.load_quantiles(state)
             self._reservoir.load_lengths(state["lengths"])
-
-    def _load_quantiles(self, state: Mapping[str, Any]) -> None:
-        self._until_refresh, *bounds = state["bounds"]
-        self._quantiles.load(state["recent"].numpy(), state["num_recent"], bounds)
 
     @property
     def _limits(self) -> list[int]:
@@ -451,9 +404,7 @@ class ReplayBuffer:
             return
         slot = self._free.pop()
         self._slot_of[row["sample_id"]] = slot
-        for name, value in row.items():
-            self._c[name][slot] = value
-        self._c["in_reservoir"][slot], self._c["category"][slot] = False, 0
+        self._scores.write(slot, **{**row, "in_reservoir": False, "category": 0})
         self._store.load(rows, {i: slot})
         if fair:
             self._join_reservoir(slot, row["family"])
@@ -461,7 +412,7 @@ class ReplayBuffer:
             self._join_frontier(slot, category)
 
     def _make_room_in_frontier(self, category: int, priority: float, length: int) -> bool:
-        priorities = self._c["priority"]
+        priorities = self._scores.arrays["priority"]
         return self._frontier.make_room(category, priority, length, priorities, self._rng, self._evict_from_frontier)
 
     def _recount_bytes(self) -> None:
@@ -470,42 +421,40 @@ class ReplayBuffer:
 
     def _join_reservoir(self, slot: int, family: int) -> None:
         self._reservoir.join(slot, family)
-        self._c["in_reservoir"][slot] = True
+        self._scores.arrays["in_reservoir"][slot] = True
 
     def _evict_from_reservoir(self, slot: int) -> None:
-        self._reservoir.leave(slot, int(self._c["family"][slot]))
-        self._c["in_reservoir"][slot] = False
+        self._reservoir.leave(slot, int(self._scores.arrays["family"][slot]))
+        self._scores.arrays["in_reservoir"][slot] = False
         self._drop_if_unused(slot)
 
     def _join_frontier(self, slot: int, category: int) -> None:
         self._frontier.join(slot, category)
-        self._c["category"][slot] = category
+        self._scores.arrays["category"][slot] = category
 
     def _leave_frontier(self, slot: int) -> None:
-        self._frontier.leave(slot, int(self._c["category"][slot]))
-        self._c["category"][slot] = 0
+        self._frontier.leave(slot, int(self._scores.arrays["category"][slot]))
+        self._scores.arrays["category"][slot] = 0
 
     def _evict_from_frontier(self, slot: int) -> None:
         self._leave_frontier(slot)
         self._drop_if_unused(slot)
 
     def _drop_if_unused(self, slot: int) -> None:
-        if self._c["in_reservoir"][slot] or self._c["category"][slot]:
+        if self._scores.arrays["in_reservoir"][slot] or self._scores.arrays["category"][slot]:
             return
         self._store.free(slot)
-        del self._slot_of[int(self._c["sample_id"][slot])]
+        del self._slot_of[int(self._scores.arrays["sample_id"][slot])]
         self._free.append(slot)
 
     def _rescore(self, slot: int, loss: float, success: float, priority: float) -> None:
-        c = self._c
-        success = float(c["success"][slot]) if math.isnan(success) else success
-        c["loss"][slot], c["success"][slot] = loss, success
-        c["best_loss"][slot] = np.fmin(c["best_loss"][slot], loss)
-        c["best_success"][slot] = np.fmax(c["best_success"][slot], success)
-        before, now = int(c["category"][slot]), self._quantiles.category(loss, success)
+        arrays = self._scores.arrays
+        success = float(arrays["success"][slot]) if math.isnan(success) else success
+        self._scores.rescore(slot, loss, success)
+        before, now = int(arrays["category"][slot]), self._scores.quantiles.category(loss, success)
         if before == now:
             return
-        c["priority"][slot] = priority
+        arrays["priority"][slot] = priority
         if now and not self._make_room_in_frontier(now, priority, self._bytes_of(slot)):
             now = 0
         if before:
@@ -515,40 +464,10 @@ class ReplayBuffer:
         else:
             self._drop_if_unused(slot)
 
-    def _refresh(self) -> None:
-        """Compute the quantiles and all priorities anew."""
-        self._until_refresh = _REFRESH
-        self._quantiles.refresh()
-        self._prioritise(slice(None))
-
     @property
     def threshold(self) -> float:
         """Loss at which success and failure meet; NaN while unknown."""
-        return self._quantiles.threshold
-
-    def _priorities(
-        self,
-        loss: Tensor,
-        success: Tensor,
-        best_loss: Tensor | None = None,
-        best_success: Tensor | None = None,
-        replays: Tensor | None = None,
-    ) -> Tensor:
-        """Priorities of examples; without their history, as if they were new."""
-        best_loss, best_success = (
-            loss if best_loss is None else best_loss,
-            success if best_success is None else best_success,
-        )
-        replays = torch.zeros(len(loss)) if replays is None else replays
-        return replay_priority(loss, best_loss, success, best_success, replays, self.threshold, self._quantiles.scale)
-
-    def _prioritise(self, slots: slice | None = None) -> None:
-        """Update the priorities in ``slots``, or of examples whose scores have changed."""
-        where = torch.tensor(sorted(self._touched), dtype=torch.int64) if slots is None else slots
-        self._touched.clear()
-        names = ("loss", "success", "best_loss", "best_success", "replays")
-        known = (self._columns[name][where] for name in names)
-        self._columns["priority"][where] = self._priorities(*known)
+        return self._scores.quantiles.threshold
 
     def _filled_up(self, slots: list[int], count: int) -> list[int]:
         """Add examples of the reservoir, then any others, up to ``count``."""
@@ -562,16 +481,6 @@ class ReplayBuffer:
             slots = slots + draw([s for s in source if s not in taken], count - len(slots), self._rng)
             taken.update(slots)
         return slots
-
-    def _by_priority(self, count: int) -> tuple[list[int], Tensor]:
-        if len(self._touched) > _MOST_TOUCHED:
-            self._prioritise()
-        used = torch.from_numpy(self._used())
-        log_weights = self._columns["priority"][used].log_().mul_(self.alpha)
-        noise = torch.from_numpy(self._rng.random(len(used), dtype=np.float32))
-        places = gumbel_top_k(log_weights, count, noise)
-        probability = torch.exp(log_weights[places] - log_weights.logsumexp(0))
-        return used[places].tolist(), importance_weights(probability, len(used), self.beta)
 
 
 def check_limits(owner: str, capacity: int, frontier: float, max_bytes: int, memory_map: str | Path | None) -> None:

@@ -38,7 +38,7 @@ def _explain_moved(init: Any) -> Any:
 
 
 class DreamReplay(ForgeCallback):
-    """Train again on examples of earlier batches, so that they are not forgotten and hard ones come more often.
+    """Replay stored examples, mixed into batches or in extra steps, so that earlier tasks are not forgotten.
 
     Each training batch is offered to a `ReplayBuffer`: a fair sample of everything seen, and a frontier of examples
     that the model gets barely right or barely wrong. What was replayed is not stored as new.

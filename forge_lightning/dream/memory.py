@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from forge_lightning.dream.batch_rows import joined
 from forge_lightning.dream.buffer import Replay, ReplayBuffer, Strategy
 from forge_lightning.dream.options import BatchFields, Storage
 from forge_lightning.dream.progress import Progress
@@ -172,15 +171,7 @@ class ReplayMemory:
         num_programs = 0 if programs is None else len(programs)
         stored = self.buffer.sample(count - num_programs, self.strategy) if num_programs < count else None
         parts = [part.rows for part in (programs, stored) if part is not None]
-        return Draw(parts[0] if len(parts) == 1 else self.joined(*parts), num_programs, stored)
-
-    def joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Append examples to others, padded as stored ones are.
-
-        Raises:
-            ValueError: If their fields or shapes differ.
-        """
-        return joined(first, second, self.buffer.pads, self.buffer.sequences, self.buffer.padded_at_front)
+        return Draw(parts[0] if len(parts) == 1 else self.buffer.joined(*parts), num_programs, stored)
 
     def watch(self) -> None:
         """Copy examples spread evenly over the buffer to ``watched``."""

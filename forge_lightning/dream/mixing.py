@@ -60,4 +60,4 @@ class Mixing:
         with refusing():
             session.step.drawn = draw = memory.draw(count, progress)
             appended.count = len(next(iter(draw.rows.values())))
-            return with_rows(moved, memory.joined(rows, draw.rows))
+            return with_rows(moved, memory.buffer.joined(rows, draw.rows))

@@ -162,13 +162,13 @@ def test_what_was_mastered_leaves_the_frontier():
     buffer = ReplayBuffer(300, frontier=0.9)
     judged(buffer)
     before = buffer.categories["near_success"]
-    near = [s for s in buffer.slots() if buffer._c["category"][s] == 1]
+    near = [s for s in buffer.slots() if buffer._scores.arrays["category"][s] == 1]
     replay = buffer.read(near)
     buffer.update(replay, torch.full((len(near),), 0.001), torch.ones(len(near)))
     assert before > 50
     assert buffer.categories["near_success"] == 0
     still = [slot for slot, id in zip(replay.slots, replay.sample_id.tolist(), strict=True) if id in buffer]
-    assert all(buffer._c["in_reservoir"][slot] for slot in still)
+    assert all(buffer._scores.arrays["in_reservoir"][slot] for slot in still)
 
 
 def test_scores_of_a_row_that_left_are_passed_over():
@@ -202,10 +202,10 @@ def test_draws_are_without_replacement_and_counted(strategy):
 def test_strategies_draw_what_they_say():
     buffer = ReplayBuffer(300, frontier=0.3)
     judged(buffer, count=4000)
-    category = {s: int(buffer._c["category"][s]) for s in buffer.slots()}
+    category = {s: int(buffer._scores.arrays["category"][s]) for s in buffer.slots()}
     assert {category[s] for s in buffer.sample(40, "near_threshold").slots} == {1, 2}
     assert {category[s] for s in buffer.sample(20, "edge_cases").slots} == {3}
-    assert all(buffer._c["in_reservoir"][s] for s in buffer.sample(100, "uniform").slots)
+    assert all(buffer._scores.arrays["in_reservoir"][s] for s in buffer.sample(100, "uniform").slots)
 
 
 def test_balanced_gives_families_the_same_chance():
