@@ -3,7 +3,7 @@
 import math
 from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from enum import IntEnum
 from itertools import pairwise
 from statistics import median
@@ -105,6 +105,47 @@ def _inflation(x: list[float]) -> float:
     return math.sqrt((1 + rho) / (1 - rho))
 
 
+@dataclass
+class _Kept:
+    """What the classifier remembers beside its series.
+
+    Args:
+        candidate: Number of the stage that observations point to; -1 for none.
+        streak: Observations in a row that point to it.
+        dwell: Observations in the current stage.
+        count: Observations so far.
+        since_spike: Observations since the loss last spiked.
+        spikes: Recent spikes of the loss.
+        first_train: First training loss.
+        first_val: First validation loss.
+        best_train: Highest training success.
+        lost: Observations in a row far below it.
+        peak_val_loss: Highest recent validation loss since memorisation.
+        floor_val: Lowest validation success since memorisation.
+        memorised: Whether training data has been memorised.
+        fell: Whether the dimension has fallen since.
+        negative: Whether a loss was negative.
+        scale: Size of the first loss.
+    """
+
+    candidate: int = -1
+    streak: int = 0
+    dwell: int = 0
+    count: int = 0
+    since_spike: int = 99
+    spikes: int = 0
+    first_train: float = math.nan
+    first_val: float = math.nan
+    best_train: float = 0.0
+    lost: int = 0
+    peak_val_loss: float = 0.0
+    floor_val: float = math.nan
+    memorised: bool = False
+    fell: bool = False
+    negative: bool = False
+    scale: float = math.nan
+
+
 class StageClassifier:
     """Stage by thresholds on successes and by robust trends, entered only after it was found several times in a row.
 
@@ -140,23 +181,17 @@ class StageClassifier:
             raise ValueError(f"`solved={solved}` must be in (0, 1).")
         self.window, self.patience, self.min_dwell, self.solved = window, patience, min_dwell, solved
         self.cross_entropy = cross_entropy
-        self._negative, self._scale = False, math.nan  # whether a loss was negative, and the size of the first one
         self.stage = TrainingStage.WARM_UP
         self.evidence: dict[str, float] = {}
         self._series: dict[str, deque[float]] = {key: deque(maxlen=4 * window) for key in _SERIES}
-        self._candidate, self._streak, self._dwell = -1, 0, 0
-        self._count, self._since_spike, self._spikes = 0, 99, 0
-        self._first_train, self._first_val = math.nan, math.nan
-        self._best_train, self._lost = 0.0, 0
-        self._peak_val_loss, self._floor_val = 0.0, math.nan
-        self._memorised, self._fell = False, False
+        self._kept = _Kept()
 
     def update(self, now: Observation) -> Transition | None:
         """Take the next observation; returns the change of stage that it completes."""
         val_loss = math.nan if now.val_loss is None else now.val_loss
-        if not self._negative and min(now.train_loss, val_loss if math.isfinite(val_loss) else 0.0) < -1e-3:
-            self._negative, self.cross_entropy = True, False
-            self._memorised, self._fell = False, False
+        if not self._kept.negative and min(now.train_loss, val_loss if math.isfinite(val_loss) else 0.0) < -1e-3:
+            self._kept.negative, self.cross_entropy = True, False
+            self._kept.memorised, self._kept.fell = False, False
             for series in self._series.values():
                 series.clear()
         train = now.train_success if math.isfinite(now.train_success) else self._likelihood(now.train_loss)
@@ -165,20 +200,20 @@ class StageClassifier:
         if not math.isfinite(now.train_loss) or not (now.val_loss is None or math.isfinite(val_loss)):
             self.evidence = {"train_loss": now.train_loss, "val_loss": val_loss, "grad_norm": now.grad_norm}
             return self._move(now, TrainingStage.DIVERGENCE, "a loss is not finite", self.evidence, 1)
-        self._fell = self._fell or (self._memorised and now.fell)
+        self._kept.fell = self._kept.fell or (self._kept.memorised and now.fell)
         if self._is_spike(now.train_loss):
-            self._spikes, self._since_spike = self._spikes + 1, 0
-            if self._spikes < 3 * self.window:
+            self._kept.spikes, self._kept.since_spike = self._kept.spikes + 1, 0
+            if self._kept.spikes < 3 * self.window:
                 return None  # the stage is held, and the series stay as they were
-        self._spikes, self._since_spike = max(0, self._spikes - 1), self._since_spike + 1
-        self._count += 1
-        self._dwell += 1
+        self._kept.spikes, self._kept.since_spike = max(0, self._kept.spikes - 1), self._kept.since_spike + 1
+        self._kept.count += 1
+        self._kept.dwell += 1
         values = {"train_loss": self._log(now.train_loss), "val_loss": self._log(val_loss), "train": train, "val": val}
         for key, value in values.items():
             if math.isfinite(value):
                 self._series[key].append(value)
-        if self._count == 1:
-            self._first_train, self._first_val = train, val
+        if self._kept.count == 1:
+            self._kept.first_train, self._kept.first_val = train, val
         train, val = self._recent("train"), self._recent("val")
         candidate, reason, evidence = self._judge(now, train, val, blind)
         if candidate == TrainingStage.CONSOLIDATION and self.stage < TrainingStage.GENERALISATION:
@@ -190,18 +225,22 @@ class StageClassifier:
         self.evidence = evidence
         needed = self.patience
         back = candidate < self.stage <= TrainingStage.CONSOLIDATION
-        if back or (candidate == TrainingStage.ONSET and not self._fell) or self.stage == TrainingStage.CONSOLIDATION:
+        if (
+            back
+            or (candidate == TrainingStage.ONSET and not self._kept.fell)
+            or self.stage == TrainingStage.CONSOLIDATION
+        ):
             needed *= 2
         return self._move(now, candidate, reason, evidence, needed)
 
     def _judge(
         self, now: Observation, train: float, val: float, blind: bool
     ) -> tuple[TrainingStage, str, dict[str, float]]:
-        self._best_train = max(self._best_train, train)  # NaN is not larger
-        self._lost = self._lost + 1 if train < self._best_train - 0.3 else 0
-        if self._lost >= 2 * self.window:
+        self._kept.best_train = max(self._kept.best_train, train)  # NaN is not larger
+        self._kept.lost = self._kept.lost + 1 if train < self._kept.best_train - 0.3 else 0
+        if self._kept.lost >= 2 * self.window:
             return TrainingStage.DIVERGENCE, "training success has left what it had reached", {}
-        if self._count <= self.patience:
+        if self._kept.count <= self.patience:
             return TrainingStage.WARM_UP, "the first observations", {}
         of_train, of_val, of_success, of_fit = (self._trend(key) for key in ("train_loss", "val_loss", "val", "train"))
         trends = {"train_trend": of_train.change, "train_trend_se": of_train.error}
@@ -224,17 +263,17 @@ class StageClassifier:
         if train >= self.solved and val >= self.solved:
             return TrainingStage.CONSOLIDATION, f"training and validation success are at least {self.solved:g}", trends
         if train >= 0.8 and gap > 0.3:
-            self._fell = self._fell or now.fell
+            self._kept.fell = self._kept.fell or now.fell
             # What was memorised and begins to generalise leaves its floor too, which chance does not.
             begins = of_success.rises(0.02, sure=2.5) and (of_val.falls(0.02, sure=2.5) or now.val_loss is None)
             return self._judge_memorised(train, val, val_worsens, begins, knew, trends)
-        if self._memorised and val >= 0.5 * self._best_train:
+        if self._kept.memorised and val >= 0.5 * self._kept.best_train:
             return TrainingStage.GENERALISATION, "the gap that memorisation left is closing", trends
-        if self._memorised and train < 0.8:
+        if self._kept.memorised and train < 0.8:
             return self.stage, "a dip of what was fitted", trends
-        if (rises or val_improves) and val > max(self._first_val + 0.03, 0.5 * train):
+        if (rises or val_improves) and val > max(self._kept.first_val + 0.03, 0.5 * train):
             return TrainingStage.GENERALISATION, "validation improves with training", trends
-        if train_improves and train > self._first_train + 0.1 and not rises:
+        if train_improves and train > self._kept.first_train + 0.1 and not rises:
             return TrainingStage.MEMORISATION, "training improves and validation does not", trends
         if train_improves or val_improves:
             return TrainingStage.WARM_UP, "little is learned yet", trends
@@ -245,37 +284,39 @@ class StageClassifier:
     def _judge_memorised(
         self, train: float, val: float, val_worsens: bool, rises: bool, knew: bool, trends: dict[str, float]
     ) -> tuple[TrainingStage, str, dict[str, float]]:
-        if not self._memorised:
-            self._memorised, self._peak_val_loss, self._floor_val = True, -math.inf, val
+        if not self._kept.memorised:
+            self._kept.memorised, self._kept.peak_val_loss, self._kept.floor_val = True, -math.inf, val
         level = self._recent("val_loss")
-        self._peak_val_loss = max(self._peak_val_loss, level) if math.isfinite(level) else self._peak_val_loss
-        self._floor_val = min(self._floor_val, val)
-        below = 1 - math.exp(level - self._peak_val_loss) if math.isfinite(self._peak_val_loss) else 0.0
-        trends |= {"val_loss_below_peak": below, "fell": float(self._fell)}
-        if val >= 0.5 * train and (knew or val > self._floor_val + 0.1):  # from below, not on its way down
+        self._kept.peak_val_loss = (
+            max(self._kept.peak_val_loss, level) if math.isfinite(level) else self._kept.peak_val_loss
+        )
+        self._kept.floor_val = min(self._kept.floor_val, val)
+        below = 1 - math.exp(level - self._kept.peak_val_loss) if math.isfinite(self._kept.peak_val_loss) else 0.0
+        trends |= {"val_loss_below_peak": below, "fell": float(self._kept.fell)}
+        if val >= 0.5 * train and (knew or val > self._kept.floor_val + 0.1):  # from below, not on its way down
             return TrainingStage.GENERALISATION, "validation success has passed half of training success", trends
-        if self._fell:
+        if self._kept.fell:
             return TrainingStage.ONSET, "the dimension of the last layer has fallen", trends
-        if rises and val > self._floor_val + 0.1:
+        if rises and val > self._kept.floor_val + 0.1:
             return TrainingStage.ONSET, "validation success rises and its loss falls", trends
-        if val > self._floor_val + 0.15 and below > 0.1:
+        if val > self._kept.floor_val + 0.15 and below > 0.1:
             return TrainingStage.ONSET, "validation success has left its floor, and its loss its peak", trends
-        if below > 0.15 and not val_worsens and self._since_spike > 5 and val > self._floor_val + 0.02:
+        if below > 0.15 and not val_worsens and self._kept.since_spike > 5 and val > self._kept.floor_val + 0.02:
             return TrainingStage.ONSET, "validation loss has come down from its peak", trends
         return TrainingStage.MEMORISATION, "training is fitted, validation is not", trends
 
     def _move(
         self, now: Observation, candidate: TrainingStage, reason: str, evidence: dict[str, float], needed: int
     ) -> Transition | None:
-        self._streak = self._streak + 1 if candidate == self._candidate else 1
-        self._candidate = int(candidate)
-        waits = self._dwell < self.min_dwell and candidate != TrainingStage.DIVERGENCE
-        if candidate == self.stage or self._streak < needed or waits:
+        self._kept.streak = self._kept.streak + 1 if candidate == self._kept.candidate else 1
+        self._kept.candidate = int(candidate)
+        waits = self._kept.dwell < self.min_dwell and candidate != TrainingStage.DIVERGENCE
+        if candidate == self.stage or self._kept.streak < needed or waits:
             return None
         transition = Transition(now.step, self.stage, candidate, reason, dict(evidence))
-        self.stage, self._dwell = candidate, 0
+        self.stage, self._kept.dwell = candidate, 0
         if candidate in (TrainingStage.WARM_UP, TrainingStage.PLATEAU):
-            self._memorised, self._fell = False, False
+            self._kept.memorised, self._kept.fell = False, False
         return transition
 
     def _is_spike(self, loss: float) -> bool:
@@ -285,7 +326,7 @@ class StageClassifier:
         middle = median(recent)
         spread = 1.4826 * median(abs(x - middle) for x in recent) + 0.05
         jump = self._log(loss) - middle
-        return jump > max(6 * spread, math.log(2)) and (loss > 0.1 or self._negative)
+        return jump > max(6 * spread, math.log(2)) and (loss > 0.1 or self._kept.negative)
 
     def _likelihood(self, loss: float) -> float:
         """Likelihood of a mean cross-entropy; NaN for any other loss."""
@@ -295,11 +336,11 @@ class StageClassifier:
         """A loss on a scale on which trends are alike: its logarithm; of negative ones a multiple of the first."""
         if not math.isfinite(loss):
             return math.nan
-        if not self._negative:
+        if not self._kept.negative:
             return math.log(max(loss, 1e-6))
-        if math.isnan(self._scale):
-            self._scale = max(abs(loss), 1e-12)
-        return loss / self._scale
+        if math.isnan(self._kept.scale):
+            self._kept.scale = max(abs(loss), 1e-12)
+        return loss / self._kept.scale
 
     def _recent(self, key: str) -> float:
         last = list(self._series[key])[-3:]
@@ -322,7 +363,8 @@ class StageClassifier:
         return {
             "stage": int(self.stage),
             "series": {key: list(values) for key, values in self._series.items()},
-            "numbers": {key: getattr(self, key) for key in _NUMBERS},
+            "numbers": {f"_{name}": value for name, value in asdict(self._kept).items()}
+            | {"cross_entropy": self.cross_entropy},
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -330,17 +372,13 @@ class StageClassifier:
         for key, values in state["series"].items():
             self._series[key].clear()
             self._series[key].extend(values)
-        for key in _NUMBERS:
-            setattr(self, key, state["numbers"][key])
+        numbers = state["numbers"]
+        self.cross_entropy = numbers["cross_entropy"]
+        self._kept = _Kept(**{f.name: numbers[f"_{f.name}"] for f in fields(_Kept)})
 
 
 _FEWEST = 12  # values that an autocorrelation is estimated from
 _SERIES = ("train_loss", "val_loss", "train", "val")
-_NUMBERS = (
-    "_candidate", "_streak", "_dwell", "_count", "_since_spike", "_spikes", "_first_train", "_first_val",
-    "_best_train", "_lost", "_peak_val_loss", "_floor_val", "_memorised", "_fell", "cross_entropy",
-    "_negative", "_scale",
-)  # fmt: skip
 
 
 def is_fall(event: Mapping[str, Any]) -> bool:
