@@ -130,8 +130,10 @@ def _load_run(run: Path, ckpt_path: Path | None) -> tuple[Any, Any]:
     refuse_cut_off(ckpt_path)
     checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
     print(f"Weights: {ckpt_path}, of step {checkpoint['global_step']:,}", file=sys.stderr)
-    known = module.state_dict().keys()  # a checkpoint may also hold what callbacks added for training
-    module.load_state_dict({name: weight for name, weight in checkpoint["state_dict"].items() if name in known})
+    # Without modules that callbacks added for training.
+    parts = {name for name, part in module.named_children() if not getattr(part, "is_auxiliary", False)}
+    weights = {name: weight for name, weight in checkpoint["state_dict"].items() if name.split(".")[0] in parts}
+    module.load_state_dict(weights)
     module.on_load_checkpoint(checkpoint)
     return module.eval(), datamodule
 

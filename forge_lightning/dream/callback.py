@@ -140,9 +140,7 @@ class DreamReplay(ForgeCallback):
         require("DreamReplay", probe_size >= 0, "probe_size", probe_size, "at least 0")
         self.schedule, self.storage, self.fields = schedule, buffer, fields
         self.distillation, self.top_k, self.stage_monitor = distillation, top_k, stage_monitor
-        self.memory = ReplayMemory(
-            buffer, fields, strategy, probe_size, 0.0 if programs is None else programs.fraction, seed
-        )
+        self.memory = ReplayMemory(buffer, fields, strategy, probe_size, (programs or ProgramReplay).fraction, seed)
         """What is stored, on this rank."""
         self._rounds = None if programs is None else ProgramRounds(programs)
         self._progress = self._new_progress()

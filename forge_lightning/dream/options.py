@@ -69,7 +69,8 @@ class Sleep:
         check(self.num_steps >= 0, "num_steps", self.num_steps, "at least 0")
         check(self.batch_size is None or self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         check(self.lr_scale > 0, "lr_scale", self.lr_scale, "above 0")
-        intervals = self.every_n_steps_by_stage
+        intervals = dict(self.every_n_steps_by_stage or {})
+        object.__setattr__(self, "every_n_steps_by_stage", intervals)
         check(all(n >= 0 for n in intervals.values()), "every_n_steps_by_stage", intervals, "at least 0 for each stage")
 
     @property

@@ -57,7 +57,8 @@ class ForgeModule(LightningModule):
         model_kwargs: More for ``from_pretrained``, or ``from_config``, of transformers: ``{"revision": ...,
             "attn_implementation": ...}``.
         self_model: A head that predicts the model's own activations. The module brings the callback `SelfModel`, which
-            adds the head's error to the training loss. Off by default, and not exported. Its settings: ``forge-fit fit
+            adds the head's error to the training loss. A subclass that overrides ``configure_callbacks`` has to return those
+            of ``super()`` too. Off by default, and not exported. Its settings: ``forge-fit fit
             --model=ForgeModule --model.self_model.help=SelfModelHead``.
 
     Raises:
@@ -95,6 +96,7 @@ class ForgeModule(LightningModule):
         self.dtype_of_weights, self.model_kwargs = dtype, dict(model_kwargs or {})
         self.self_model_head = None if self_model is None or self_model.is_off else self_model
         self.fitted_temperature = math.nan
+        self._is_compiled = False
         self.model: Any = None
         self.tokenizer: Any = None
 
@@ -240,9 +242,17 @@ class ForgeModule(LightningModule):
         if self.self_model_head is None:
             return []
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        if any(isinstance(callback, SelfModel) for callback in callbacks):
-            raise second_head(type(self).__name__)
+        for callback in callbacks:
+            if isinstance(callback, SelfModel) and callback.given_head is None and not callback.is_off:
+                raise second_head(type(self).__name__)
         return [SelfModel.of_head(self.self_model_head, root="model")]
+
+    def on_fit_start(self) -> None:
+        if self.self_model_head is not None and not self.self_model_head.targets:
+            raise MisconfigurationException(
+                f"`{type(self).__name__}(self_model=...)`: its callback `SelfModel` is missing. A subclass that"
+                " overrides `configure_callbacks` has to return those of `super().configure_callbacks()` too."
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fitted_temperature"] = self.fitted_temperature

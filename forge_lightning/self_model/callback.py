@@ -111,7 +111,8 @@ class SelfModel(LossCallback):
         }
         self._off = self._new_head().is_off  # also refuses bad arguments here, where they were written
         self._root = ""  # the part of the module in which layers are named
-        self._goes_first = False
+        self.given_head: SelfModelHead | None = None
+        """The head of the module that brought this callback; ``None`` for a callback of the Trainer."""
         self.output_layer, self.width, self.mask = output_layer, width, mask
         self.attribute = "self_model_head" if name is None else f"self_model_head_{name}"
         self._head: SelfModelHead | None = None
@@ -129,7 +130,7 @@ class SelfModel(LossCallback):
             root: Name of the submodule in which layers are named.
         """
         callback = cls(**head.settings)
-        callback._root, callback._goes_first = root, True
+        callback._root, callback.given_head = root, head
         return callback
 
     @property
@@ -147,10 +148,13 @@ class SelfModel(LossCallback):
                 "it flattens or partitions weights before the head is there",
                 "Use DDP, or `ModelParallelStrategy` (FSDP2).",
             )
-        if self._goes_first:
-            others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
-            vars(trainer)["callbacks"] = [self, *others]  # a new list: the Trainer is iterating over the old
         found = getattr(pl_module, self.attribute, None)
+        if self.given_head is not None:  # a new list, because the Trainer is iterating over the old
+            others = [c for c in trainer.callbacks if c is not self]  # type: ignore[attr-defined]
+            is_its_module = found is self.given_head
+            vars(trainer)["callbacks"] = [self, *others] if is_its_module else others
+            if not is_its_module:
+                return  # another module is fitted with the same Trainer
         if isinstance(found, SelfModelHead) and found.targets:  # from an earlier fit
             try:
                 found.take_settings(self._new_head())
@@ -171,7 +175,7 @@ class SelfModel(LossCallback):
         self._wrapped = pl_module
 
     def preflight(self, model: LightningModule, datamodule: LightningDataModule | None) -> None:
-        if isinstance(getattr(model, self.attribute, None), SelfModelHead):
+        if not self.is_off and isinstance(getattr(model, "self_model_head", None), SelfModelHead):
             raise second_head(type(model).__name__)
 
     def attach(self, trainer: Trainer, pl_module: LightningModule) -> None:

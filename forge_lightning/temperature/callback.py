@@ -219,7 +219,7 @@ class TemperatureCurriculum(LogitLossCallback):
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         if self._teacher is None:
             return
-        if is_logging_step(trainer):
+        if self._acted and is_logging_step(trainer):
             self._recorded.setdefault("kl", [torch.tensor(torch.nan, device=pl_module.device)])
         super().on_step_end(trainer, pl_module, outputs, batch)
         if not self._acted:

@@ -691,6 +691,13 @@ def test_weights_of_a_head_that_is_missing_are_explained(tmp_path, capsys):
     )
     run = str(checkpoint.parents[1])
     assert main(["export", "--run", run, "--output", str(tmp_path / "out")]) == 0  # without the head
+    deeper = torch.load(checkpoint, weights_only=True)
+    deeper["state_dict"]["model.transformer.h.9.ln_1.weight"] = torch.ones(2)
+    torch.save(deeper, tmp_path / "deeper.ckpt")
+    capsys.readouterr()
+    words = ["generate", "--run", run, "--prompt", "1+1", "--ckpt_path", str(tmp_path / "deeper.ckpt")]
+    assert main(words) == 2
+    assert "model.transformer.h.9.ln_1.weight" in capsys.readouterr().err
 
 
 RECORD = {"text": "Add.", "code": "def add(a, b):\n    return a + b", "test_list": ["assert add(1, 2) == 3"]}

@@ -325,3 +325,49 @@ def test_an_optimizer_of_matrices_alone_is_refused():
 
     with pytest.raises(MisconfigurationException, match="cannot work with an optimizer of matrices alone"):
         fit([SelfModel()], Alone)
+
+
+def quiet_trainer(**options):
+    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    quiet |= {"enable_model_summary": False, "max_steps": 2, "num_sanity_val_steps": 0, "limit_val_batches": 1}
+    return Trainer(**quiet | options)
+
+
+def test_one_trainer_fits_tests_and_fits_again(text):
+    module, trainer = ForgeModule(config=GPT2, self_model=SelfModelHead(warmup_steps=0)), quiet_trainer()
+    data = text()
+    trainer.fit(module, datamodule=data)
+    head = module.self_model_head
+    trainer.validate(module, datamodule=data, verbose=False)
+    trainer.fit_loop.epoch_loop.max_steps = 4
+    trainer.fit(module, datamodule=data)
+    assert module.self_model_head is head
+    assert sum(isinstance(callback, SelfModel) for callback in trainer.callbacks) == 1
+    assert "training_step" not in vars(module)
+
+
+def test_a_head_stays_with_its_module(text):
+    trainer, plain = quiet_trainer(), ForgeModule(config=GPT2)
+    trainer.fit(ForgeModule(config=GPT2, self_model=SelfModelHead(warmup_steps=0)), datamodule=text())
+    trainer.fit_loop.epoch_loop.max_steps = 4
+    trainer.fit(plain, datamodule=text())
+    assert not [name for name in plain.state_dict() if "self_model" in name]
+    assert not any(isinstance(callback, SelfModel) for callback in trainer.callbacks)
+
+
+def test_an_off_callback_beside_a_built_in_head_is_no_second_one(text):
+    train(ForgeModule(config=GPT2, self_model=SelfModelHead()), text(), [SelfModel(weight=0.0)], max_steps=1)
+    module = ForgeModule(config=GPT2, self_model=SelfModelHead())
+    SelfModel(weight=0.0).preflight(module, None)
+    for name in (None, "second"):
+        with pytest.raises(MisconfigurationException, match="this callback would be a second"):
+            SelfModel(name=name).preflight(module, None)
+
+
+def test_a_subclass_that_drops_the_callback_is_refused(text):
+    class Forgets(ForgeModule):
+        def configure_callbacks(self):
+            return []
+
+    with pytest.raises(MisconfigurationException, match="its callback `SelfModel` is missing. A subclass"):
+        train(Forgets(config=GPT2, self_model=SelfModelHead()), text())
