@@ -57,8 +57,8 @@ class ForgeModule(LightningModule):
         model_kwargs: More for ``from_pretrained``, or ``from_config``, of transformers: ``{"revision": ...,
             "attn_implementation": ...}``.
         self_model: A head that predicts the model's own activations. The module brings the callback `SelfModel`, which
-            adds the head's error to the training loss. A subclass that overrides ``configure_callbacks`` has to return those
-            of ``super()`` too. Off by default, and not exported. Its settings: ``forge-fit fit
+            adds the head's error to the training loss. A subclass that overrides ``configure_callbacks`` has to return
+            those of ``super()`` too. Off by default, and not exported. Its settings: ``forge-fit fit
             --model=ForgeModule --model.self_model.help=SelfModelHead``.
 
     Raises:
