@@ -211,7 +211,7 @@ def test_a_batch_holds_an_item_once():
         (lambda: ItemTracker([1.0, 2.0], temperature=0.0), "`temperature=0.0` must be above 0"),
         (
             lambda: ItemTracker([1.0] * 3).load_state_dict(ItemTracker([1.0] * 4).state_dict()),
-            "of 4 items, and there are 3",
+            "has 4 items, and the data set 3",
         ),
     ],
 )
