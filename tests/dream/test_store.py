@@ -118,3 +118,20 @@ def test_fields_that_do_not_fit_are_refused():
         one.pack({"ids": IDS}, {})
     with pytest.raises(ValueError, match="'ids' was as long as the mask 'mask', and now is 2 long and the mask 4"):
         one.pack({"ids": IDS[:, :2], "mask": MASK}, {})
+
+
+@pytest.mark.parametrize("wide_first", [False, True])
+def test_states_of_other_integer_widths_are_read(wide_first):
+    """One rank has stored integers in half their bits, and another one in full."""
+    narrow, wide = store(), store()
+    filled(narrow, {"x": torch.tensor([[1, 2], [3, 4]]), "y": torch.tensor([[0.5], [1.5]])})
+    filled(wide, {"x": torch.tensor([[2**40, 5], [6, 7]]), "y": torch.tensor([[2.5], [3.5]])})
+    both = store()
+    first, second = (wide, narrow) if wide_first else (narrow, wide)
+    both.load(first.state_dict([0, 1]), {0: 0, 1: 1})
+    both.load(second.state_dict([0, 1]), {0: 2, 1: 3})
+    rows, _ = both.read([0, 1, 2, 3])
+    x = {True: [[2**40, 5], [6, 7], [1, 2], [3, 4]], False: [[1, 2], [3, 4], [2**40, 5], [6, 7]]}[wide_first]
+    y = {True: [2.5, 3.5, 0.5, 1.5], False: [0.5, 1.5, 2.5, 3.5]}[wide_first]
+    assert rows["x"].tolist() == x
+    assert rows["y"].flatten().tolist() == y
