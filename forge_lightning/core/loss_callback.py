@@ -50,7 +50,7 @@ class LossCallback(ForgeCallback):
         Returns:
             Scalar with gradient; ``None`` for nothing.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` has to define `added`.")
 
     def why_idle(self, pl_module: LightningModule) -> tuple[str, str]:
         """Why `added` saw nothing to work with, and what to do."""
@@ -128,7 +128,7 @@ class LogitLossCallback(LossCallback):
         Returns:
             Scalar with gradient.
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"`{type(self).__name__}` has to define `logit_loss`.")
 
     def record(self, quantity: str, value: Tensor) -> None:
         """Log a number of this step as ``forge/<callback>/<quantity>``: its mean over micro-batches and ranks."""

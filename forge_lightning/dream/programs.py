@@ -31,11 +31,6 @@ class ProgramDreams:
         if self.augmenter is not None:
             self.augmenter.load_state_dict({"tried": {}, "kept": {}})
 
-    @property
-    def is_on(self) -> bool:
-        """Whether anything is ever generated."""
-        return self.augmenter is not None or bool(self.temperatures)
-
     def make(
         self,
         problems: Mapping[int, Any],

@@ -18,13 +18,13 @@ from forge_lightning.dream.scores import RowScores
 
 
 @contextmanager
-def refusing(prefix: str = "`DreamReplay`") -> Iterator[None]:
+def refusing() -> Iterator[None]:
     """Turn a `ValueError` into the error that a user reads, with the callback's name in front."""
     try:
         yield
     except ValueError as error:
         text = str(error)
-        raise MisconfigurationException(text if text.startswith("`") else f"{prefix}: {text}") from None
+        raise MisconfigurationException(text if text.startswith("`") else f"`DreamReplay`: {text}") from None
 
 
 @dataclass

@@ -109,3 +109,15 @@ def test_term_of_no_logits_is_refused_where_it_never_acts():
 
     with pytest.raises(MisconfigurationException, match="`Idle` cannot work with Plain: its"):
         fit([Idle()], Plain)
+
+
+def test_a_subclass_without_its_method_is_named():
+    class Empty(LossCallback):
+        namespace = "empty"
+
+    class NoTerm(LogitLossCallback):
+        namespace = "no_term"
+
+    for callback, method in ((Empty(), "added"), (NoTerm(), "logit_loss")):
+        with pytest.raises(NotImplementedError, match=f"`{type(callback).__name__}` has to define `{method}`"):
+            fit([callback], Plain)
