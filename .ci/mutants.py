@@ -22,6 +22,8 @@ ROOT = Path(__file__).parents[1]
 TESTS = {
     "grokfast/functional.py": ("tests/grokfast/test_functional.py", "tests/grokfast/test_filter.py"),
     "grokfast/filter.py": ("tests/grokfast/test_filter.py", "tests/grokfast/test_callback.py"),
+    "muon/functional.py": ("tests/muon/test_functional.py",),
+    "muon/optim.py": ("tests/muon/test_optim.py",),
     "dream/functional.py": ("tests/dream/test_functional.py", "tests/dream/test_buffer.py"),
     "dream/reservoir.py": ("tests/dream/test_reservoir.py", "tests/dream/test_buffer.py"),
     "dream/frontier.py": ("tests/dream/test_frontier.py", "tests/dream/test_buffer.py"),

@@ -1,0 +1,1 @@
+"""Muon: steps of matrices with singular values near 1."""
