@@ -148,3 +148,37 @@ def test_draws_of_nothing_and_of_all():
     assert draw([], 3, rng) == []
     assert sorted(draw([4, 5, 6], 5, rng)) == [4, 5, 6]
     assert len(draw([4, 5, 6], 2, rng)) == 2
+
+
+def test_a_family_leaves_in_proportion_to_its_number():
+    kept = Kept(limit=10)
+    for slot in range(5):
+        kept.offer(slot, family=int(slot >= 2))
+    chosen = [kept.reservoir._any_family(place) for place in (0.0, 0.39, 0.4, 0.99)]
+    assert chosen == [[0, 1], [0, 1], [2, 3, 4], [2, 3, 4]]
+
+
+@pytest.mark.parametrize(("chance", "enters"), [(0.49, True), (0.5, False)])
+def test_the_second_of_two_enters_with_a_chance_of_one_half(chance, enters):
+    kept = Kept(limit=1)
+    kept.offer(0)
+    kept.reservoir.count(0)
+    gone = []
+    assert (
+        kept.reservoir.make_room(0, chance, 0.0, 1, kept.rng, lambda slot: (gone.append(slot), kept.evict(slot)))
+        == enters
+    )
+    assert gone == ([0] if enters else [])
+
+
+@pytest.mark.parametrize(("family", "enters"), [(0, False), (1, False), (2, True)])
+def test_only_a_family_below_its_share_takes_from_the_largest(family, enters):
+    """Six places, two for each family; a chance of 0.5 is too high to take the place of one of one's own."""
+    kept = Kept(limit=6)
+    kept.lengths.update(dict.fromkeys(range(6), 1))
+    kept.family.update({0: 0, 1: 0, 2: 0, 3: 0, 4: 1, 5: 1})
+    kept.reservoir.load({0: [0, 1, 2, 3], 1: [4, 5], 2: []}, {0: 40, 1: 20, 2: 20}, [80, 80, False])
+    gone = []
+    found = kept.reservoir.make_room(family, 0.5, 0.0, 1, kept.rng, lambda slot: (gone.append(slot), kept.evict(slot)))
+    assert found == enters
+    assert gone == ([0] if enters else [])

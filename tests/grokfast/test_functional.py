@@ -174,3 +174,10 @@ def test_cosine_schedule_is_off_without_agreement_and_never_leaves_its_range():
     assert values[:3] == [0.0, 0.0, 0.0]
     assert values == sorted(values)
     assert all(0.05 <= v <= 0.25 for v in values[3:])
+
+
+def test_inner_products_of_tensors_that_are_not_contiguous():
+    a, b = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[5.0, 6.0], [7.0, 8.0]])
+    assert F.inner_products([a.t(), a, a], [b, b, b.t()]).tolist() == [69.0, 70.0, 69.0]
+    assert F.squared_norms([a.t(), a]).tolist() == [30.0, 30.0]
+    assert F.squared_norm([a.t(), b]).item() == 204.0
