@@ -30,7 +30,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader
 
 from benchmarks.environment import FOLDER, QUIET, keep, of_rows, stored, table
-from benchmarks.observers import _StepTimes, _TimedProbe
+from benchmarks.geometry import _StepTimes, _TimedProbe
 from forge_lightning import callbacks as forge
 from forge_lightning.data import DifficultySampler
 from forge_lightning.models import ForgeModule

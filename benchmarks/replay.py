@@ -59,11 +59,11 @@ class Latest(ReplayBuffer):
 
     def _clear(self, frontier):
         super()._clear(frontier)
-        self._reservoir.make_room = self._make_room
+        self._members.reservoir.make_room = self._make_room
 
     def _make_room(self, family, chance, place, length, rng, evict):
-        if self._reservoir.num_held == self._reservoir.limit:
-            evict(min(self._reservoir.held[family], key=lambda slot: self._scores.arrays["step"][slot]))
+        if self._members.reservoir.num_held == self._members.reservoir.limit:
+            evict(min(self._members.reservoir.held[family], key=lambda slot: self._scores.arrays["step"][slot]))
         return True
 
 

@@ -22,12 +22,12 @@ from benchmarks import (
     grokking,
     overhead,
     parameters,
-    phases,
     recipe,
     replay,
     scale,
     self_knowledge,
     soak,
+    stages,
 )
 
 FOLDER = Path(environment.FOLDER)
@@ -56,8 +56,8 @@ def test_page_of_grokking():
     assert body((FOLDER / "grokking.md").read_text()).startswith(body(text))
 
 
-def test_page_of_phases():
-    assert body(phases.report()) == body((FOLDER / "phases.md").read_text())
+def test_page_of_stages():
+    assert body(stages.report()) == body((FOLDER / "stages.md").read_text())
 
 
 def test_every_benchmark_has_a_page_or_says_why_not():

@@ -14,8 +14,9 @@ from torch import Tensor
 from forge_lightning.core.tokens import IGNORED
 from forge_lightning.core.validate import require
 from forge_lightning.dream.batch_rows import joined, rows_of
-from forge_lightning.dream.frontier import CATEGORIES, Frontier
-from forge_lightning.dream.reservoir import Reservoir, draw
+from forge_lightning.dream.frontier import CATEGORIES
+from forge_lightning.dream.membership import Membership
+from forge_lightning.dream.reservoir import draw
 from forge_lightning.dream.score_table import ScoreTable
 from forge_lightning.dream.store import RowStore
 
@@ -120,25 +121,27 @@ class ReplayBuffer:
         self._scores = ScoreTable(self.capacity)
         self._store = RowStore(self.capacity, self.mask, self.memory_map, self.owner, self.labels, self.label_pad)
         self._rng = np.random.default_rng(self.seed)
-        self._free = list(range(self.capacity - 1, -1, -1))
-        self._slot_of: dict[int, int] = {}
-        self._share_of_frontier, parts = frontier, len(CATEGORIES)
-        quota = int(self.capacity * frontier) // parts
-        byte_quota = int(self.max_bytes * frontier) // parts if quota else 0
-        limit, budget = self.capacity - parts * quota, self.max_bytes - parts * byte_quota
-        self._reservoir = Reservoir(limit, budget, self.capacity, self._bytes_of)
-        self._frontier = Frontier(quota, byte_quota, self.capacity, self._bytes_of)
+        self._share_of_frontier = frontier
+        self._members = Membership(
+            self.capacity,
+            frontier,
+            self.max_bytes,
+            self._scores,
+            self._bytes_of,
+            self._rng,
+            self._store.free,
+        )
 
     def __len__(self) -> int:
-        return len(self._slot_of)
+        return len(self._members.slot_of)
 
     def __contains__(self, sample_id: int) -> bool:
-        return sample_id in self._slot_of
+        return sample_id in self._members.slot_of
 
     @property
     def num_seen(self) -> int:
         """Number of examples pushed so far."""
-        return sum(self._reservoir.seen.values())
+        return sum(self._members.reservoir.seen.values())
 
     @property
     def num_bytes(self) -> int:
@@ -151,17 +154,17 @@ class ReplayBuffer:
     @property
     def num_in_reservoir(self) -> int:
         """Number of examples in the fair sample."""
-        return self._reservoir.num_held
+        return self._members.reservoir.num_held
 
     @property
     def families(self) -> dict[int, int]:
         """Number of examples in the reservoir, by family."""
-        return {family: len(slots) for family, slots in self._reservoir.held.items() if slots}
+        return {family: len(slots) for family, slots in self._members.reservoir.held.items() if slots}
 
     @property
     def categories(self) -> dict[str, int]:
         """Number of examples in each part of the frontier."""
-        return {name: len(slots) for name, slots in zip(CATEGORIES, self._frontier.parts, strict=True)}
+        return {name: len(slots) for name, slots in zip(CATEGORIES, self._members.frontier.parts, strict=True)}
 
     def joined(self, first: Mapping[str, Tensor], second: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Append examples to others, padded as stored ones are.
@@ -214,7 +217,7 @@ class ReplayBuffer:
         bytes_before = self._store.num_bytes
         packed = self._store.pack(rows, extras or {})
         if self._store.num_bytes != bytes_before:  # integers that no longer fit into half the bits
-            self._recount_bytes()
+            self._members.recount()
         contents = packed.ids()
         ids = _listed(sample_id, size, "sample_id", whole=True) if sample_id is not None else contents
         losses = _listed(loss, size, "loss") if loss is not None else [math.nan] * size
@@ -223,43 +226,32 @@ class ReplayBuffer:
         chances, places = self._rng.random((2, size)).tolist()
         self._scores.refresh(size)
         priorities, quantiles = self._scores.new_priorities(losses, successes), self._scores.quantiles
-        kept = []
+        kept, members = [], self._members
         for i in range(size):
-            one_family = self._reservoir.count(families[i])
+            one_family = members.reservoir.count(families[i])
             quantiles.add(losses[i], successes[i])
-            slot = self._slot_of.get(ids[i])
+            slot = members.slot_of.get(ids[i])
             if slot is not None:
-                self._rescore(slot, losses[i], successes[i], priorities[i])
-                kept.append(slot if ids[i] in self._slot_of else -1)
+                members.rescore(slot, losses[i], successes[i], priorities[i])
+                kept.append(slot if ids[i] in members.slot_of else -1)
                 continue
-            length = packed.length(i) + _ROW_OVERHEAD
-            lengths = self._reservoir.lengths
-            self._reservoir.lengths = [lengths[0] + length, lengths[1] + 1]
-            category = quantiles.category(losses[i], successes[i])
-            if category and not self._make_room_in_frontier(category, priorities[i], length):
-                category = 0
-            fair = self._reservoir.make_room(
-                one_family, chances[i], places[i], length, self._rng, self._evict_from_reservoir
-            )
+            category, length = quantiles.category(losses[i], successes[i]), packed.length(i) + _ROW_OVERHEAD
+            fair, category = members.make_room(one_family, category, chances[i], places[i], priorities[i], length)
             if not (fair or category):
                 kept.append(-1)
                 continue
-            slot = self._free.pop()
-            self._slot_of[ids[i]] = slot
+            slot = members.take_slot(ids[i])
             best = {"best_loss": losses[i], "best_success": successes[i], "priority": priorities[i]}
             labels = {"sample_id": ids[i], "family": one_family, "stage": stage, "step": step, "content": contents[i]}
             self._scores.write(slot, loss=losses[i], success=successes[i], **best, **labels)
             self._store.put(slot, packed, i)
-            if fair:
-                self._join_reservoir(slot, one_family)
-            if category:
-                self._join_frontier(slot, category)
+            members.join(slot, one_family, fair, category)
             kept.append(slot)
         return kept
 
     def content_of(self, sample_id: int) -> int | None:
         """Hash of a stored example's content, as from `ids_of`; ``None`` if it is not stored."""
-        slot = self._slot_of.get(sample_id)
+        slot = self._members.slot_of.get(sample_id)
         return None if slot is None else int(self._scores.arrays["content"][slot])
 
     def ids_of(self, rows: Mapping[str, Tensor]) -> Tensor:
@@ -284,17 +276,19 @@ class ReplayBuffer:
             raise ValueError(f"`sample(strategy={strategy!r})` must be one of {list(STRATEGIES)}.")
         if batch_size < 1:
             raise ValueError(f"`ReplayBuffer.sample(batch_size={batch_size})` must be at least 1.")
-        if not self._slot_of:
+        if not self._members.slot_of:
             raise ValueError("`ReplayBuffer.sample`: nothing is stored.")
         weights = torch.ones(min(batch_size, len(self)))
         if strategy == "priority":
             slots, weights = self._scores.draw_by_priority(len(weights), self.alpha, self.beta, self._rng)
         elif strategy == "balanced":
-            slots = self._reservoir.balanced_sample(len(weights), self._rng)
+            slots = self._members.reservoir.balanced_sample(len(weights), self._rng)
         else:
             wanted = {"near_threshold": (0, 1), "edge_cases": (2,)}.get(strategy, ())
-            slots = draw([slot for place in wanted for slot in self._frontier.parts[place]], len(weights), self._rng)
-        slots = self._filled_up(slots, len(weights))
+            slots = draw(
+                [slot for place in wanted for slot in self._members.frontier.parts[place]], len(weights), self._rng
+            )
+        slots = self._members.filled_up(slots, len(weights))
         if counted:
             self._scores.count_replays(slots)
         return self._read(slots, weights)
@@ -326,39 +320,34 @@ class ReplayBuffer:
         ids = replay.sample_id.tolist()
         priorities = self._scores.new_priorities(losses, successes)
         for slot, id, *scores in zip(replay.slots, ids, losses, successes, priorities, strict=True):
-            if self._slot_of.get(id) == slot:
-                self._rescore(slot, *scores)
+            if self._members.slot_of.get(id) == slot:
+                self._members.rescore(slot, *scores)
         self._scores.touch(replay.slots)
 
     def state_dict(self) -> dict[str, Any]:
         """The whole state, as plain tensors, numbers and lists."""
-        slots = self.slots()
+        slots, members = self.slots(), self._members.state_dict()
         return {
             "rows": self._store.state_dict(slots),
             "slots": torch.tensor(slots, dtype=torch.int64),
-            "free": torch.tensor(self._free, dtype=torch.int64),
-            "held": {family: list(held) for family, held in self._reservoir.held.items()},
-            "frontier": [list(part) for part in self._frontier.parts],
-            "seen": dict(self._reservoir.seen),
-            "lengths": [*self._reservoir.lengths, self._reservoir.was_full],
+            **members,
+            "free": torch.tensor(members["free"], dtype=torch.int64),
             "rng": self._rng.bit_generator.state,
-            "capacity": self._limits,
+            "capacity": list(self._members.limits),
             **self._scores.state_dict(slots),
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Restore from `state_dict`: exactly, or with other limits a random part that fits."""
-        if state_dict["capacity"] != self._limits:
+        if state_dict["capacity"] != self._members.limits:
             self.load_shard([state_dict], rank=0, world_size=1)
             return
         self._clear(self._share_of_frontier)
         slots = state_dict["slots"].tolist()
         self._scores.load_state_dict(state_dict, slots)
         self._store.load(state_dict["rows"], dict(enumerate(slots)))
-        self._slot_of = dict(zip(state_dict["columns"]["sample_id"].tolist(), slots, strict=True))
-        self._free = state_dict["free"].tolist()
-        self._reservoir.load(state_dict["held"], state_dict["seen"], state_dict["lengths"])
-        self._frontier.load(state_dict["frontier"])
+        slot_of = dict(zip(state_dict["columns"]["sample_id"].tolist(), slots, strict=True))
+        self._members.load_state_dict(state_dict, slot_of)
         self._rng.bit_generator.state = state_dict["rng"]
 
     def load_shard(self, states: Sequence[Mapping[str, Any]], rank: int, world_size: int) -> None:
@@ -370,7 +359,7 @@ class ReplayBuffer:
             world_size: Number of ranks now.
         """
         self._clear(self._share_of_frontier)
-        self._rng = np.random.default_rng([self.seed, rank, world_size])
+        self._rng.bit_generator.state = np.random.default_rng([self.seed, rank, world_size]).bit_generator.state
         states = [state for state in states if len(state["slots"])]
         rows = [(number, i) for number, state in enumerate(states) for i in range(len(state["slots"]))]
         mine = rows[rank::world_size]
@@ -381,106 +370,28 @@ class ReplayBuffer:
         for state in states:
             for family, count in state["seen"].items():
                 seen[int(family)] = seen.get(int(family), 0) + count
+        reservoir = self._members.reservoir
         for family, count in seen.items():
-            self._reservoir.seen[family] = max(len(self._reservoir.held.get(family, [])), count // world_size)
+            reservoir.seen[family] = max(len(reservoir.held.get(family, [])), count // world_size)
         # Any rank's quantiles will do: all ranks see the same task.
         if states:
             state = states[rank % len(states)]
             self._scores.load_quantiles(state)
-            self._reservoir.load_lengths(state["lengths"])
-
-    @property
-    def _limits(self) -> list[int]:
-        return [self.capacity, self._frontier.quota, self.max_bytes]
+            reservoir.load_lengths(state["lengths"])
 
     def _take_over(self, rows: Mapping[str, Any], i: int, row: dict[str, Any]) -> None:
-        length, category = int(rows["lengths"][i]) + _ROW_OVERHEAD, row["category"]
-        if row["sample_id"] in self._slot_of:
-            return
-        fair = row["in_reservoir"] and self._reservoir.has_room(length)
-        if category and not self._frontier.has_room(category, length):
-            category = 0
+        fair, category = self._members.room_for(row, int(rows["lengths"][i]) + _ROW_OVERHEAD)
         if not (fair or category):
             return
-        slot = self._free.pop()
-        self._slot_of[row["sample_id"]] = slot
+        slot = self._members.take_slot(row["sample_id"])
         self._scores.write(slot, **{**row, "in_reservoir": False, "category": 0})
         self._store.load(rows, {i: slot})
-        if fair:
-            self._join_reservoir(slot, row["family"])
-        if category:
-            self._join_frontier(slot, category)
-
-    def _make_room_in_frontier(self, category: int, priority: float, length: int) -> bool:
-        priorities = self._scores.arrays["priority"]
-        return self._frontier.make_room(category, priority, length, priorities, self._rng, self._evict_from_frontier)
-
-    def _recount_bytes(self) -> None:
-        self._reservoir.recount()
-        self._frontier.recount()
-
-    def _join_reservoir(self, slot: int, family: int) -> None:
-        self._reservoir.join(slot, family)
-        self._scores.arrays["in_reservoir"][slot] = True
-
-    def _evict_from_reservoir(self, slot: int) -> None:
-        self._reservoir.leave(slot, int(self._scores.arrays["family"][slot]))
-        self._scores.arrays["in_reservoir"][slot] = False
-        self._drop_if_unused(slot)
-
-    def _join_frontier(self, slot: int, category: int) -> None:
-        self._frontier.join(slot, category)
-        self._scores.arrays["category"][slot] = category
-
-    def _leave_frontier(self, slot: int) -> None:
-        self._frontier.leave(slot, int(self._scores.arrays["category"][slot]))
-        self._scores.arrays["category"][slot] = 0
-
-    def _evict_from_frontier(self, slot: int) -> None:
-        self._leave_frontier(slot)
-        self._drop_if_unused(slot)
-
-    def _drop_if_unused(self, slot: int) -> None:
-        if self._scores.arrays["in_reservoir"][slot] or self._scores.arrays["category"][slot]:
-            return
-        self._store.free(slot)
-        del self._slot_of[int(self._scores.arrays["sample_id"][slot])]
-        self._free.append(slot)
-
-    def _rescore(self, slot: int, loss: float, success: float, priority: float) -> None:
-        arrays = self._scores.arrays
-        success = float(arrays["success"][slot]) if math.isnan(success) else success
-        self._scores.rescore(slot, loss, success)
-        before, now = int(arrays["category"][slot]), self._scores.quantiles.category(loss, success)
-        if before == now:
-            return
-        arrays["priority"][slot] = priority
-        if now and not self._make_room_in_frontier(now, priority, self._bytes_of(slot)):
-            now = 0
-        if before:
-            self._leave_frontier(slot)
-        if now:
-            self._join_frontier(slot, now)
-        else:
-            self._drop_if_unused(slot)
+        self._members.join(slot, row["family"], fair, category)
 
     @property
     def threshold(self) -> float:
         """Loss at which success and failure meet; NaN while unknown."""
         return self._scores.quantiles.threshold
-
-    def _filled_up(self, slots: list[int], count: int) -> list[int]:
-        """Add examples of the reservoir, then any others, up to ``count``."""
-        taken = set(slots)
-        while len(slots) < count and self._reservoir.num_held > 4 * count:
-            more = [s for s in self._reservoir.sample(count - len(slots), self._rng) if s not in taken]
-            slots, taken = slots + more, taken | set(more)
-        if len(slots) >= count:
-            return slots
-        for source in (self._reservoir.slots(), self.slots()):
-            slots = slots + draw([s for s in source if s not in taken], count - len(slots), self._rng)
-            taken.update(slots)
-        return slots
 
 
 def check_limits(owner: str, capacity: int, frontier: float, max_bytes: int, memory_map: str | Path | None) -> None:

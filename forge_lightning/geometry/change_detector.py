@@ -30,7 +30,7 @@ class ChangeDetector:
     one before: none of a share of 0 and of 0.5, 76 of 0.9, 21 of 0.98. Noise that lasts looks like a change while it
     does; with ``relative_change=0.35`` it reports none in any of these.
     Falls by 40 % and more, and rises to double, under noise of 3 %: all found, within 25 values of their
-    begin. On recorded runs: `benchmarks/phases.md`.
+    begin. On recorded runs: `benchmarks/stages.md`.
 
     Args:
         relative_change: Share by which the level must fall, in (0, 1); a rise must undo a fall of that size.

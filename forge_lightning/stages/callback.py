@@ -46,7 +46,7 @@ class StageClassifier(ForgeCallback):
     When to use: to read runs, and to let `Grokfast` and `DreamReplay` act by the stage.
 
     When it does not help: a stage needs at least four validations, and is declared several after it began. The
-    thresholds were set on small algorithmic tasks (`benchmarks/phases.md`). Without validation, or where success is
+    thresholds were set on small algorithmic tasks (`benchmarks/stages.md`). Without validation, or where success is
     unknown and the loss is no cross-entropy, it names only warm-up, plateau and divergence, with a warning. Cosine and
     gradient norm are kept as evidence, and decide nothing.
 

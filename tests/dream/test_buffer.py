@@ -55,7 +55,7 @@ def test_numbers_too_large_for_half_the_bits_are_kept_whole():
     buffer.push({"x": torch.tensor([[1, 2], [3, 4]])}, sample_id=torch.tensor([0, 1]))
     slots = buffer.push({"x": torch.tensor([[1 << 40, -5]])}, sample_id=torch.tensor([2]))
     assert buffer.read([0, 1, *slots]).rows["x"].tolist() == [[1, 2], [3, 4], [1 << 40, -5]]
-    assert buffer.num_bytes == buffer._reservoir.num_bytes == 3 * (2 * 8 + 400)
+    assert buffer.num_bytes == buffer._members.reservoir.num_bytes == 3 * (2 * 8 + 400)
 
 
 def test_extras_keep_their_own_lengths():
@@ -95,7 +95,7 @@ def test_families_without_end_take_no_memory_without_end():
     for start in range(0, 6000, 1000):
         push(buffer, start, 1000, family=torch.arange(start, start + 1000))
     assert buffer.num_seen == 6000
-    assert len(buffer._reservoir.seen) == 4096
+    assert len(buffer._members.reservoir.seen) == 4096
 
 
 def test_the_frontier_holds_what_is_barely_right_or_wrong():

@@ -1,4 +1,4 @@
-"""Synthetic series with known changes. Rates on recorded runs: test_stage_classifier and benchmarks/phases.md."""
+"""Synthetic series with known changes. Rates on recorded runs: test_stage_classifier and benchmarks/stages.md."""
 
 import math
 import random
@@ -98,6 +98,14 @@ def test_confidence_is_that_of_mann_kendall():
         1 - 0.5 * math.erfc(-(z + 2 / 20.2) / math.sqrt(2)), abs=1e-4
     )
     assert trend_confidence([1.0] * 10, "down") == 0.5
+    # Of three: scores 3 and 1, and a spread of sqrt(3 · 2 · 11 / 18).
+    spread = math.sqrt(66 / 18)
+    for values, score in (([3.0, 2.0, 1.0], 3), ([3.0, 1.0, 2.0], 1), ([1.0, 2.0, 3.0], -3)):
+        z = (score - 1 if score > 0 else score + 1) / spread
+        assert trend_confidence(values, "down") == pytest.approx(0.5 * math.erfc(-z / math.sqrt(2)))
+        mirrored = [-value for value in values]
+        assert trend_confidence(mirrored, "up") == pytest.approx(trend_confidence(values, "down"))
+    assert math.isnan(trend_confidence([2.0, 1.0], "down"))
 
 
 def test_relative_change_is_checked():
@@ -118,3 +126,47 @@ def test_health_begins_when_the_loss_has_fallen_and_ends_with_a_spike():
     other.load_state_dict(health.state_dict())
     assert other.state_dict() == health.state_dict()
     assert [health.update(2.0) for _ in range(30)] == [False] * 29 + [True]
+
+
+def test_health_begins_below_a_fifth_of_the_first_loss_by_the_median_of_five():
+    health = LossHealth()
+    assert [health.update(loss) for loss in (1.0, 0.1, 0.1, 0.3, 0.3)] == [False] * 5, "a median of 0.3"
+    assert not health.update(0.2), "0.2 is a fifth, and not below"
+    assert not health.update(0.1), "0.1, 0.3, 0.3, 0.2, 0.1: a median of 0.2"
+    assert not health.update(0.19), "0.3, 0.3, 0.2, 0.1, 0.19: again"
+    assert health.update(0.19), "0.3, 0.2, 0.1, 0.19, 0.19: below"
+
+
+def test_a_healthy_loss_is_at_most_twice_the_median_and_a_tenth_more():
+    health = LossHealth()
+    for loss in (10.0, 1.0, 1.0, 1.0, 1.0, 1.0):
+        health.update(loss)
+    assert health.began
+    # The median of 10 and five times 1 is 1; of an even number it is between the two in the middle.
+    assert [health.update(loss) for loss in (2.11, 2.1, 2.09)] == [False, True, True]
+    health = LossHealth()
+    for loss in (10.0, 9.0, 1.0, 1.0, 1.0):
+        health.update(loss)
+    assert health.began
+    health._recent.clear()
+    health._recent.extend([1.0, 2.0])
+    assert not health.update(3.11)
+    assert health.update(3.1)
+
+
+def test_thirty_unhealthy_losses_in_a_row_are_the_new_normal_and_one_healthy_starts_the_count_anew():
+    health = LossHealth()
+    for loss in (10.0, 1.0, 1.0, 1.0, 1.0, 1.0):
+        health.update(loss)
+    found = [health.update(5.0) for _ in range(29)]
+    assert health.update(1.0)
+    found += [health.update(5.0) for _ in range(30)]
+    assert found == [False] * 58 + [True]
+    assert health.state_dict()["recent"] == [5.0]
+
+
+def test_fifteen_healthy_losses_are_remembered():
+    health = LossHealth()
+    for loss in (10.0, *[1.0] * 20, 1.5, 1.6):
+        health.update(loss)
+    assert health.state_dict()["recent"] == [1.0] * 13 + [1.5, 1.6]

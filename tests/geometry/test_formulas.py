@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from forge_lightning.functional import (
+    PointCloud,
     correlation_dimension,
     gride_dimension,
     levina_bickel_dimension,
@@ -184,3 +185,27 @@ def test_the_least_number_of_points_is_enough_and_one_fewer_is_not(estimate, lea
     found = estimate(cloud(least - 1))
     assert math.isnan(found.dimension)
     assert found.reason in (f"{least - 1} different points are too few; {least} are needed", "2 points are too few")
+
+
+def test_clouds_of_three_points_are_the_smallest():
+    assert PointCloud(cloud(3)).reason == ""
+    assert PointCloud(cloud(2)).reason == "2 points are too few"
+
+
+@pytest.mark.parametrize("scale", [2.0**-40, 2.0**-16, 1.0, 2.0**16, 2.0**40])
+def test_distances_of_a_rescaled_cloud_have_its_ratios(scale):
+    found, plain = (PointCloud(points, 5).neighbor_distances(5) for points in (cloud(30) * scale, cloud(30)))
+    torch.testing.assert_close(found / found[0, 0], plain / plain[0, 0], rtol=1e-6, atol=0)
+
+
+def test_neighbors_and_pairs_of_a_cloud_are_those_of_a_loop():
+    points = cloud(70)
+    made = PointCloud(points, num_neighbors=0)
+    rows = torch.from_numpy(distances(points))
+    for count in (1, 4, 69):  # more than were found at first
+        torch.testing.assert_close(made.neighbor_distances(count), rows[:, :count], rtol=1e-5, atol=1e-6)
+    assert made.count_within(1.5).tolist() == (rows < 1.5).sum(1).tolist()
+    every = torch.cdist(points.double(), points.double()).fill_diagonal_(math.inf)
+    assert torch.equal(made.neighbor_indices(3), every.topk(3, largest=False).indices)
+    centred = points.double() - points.double().mean(0)
+    torch.testing.assert_close(made.moments, (centred @ centred.T).square().sum(1), rtol=1e-5, atol=1e-5)

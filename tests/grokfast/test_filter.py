@@ -177,3 +177,44 @@ def test_half_precision_ring_halves_the_memory_and_stays_close():
     for a, b in zip(run(narrow, steps), run(wide, steps), strict=True):
         torch.testing.assert_close(a[0], b[0], atol=0.05, rtol=0.02)
     assert narrow._rings["0"].nbytes * 2 == wide._rings["0"].nbytes
+
+
+def test_defaults_that_the_paper_names():
+    gradient_filter = GradientFilter()
+    assert (gradient_filter.alpha, gradient_filter.window_size) == (0.98, 100)
+    assert (gradient_filter.warmup_steps, gradient_filter.cosine_decay) == (100, 0.9)
+
+
+@pytest.mark.parametrize("lamb", [0.0, 0.5, 1.0])
+def test_it_is_off_at_a_lamb_of_zero_alone(lamb):
+    gradient_filter, grads = GradientFilter(lamb=lamb), {"a": torch.ones(2)}
+    stats = gradient_filter(grads, measure=True)
+    assert gradient_filter.is_off == (lamb == 0)
+    assert gradient_filter.steps == int(lamb > 0)
+    assert (stats is None) == (lamb == 0)
+    assert torch.equal(grads["a"], torch.full((2,), 1 + lamb))
+
+
+def test_a_first_lamb_counts_only_where_a_schedule_is_on():
+    assert GradientFilter(lamb=0.1, lamb_init=0.5).lamb_init == 0.5
+    assert GradientFilter(lamb=0.0, lamb_init=0.5, schedule="linear_warmup").is_off
+
+
+def test_the_cosine_is_smoothed_from_zero():
+    """Cosines of NaN, 1 and 1 at a decay of 0.75 give 0, 0.25 and 0.4375."""
+    gradient_filter = GradientFilter(lamb=2.0, lamb_init=0.5, schedule="cosine_similarity", cosine_decay=0.75)
+    lambs = [gradient_filter({"a": torch.ones(4)}, measure=True).lamb for _ in range(3)]
+    assert lambs == pytest.approx([0.0, 0.5 + 1.5 * 0.25, 0.5 + 1.5 * 0.4375])
+
+
+def test_a_slow_gradient_of_zero_has_no_cosine_and_a_norm_of_zero_is_kept():
+    gradient_filter = GradientFilter(lamb=2.0, keep_norm=True)
+    zero = gradient_filter({"a": torch.zeros(3)}, measure=True)
+    assert (zero.grad_norm_before, zero.grad_norm_after) == (0.0, 0.0)
+    assert math.isnan(gradient_filter({"a": torch.ones(3)}, measure=True).cosine)
+    cancelled = {"a": torch.full((3,), -1.0)}
+    both = GradientFilter(lamb=2.0, alpha=0.5, keep_norm=True)
+    both({"a": torch.full((3,), 2.0)})  # the EMA of 2 and -1 at 0.5 is 0.5: -1 + 2 · 0.5 is 0
+    stats = both(cancelled, measure=True)
+    assert torch.equal(cancelled["a"], torch.zeros(3))
+    assert stats.grad_norm_after == 0.0

@@ -1,4 +1,4 @@
-"""On recorded runs (`python -m benchmarks.phases record`), and on series made here."""
+"""On recorded runs (`python -m benchmarks.stages record`), and on series made here."""
 
 import gzip
 import json
@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.phases import changes_of
+from benchmarks.stages import changes_of
 from forge_lightning.stages.classifier import Observation, StageClassifier, TrainingStage, observations, replay
 
 RECORDED = sorted((Path(__file__).parents[1] / "recorded_runs").glob("*.jsonl.gz"))

@@ -1,7 +1,7 @@
 """Whether phase transitions and stages are found in runs that grok, and only there.
 
-    python -m benchmarks.phases record [--only NAME ...]   # trains: about 20 CPU minutes
-    python -m benchmarks.phases report
+    python -m benchmarks.stages record [--only NAME ...]   # trains: about 20 CPU minutes
+    python -m benchmarks.stages report
 
 A one-layer decoder on arithmetic modulo 97 (40 % to train on), AdamW lr 1e-3, GeometryProbe every 20 steps on 512
 training points, validation every 24 steps. Runs that grok: weight decay 1, also with Grokfast-EMA. Runs that do not:
@@ -159,7 +159,7 @@ def report() -> str:
         f" {len(RUNS) - groks} runs that do not."
     )
     about = __doc__.split("\n\n", 2)[2].strip()
-    command = "python -m benchmarks.phases record && python -m benchmarks.phases report"
+    command = "python -m benchmarks.stages record && python -m benchmarks.stages report"
     return f"# Phases of training\n\n{header(command)}\n{about}\n\n{summary}\n\n{table(columns, rows)}"
 
 
@@ -193,7 +193,7 @@ def main() -> None:
         return
     text = report()
     print(text)
-    (FOLDER / "phases.md").write_text(text)
+    (FOLDER / "stages.md").write_text(text)
 
 
 if __name__ == "__main__":

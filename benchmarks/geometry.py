@@ -1,6 +1,6 @@
 """How right the estimators are, and what it costs to watch.
 
-    python -m benchmarks.observers [--only accuracy speed probe telemetry memory]
+    python -m benchmarks.geometry [--only accuracy speed probe telemetry memory]
 
 Accuracy: largest relative difference from scikit-dimension in fp64 on the same points: nine sets (large offsets,
 massive activations) of 512, 1,024 and 2,048 points, alone and with 10 % of them repeated. Speed: TwoNN, Levina-Bickel,
@@ -266,7 +266,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(PARTS), default=list(PARTS))
     args = parser.parse_args()
     torch.set_num_threads(1)
-    path = FOLDER / "observers.md"
+    path = FOLDER / "geometry.md"
     old = path.read_text() if path.exists() else ""
     sections = {part.split("\n")[0].lower(): "## " + part.rstrip() for part in old.split("\n## ")[1:]}
     for name in args.only:
@@ -274,7 +274,7 @@ def main() -> None:
         print(sections[name], flush=True)
     kept = [sections[name] for name in (*PARTS, "what follows") if name in sections]
     about = __doc__.split("\n\n", 2)[2].strip()
-    head = f"# What watching costs\n\n{header('python -m benchmarks.observers')}\n{about}\n"
+    head = f"# What watching costs\n\n{header('python -m benchmarks.geometry')}\n{about}\n"
     path.write_text("\n".join([head, "\n\n".join(kept)]) + "\n")
 
 
