@@ -269,11 +269,13 @@ def scores_of_rows(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor,
     """
     if logits.ndim == 2:
         logits, labels = logits.unsqueeze(1), labels.unsqueeze(1)
-    elif shift:
-        logits, labels = logits[:, :-1], labels[:, 1:]
+        shift = False
+    if shift:  # labels, as logits without the last position would be a copy of them all
+        labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     known = labels != IGNORED
     count = known.sum(1)
     losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    losses = losses[:, :-1] if shift else losses
     right = ((logits.argmax(-1) == labels) | ~known).all(1).float()
     nothing = torch.full_like(right, torch.nan)
     return torch.where(count > 0, losses.sum(1) / count, nothing), torch.where(count > 0, right, nothing)

@@ -202,21 +202,23 @@ class ForgeModule(LightningModule):
         return logits
 
     def _step(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Outputs, logits and targets, one forward pass."""
+        """Outputs, likeliest tokens and labels of a forward pass, each label at the position that predicts it."""
         length, context = batch["input_ids"].shape[1], context_length(self.model)
         if context is not None and length > context:
             raise MisconfigurationException(
                 f"A batch is {length} tokens long, but the model has only {context} positions. Lower the data's length"
                 " (`max_length`, `block_size`), or give the model more positions."
             )
-        logits = self(batch["input_ids"], batch["attention_mask"])[:, :-1]
-        target = batch["labels"][:, 1:]
-        labelled = target != IGNORED
+        logits = self(batch["input_ids"], batch["attention_mask"])
+        # Labels are shifted, as logits without the last position would be a copy of them all.
+        target = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
         token_loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
-        token_loss = token_loss.view_as(target)  # 0 where ignored
+        token_loss, target = token_loss.view_as(target)[:, :-1], target[:, :-1]  # 0 where ignored
+        labelled = target != IGNORED
         with torch.no_grad():
             count = labelled.sum(1)
-            right = (logits.argmax(-1) == target) | ~labelled
+            likeliest = logits.argmax(-1)[:, :-1]
+            right = (likeliest == target) | ~labelled
             example_loss = torch.where(count > 0, token_loss.sum(1) / count, torch.nan)
             success = torch.where(count > 0, right.all(1).float(), torch.nan)
         outputs = {
@@ -226,15 +228,14 @@ class ForgeModule(LightningModule):
             "example_token_accuracy": torch.where(count > 0, 1 - (~right).sum(1) / count, torch.nan),
             "example_log_likelihood": torch.where(count > 0, -token_loss.sum(1), torch.nan).detach(),
         }
-        return outputs, logits.detach(), target
+        return outputs, likeliest, target
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
-        outputs, logits, target = self._step(batch)
-        labelled = target != IGNORED
-        accuracy = (logits.argmax(-1) == target)[labelled].float().mean()
-        loss = torch.where(labelled.any(), outputs["loss"].detach(), torch.nan)
+        outputs, likeliest, target = self._step(batch)
+        count = (target != IGNORED).sum()
+        loss = torch.where(count > 0, outputs["loss"].detach(), torch.nan)
         self.log("train/loss", loss, prog_bar=True)
-        self.log("train/token_accuracy", accuracy)
+        self.log("train/token_accuracy", (likeliest == target).sum() / count)
         return outputs
 
     def configure_callbacks(self) -> list[Callback]:
@@ -267,12 +268,12 @@ class ForgeModule(LightningModule):
         return self._evaluation_step(batch, "test")
 
     def _evaluation_step(self, batch: dict[str, Tensor], split: str) -> dict[str, Tensor]:
-        outputs, logits, target = self._step(batch)
+        outputs, likeliest, target = self._step(batch)
         metrics: Any = self.metrics[f"{split}_metrics"]
         num_labels = (target != IGNORED).sum()
         metrics["loss"].update(outputs["loss"], num_labels)
         metrics["perplexity"].update(outputs["loss"], num_labels)
-        metrics["token_accuracy"].update(logits.argmax(-1), target)
+        metrics["token_accuracy"].update(likeliest, target)
         success = outputs["example_success"]
         metrics["exact_match"].update(success.nan_to_num(), success.isfinite())
         for name, metric in metrics.items():

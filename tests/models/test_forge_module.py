@@ -360,3 +360,27 @@ def test_weights_of_gpt2_are_marked_transposed():
     names = {name.split(".", 3)[-1] for name, p in module.model.named_parameters() if id(p) in turned}
     assert names == {"attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight"}
     assert not any(group.get("transposed") for group in weight_decay_groups(built("llama")))
+
+
+def test_a_step_is_bit_equal_to_one_of_logits_without_the_last_position():
+    module = built("gpt2")
+    ids = torch.randint(0, 32, (4, 9), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, :3], labels[1], labels[2, 6:] = -100, -100, -100
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+    module.eval()  # without dropout
+
+    def gradients(loss):
+        module.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.flatten() for p in module.parameters()])
+
+    outputs, likeliest, target = module._step(batch)
+    ours = gradients(outputs["loss"])
+    logits = module(ids, batch["attention_mask"])[:, :-1]
+    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="none")
+    loss = losses.view(4, 8).sum() / (labels[:, 1:] != -100).sum()
+    assert torch.equal(loss, outputs["loss"])
+    assert torch.equal(gradients(loss), ours)
+    assert torch.equal(likeliest, logits.argmax(-1))
+    assert torch.equal(target, labels[:, 1:])
