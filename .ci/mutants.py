@@ -38,7 +38,7 @@ TESTS = {
     "geometry/functional.py": ("tests/geometry/test_formulas.py", "tests/geometry/test_functional.py"),
     "geometry/point_cloud.py": ("tests/geometry/test_formulas.py", "tests/geometry/test_functional.py"),
     "geometry/change_detector.py": ("tests/geometry/test_change_detector.py",),
-    "geometry/pace.py": ("tests/geometry/test_callback.py",),
+    "geometry/pace.py": ("tests/geometry/test_pace.py",),
 }
 """Numerical modules, and the tests that have to catch their mutants."""
 SAME_RESULT: dict[str, dict[str, str]] = {

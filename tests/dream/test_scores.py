@@ -92,3 +92,52 @@ def test_without_a_network_nothing_is_known():
     assert not scores.take()
     with pytest.raises(ValueError, match="no submodule is known to return logits"):
         scores.read(None, 4)
+
+
+@pytest.mark.parametrize("labels", [None, torch.tensor([0, 1, 2])])
+def test_labels_that_are_missing_or_do_not_fit_are_named(labels):
+    scores, _ = scored(LOGITS, LABELS)
+    scores._known = labels
+    shape = None if labels is None else r"\(3,\)"
+    with pytest.raises(ValueError, match=rf"labels {shape} do not fit logits \(4, 3\)"):
+        scores.read(None, 4)
+
+
+def test_there_is_no_distance_where_logits_labels_or_stored_logits_are_missing():
+    labels = torch.tensor([0, 1, 2, 2])
+    scores, (_, successes) = scored(LOGITS, labels)
+    kept = dict(zip(KEPT, zip(*scores.logits_to_keep(successes.eq(1), 3), strict=True), strict=True))
+    assert scores.distance(kept, 4) is not None
+    assert scores.distance({}, 4) is None
+    logits, known = scores._logits, scores._known
+    for missing in ((None, known), (logits, None), (logits, known[:3])):
+        scores._logits, scores._known = missing
+        assert scores.distance(kept, 4) is None
+    scores._logits, scores._known = logits, known
+    nothing = {name: [values[0][:0]] * 4 for name, values in kept.items()}
+    assert scores.distance(nothing, 4) is None
+
+
+def test_distance_is_that_of_the_last_examples_over_the_labels_of_all():
+    """Two new examples in front of two stored ones, of which one has stored logits."""
+    labels = torch.tensor([0, 1, 2, 2])
+    scores, (_, successes) = scored(LOGITS, labels)
+    values, classes, totals = (list(parts) for parts in zip(*scores.logits_to_keep(successes.eq(1), 3), strict=True))
+    kept = {
+        KEPT[0]: [values[1], values[2][:0]],
+        KEPT[1]: [classes[1], classes[2][:0]],
+        KEPT[2]: [totals[1], totals[2][:0]],
+    }
+    moved = torch.stack([LOGITS[3], LOGITS[0], LOGITS[1], LOGITS[2]])
+    moved[2, 0] += 0.6
+    later, _ = scored(moved, torch.tensor([2, 0, 1, 2]))
+    assert later.distance(kept, 2).item() == pytest.approx(0.6**2 / 3 / 4, rel=1e-2)
+
+
+def test_shifted_sequences_keep_the_logits_of_the_position_before():
+    logits = torch.stack([LOGITS[:3], LOGITS[1:]])
+    scores, _ = scored(logits, torch.tensor([[2, 0, -100], [0, -100, 2]]), shift=True)
+    kept = scores.logits_to_keep(torch.tensor([True, True]), 2)
+    assert [len(parts[0]) for parts in kept] == [1, 1]
+    torch.testing.assert_close(kept[0][0][0], LOGITS[0].log_softmax(0)[:2].half())
+    torch.testing.assert_close(kept[1][0][0], LOGITS[2].log_softmax(0)[[0, 2]].half())
