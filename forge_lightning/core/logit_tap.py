@@ -157,10 +157,10 @@ def by_position(logits: Tensor, places: Tensor) -> Tensor:
     return logits.unflatten(0, places.shape) if flat else logits
 
 
-def predicted_places(
+def labels_of_places(
     logits: Tensor, labels: Tensor | None, mask: Tensor | None, shift: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Positions of the logits that count, and their labels.
+) -> tuple[Tensor | None, Tensor | None]:
+    """The label of each position of the logits, and which positions count. Waits for no device.
 
     Args:
         logits: ``(B, V)``, ``(B, T, V)``, or the latter flattened to ``(B · T, V)``.
@@ -170,12 +170,12 @@ def predicted_places(
             less, of inputs without the last.
 
     Returns:
-        Places in the logits flattened to rows, ``(N,)``, and labels ``(N,)``, or ``None`` without labels.
+        Labels ``(M,)`` of the ``M`` rows that the logits flatten to, -100 where there is none, or ``None`` without
+        labels; and which rows count, ``(M,)`` booleans, or ``None`` for all.
 
     Raises:
         ValueError: If there are labels, and they do not fit.
     """
-    rows = logits.shape[:-1].numel()
     if labels is not None:
         shape = by_position(logits, labels).shape[:-1]
         if shift and len(shape) == 2 and labels.shape == (shape[0], shape[1] + 1):
@@ -191,11 +191,27 @@ def predicted_places(
         if shift and labels.ndim == 2:
             labels = F.pad(labels[:, 1:].long(), (0, 1), value=IGNORED)
         labels = labels.flatten()
-        places = (labels != IGNORED).nonzero().squeeze(1)
-        return places, labels[places]
+        return labels, labels != IGNORED
     if mask is not None and by_position(logits, mask).shape[:-1] == mask.shape and mask.ndim == 2:
-        return mask.flatten().nonzero().squeeze(1), None
-    return torch.arange(rows, device=logits.device), None
+        return None, mask.flatten() != 0
+    return None, None
+
+
+def predicted_places(
+    logits: Tensor, labels: Tensor | None, mask: Tensor | None, shift: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Positions of the logits that count, and their labels; arguments and errors of `labels_of_places`.
+
+    Waits for the device, as their number depends on the labels.
+
+    Returns:
+        Places in the logits flattened to rows, ``(N,)``, and labels ``(N,)``, or ``None`` without labels.
+    """
+    labels, counts = labels_of_places(logits, labels, mask, shift)
+    if counts is None:
+        return torch.arange(logits.shape[:-1].numel(), device=logits.device), None
+    places = counts.nonzero().squeeze(1)
+    return places, None if labels is None else labels[places]
 
 
 def share_of_rows(
@@ -250,7 +266,7 @@ def share_of_rows(
 def predicted_rows(
     logits: Tensor, labels: Tensor | None, mask: Tensor | None, shift: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The logits that count, as rows ``(N, V)``, and labels ``(N,)``; arguments and errors of `predicted_places`."""
+    """The logits that count, as rows ``(N, V)``, and labels ``(N,)``; arguments and errors of `labels_of_places`."""
     places, labels = predicted_places(logits, labels, mask, shift)
     return logits.flatten(0, -2)[places], labels
 

@@ -131,7 +131,7 @@ class LogitLossCallback(LossCallback):
         raise NotImplementedError(f"`{type(self).__name__}` has to define `logit_loss`.")
 
     def record(self, quantity: str, value: Tensor) -> None:
-        """Log a number of this step as ``forge/<callback>/<quantity>``: its mean over micro-batches and ranks."""
+        """Log this step's ``forge/<callback>/<quantity>``: the mean over micro-batches and ranks, without NaN."""
         self._recorded.setdefault(quantity, []).append(value.detach().float().mean())
 
     def find_network(self, pl_module: LightningModule) -> nn.Module:
@@ -204,7 +204,7 @@ class LogitLossCallback(LossCallback):
         super().on_step_end(trainer, pl_module, outputs, batch)
         recorded, self._recorded = self._recorded, {}
         if self._trainer is not None and is_logging_step(trainer):
-            means = {quantity: torch.stack(values).mean().item() for quantity, values in recorded.items()}
+            means = {quantity: torch.stack(values).nanmean().item() for quantity, values in recorded.items()}
             if means := mean_over_ranks(trainer, means):
                 self.log_metrics(trainer, means)
 

@@ -13,14 +13,15 @@ from torch.nn import functional as F
 
 from forge_lightning.calibration.metrics import CalibrationMetric
 from forge_lightning.core.callback import is_logging_step, uses_strategy
+from forge_lightning.core.device import reads_are_free
 from forge_lightning.core.distributed import sum_over_ranks
 from forge_lightning.core.labels import loss_doubt
 from forge_lightning.core.layers import network_modules
 from forge_lightning.core.logit_tap import (
     SHIFT_DOUBT,
     fits_better_shifted,
+    labels_of_places,
     logits_of,
-    predicted_places,
     predicted_rows,
     share_of_rows,
 )
@@ -205,16 +206,23 @@ class TemperatureCurriculum(LogitLossCallback):
             call, labels, mask = share_of_rows(call, labels, mask, self.fraction, self._step())
         args, kwargs, logits = call
         taught = self._reader.logits(logits_of(self._teacher(*args, **kwargs)))
-        places, targets = predicted_places(logits, labels, mask, self._shifted)
-        if len(places) == 0:
-            return None
+        targets, counts = labels_of_places(logits, labels, mask, self._shifted)
         if targets is not None and self._trainer is not None and is_logging_step(self._trainer):
             with torch.no_grad():
-                rows = logits.detach().flatten(0, -2)[places].float()
-                self._losses = F.cross_entropy(rows, targets), loss.detach()
-        divergence = temperature_kl(logits, taught, self.temperature, places).mean()
-        self.record("kl", divergence)
-        return self._weight_at(self._step()) * (divergence - loss)
+                self._losses = F.cross_entropy(logits.detach().flatten(0, -2).float(), targets), loss.detach()
+        weight = self._weight_at(self._step())
+        if counts is None or reads_are_free(logits.device):
+            places = None if counts is None else counts.nonzero().squeeze(1)
+            if places is not None and len(places) == 0:
+                return None
+            divergence = temperature_kl(logits, taught, self.temperature, places).mean()
+            self.record("kl", divergence)
+            return weight * (divergence - loss)
+        # Choosing rows would wait for the device: those that do not count are compared too, and weigh nothing.
+        divergences = temperature_kl(logits.flatten(0, -2), taught.flatten(0, -2), self.temperature)
+        divergence = torch.where(counts, divergences, 0.0).sum() / counts.sum().clamp(min=1)
+        self.record("kl", torch.where(counts.any(), divergence, torch.nan))
+        return weight * torch.where(counts.any(), divergence - loss, 0.0)
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         if self._teacher is None:

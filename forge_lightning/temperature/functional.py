@@ -54,8 +54,6 @@ def temperature_kl(student: Tensor, teacher: Tensor, temperature: float, places:
     wanted = student.requires_grad and torch.is_grad_enabled()
     if places is not None:
         shape = places.shape
-    else:
-        places = torch.arange(len(student), device=student.device)
     divergence: Tensor = _TemperatureKL.apply(student, teacher, temperature, places, wanted)
     return divergence.reshape(shape)
 
@@ -67,19 +65,23 @@ class _TemperatureKL(torch.autograd.Function):
     """Logits at a time."""
 
     @staticmethod
-    def parts(student: Tensor, places: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        at_once = _TemperatureKL.ON_CPU if student.device.type == "cpu" else _TemperatureKL.ELSEWHERE
-        done = 0
-        for part in places.split(max(1, at_once // student.shape[-1])):
-            yield slice(done, done + len(part)), part
-            done += len(part)
+    def parts(logits: Tensor, places: Tensor | None) -> Iterator[tuple[slice, slice | Tensor]]:
+        """Rows of the result, and the rows of the logits that they are of."""
+        at_once = _TemperatureKL.ON_CPU if logits.device.type == "cpu" else _TemperatureKL.ELSEWHERE
+        step = max(1, at_once // max(1, logits.shape[-1]))
+        for start in range(0, len(logits) if places is None else len(places), step):
+            rows = slice(start, start + step)
+            yield rows, rows if places is None else places[rows]
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, teacher: Tensor, temperature: float, places: Tensor, wanted: bool) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, temperature: float, places: Tensor | None, wanted: bool
+    ) -> Tensor:
         # Single precision: a loss scale only comes to it in the backward pass.
         wide = torch.promote_types(student.dtype, torch.float32)
-        gradient = student.new_empty(len(places), student.shape[-1], dtype=wide) if wanted else None
-        divergence = student.new_empty(len(places), dtype=wide)
+        count = len(student) if places is None else len(places)
+        gradient = student.new_empty(count, student.shape[-1], dtype=wide) if wanted else None
+        divergence = student.new_empty(count, dtype=wide)
         with torch.autocast(student.device.type, enabled=False):
             for rows, part in _TemperatureKL.parts(student, places):
                 log_student = log_probabilities(student[part], temperature)
@@ -89,7 +91,8 @@ class _TemperatureKL(torch.autograd.Function):
                 if gradient is not None:
                     gradient[rows] = log_student.exp_().sub_(probs).mul_(temperature)
         if gradient is not None:
-            ctx.save_for_backward(gradient, places)
+            ctx.save_for_backward(gradient)
+            ctx.places = places
             ctx.like = student.new_empty(0)
             ctx.rows = len(student)
         return divergence.mul_(temperature**2)
@@ -101,8 +104,12 @@ class _TemperatureKL(torch.autograd.Function):
                 "`temperature_kl` (`TemperatureCurriculum`) cannot be differentiated twice, as `create_graph=True`"
                 " asks. Leave it out, or the second derivative."
             )
-        gradient, places = ctx.saved_tensors
+        (gradient,) = ctx.saved_tensors
         found: Tensor = ctx.like.new_zeros(ctx.rows, gradient.shape[-1])
-        for rows, part in _TemperatureKL.parts(gradient, places):
-            found.index_add_(0, part, (gradient[rows] * grad_output[rows, None]).to(found.dtype))
+        for rows, part in _TemperatureKL.parts(gradient, ctx.places):
+            grad = (gradient[rows] * grad_output[rows, None]).to(found.dtype)
+            if isinstance(part, Tensor):
+                found.index_add_(0, part, grad)
+            else:  # a row that weighs nothing may hold what is not finite
+                found[part] = torch.where(grad_output[rows, None] == 0, 0, grad)
         return found, None, None, None, None

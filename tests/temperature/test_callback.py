@@ -414,3 +414,39 @@ def test_every_temperature_trains(edges, precision):
     assert weights(model).isfinite().all()
     assert math.isfinite(trainer.callback_metrics["forge/temperature/kl"])
     assert float(trainer.callback_metrics["forge/temperature/kl"]) > 0
+
+
+class Labelled(Plain):
+    """Some rows have no label, and one batch has none at all."""
+
+    def training_step(self, batch, batch_idx):
+        x, y = batch
+        logits = self.net(x)
+        return nn.functional.cross_entropy(logits, y) if (y != -100).any() else 0.0 * logits.sum()
+
+    def train_dataloader(self):
+        x, y = (part.clone() for part in examples().tensors)
+        y[::3] = -100
+        y[8:16] = -100
+        return DataLoader(TensorDataset(x, y), batch_size=8)
+
+
+def test_choosing_rows_and_weighing_them_give_the_same_steps(monkeypatch):
+    """On an accelerator all rows are compared, and those without a label weigh nothing."""
+    found = []
+    for reads_are_free in (True, False):
+        monkeypatch.setattr("forge_lightning.temperature.callback.reads_are_free", lambda device, to=reads_are_free: to)
+        model, trainer = fit(
+            [TemperatureCurriculum(weight=0.4, teacher_decay=0.9, **FIXED)], Labelled, log_every_n_steps=1
+        )
+        found.append((weights(model), float(trainer.callback_metrics["forge/temperature/kl"])))
+    torch.testing.assert_close(found[0][0], found[1][0])
+    assert found[0][1] == pytest.approx(found[1][1], rel=1e-4)
+
+
+def test_rows_that_weigh_nothing_pass_no_gradient_whatever_they_hold():
+    student = torch.tensor([[0.0, 1.0], [torch.nan, 1.0]], requires_grad=True)
+    divergences = temperature_kl(student, torch.tensor([[1.0, 0.0], [0.0, 0.0]]), 1.0)
+    torch.where(torch.tensor([True, False]), divergences, 0.0).sum().backward()
+    assert student.grad[0].abs().sum() > 0
+    assert torch.equal(student.grad[1], torch.zeros(2))

@@ -1,0 +1,96 @@
+"""A double of an accelerator on the CPU: it knows which tensors would lie there, and notes what would wait for it."""
+
+import sys
+from collections import Counter
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils._pytree import tree_leaves
+
+OURS = str(Path(__file__).parents[2] / "forge_lightning")
+WAITS = {
+    Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
+    Tensor.__array__, Tensor.__iter__, Tensor.__contains__, Tensor.__format__, Tensor.__repr__,
+    Tensor.nonzero, torch.nonzero, Tensor.argwhere, torch.argwhere, Tensor.masked_select, torch.masked_select,
+    Tensor.unique, torch.unique, Tensor.unique_consecutive, torch.unique_consecutive, Tensor.equal, torch.equal,
+    Tensor.allclose, torch.allclose, Tensor.bincount, torch.bincount, Tensor.quantile, torch.quantile,
+    torch.nn.utils.clip_grads_with_norm_, Tensor.is_nonzero, torch.is_nonzero,
+}  # fmt: skip
+"""What reads numbers, or makes a tensor whose size depends on them."""
+FACTORIES = {torch.tensor, torch.as_tensor, torch.from_numpy}
+
+
+class Device(TorchFunctionMode):
+    """Tensors on the device are those that `place` has seen, and what is computed with them.
+
+    While `listening`, `waits` counts calls of this package that would wait for the device, by place and function.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.listening = False
+        self.waits = Counter()
+
+    def place(self, tree):
+        """Take the tensors as lying on the device."""
+        for leaf in tree_leaves(tree):
+            if isinstance(leaf, Tensor):
+                leaf._on_device = True
+        return tree
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func in (Tensor.__setattr__, Tensor.__delattr__) or getattr(func, "__name__", "") == "__set__":
+            return func(*args, **kwargs)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        on_device = any(lies_there(t) for t in tensors)
+        if on_device:
+            home = to_host(func, args, kwargs)
+            if func in WAITS or (home and not kwargs.get("non_blocking")) or picks_by_value(func, args):
+                self.note(func)
+            if home:
+                result = func(*args, **kwargs)
+                return result.view_as(result) if result is args[0] and func is not Tensor.copy_ else result
+        elif func in FACTORIES and isinstance(kwargs.get("device"), torch.device):
+            self.note(func)
+            on_device = True
+        result = func(*args, **kwargs)
+        return self.place(result) if on_device else result
+
+    def note(self, func):
+        if not self.listening:
+            return
+        frame = sys._getframe(1)
+        while frame is not None and (frame.f_code.co_filename == __file__ or "/torch/" in frame.f_code.co_filename):
+            frame = frame.f_back
+        if frame is not None and frame.f_code.co_filename.startswith(OURS):
+            where = f"{Path(frame.f_code.co_filename).relative_to(OURS)}:{frame.f_lineno}"
+            self.waits[f"{where}: {resolve_name(func) or func}"] += 1
+
+
+def lies_there(tensor):
+    return getattr(tensor, "_on_device", False)
+
+
+def to_host(func, args, kwargs):
+    """Whether it copies a tensor of the device to the host."""
+    if func is Tensor.cpu:
+        return True
+    if func is Tensor.copy_:
+        return lies_there(args[1]) and not lies_there(args[0])
+    if func is Tensor.to:
+        return any(isinstance(a, str) and a == "cpu" for a in (*args[1:], kwargs.get("device")))
+    return False
+
+
+def picks_by_value(func, args):
+    """Whether it indexes by a mask or by numbers of the host, or repeats a number of times that lies on the device."""
+    if func in (Tensor.__getitem__, Tensor.__setitem__):
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        reads = func is Tensor.__getitem__
+        return any(isinstance(i, list) or (reads and isinstance(i, Tensor) and i.dtype == torch.bool) for i in index)
+    if func in (torch.repeat_interleave, Tensor.repeat_interleave):
+        return len(args) > 1 and isinstance(args[1], Tensor)
+    return func in (torch.where,) and len(args) == 1
