@@ -3,7 +3,7 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= test,dev
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
 .PHONY: demo test test-full test-oldest check docs format clean claims claims-quick soak soak-full mutants
 
@@ -11,10 +11,10 @@ demo: $(VENV)/.demo  ## train until it generalises; 15 s on a CPU with bf16, 2 m
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/forge-fit fit --config grokking_fast.yaml
 
 test: $(VENV)/.test  ## the whole test suite, without what is marked slow
-	$(BIN)/python -m pytest -q -n 2 -m "not slow" $(WARNINGS)
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not slow" $(WARNINGS)
 
 test-full: $(VENV)/.test  ## slow tests too
-	$(BIN)/python -m pytest -q -n 2
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
 
 test-oldest:  ## the same with the oldest releases that pyproject.toml admits, in a venv of its own
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=test WARNINGS='-W default' test

@@ -1,8 +1,11 @@
 """Other processes that tests start: given up when they stand still, not when they are slow, and none is left behind."""
 
+import multiprocessing
 import os
+import runpy
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections import deque
@@ -69,3 +72,45 @@ def run(command, still=300.0, **options):
             wait(process, still)
         texts = [(file.seek(0), file.read())[1] for file in (out, errors)]
         return subprocess.CompletedProcess(command, process.returncode, *texts)
+
+
+def run_module(name, *arguments, cwd, still=300.0):
+    """As ``python -W ignore -m name arguments``, without the ten seconds that importing Lightning can take.
+
+    The process is forked from one that has imported it, and nothing else has happened in that one.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        texts = [Path(folder) / "out", Path(folder) / "errors"]
+        command = [name, *map(str, arguments)]
+        process = _Forked(target=_main, args=(command, str(cwd), list(map(str, texts))))
+        process.start()
+        try:
+            wait(process, still)
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+        return subprocess.CompletedProcess(command, process.exitcode, *(text.read_text() for text in texts))
+
+
+_forks = multiprocessing.get_context("forkserver")
+_forks.set_forkserver_preload(["forge_lightning.cli.main", "forge_lightning.callbacks", "forge_lightning.models"])
+
+
+class _Forked(_forks.Process):
+    """With the two names of a `subprocess.Popen` that `wait` asks for."""
+
+    args = "a module"
+
+    def poll(self):
+        return self.exitcode
+
+
+def _main(command, cwd, texts):
+    for number, path in enumerate(texts, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    os.setsid()
+    os.chdir(cwd)
+    sys.argv[:] = command
+    sys.path.insert(0, cwd)
+    runpy.run_module(command[0], run_name="__main__", alter_sys=True)

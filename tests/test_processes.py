@@ -46,3 +46,27 @@ def test_a_slow_process_is_waited_for_and_leaves_nothing(tmp_path):
     assert (result.returncode, result.stderr) == (3, "")
     (tmp_path / "out.txt").write_text(result.stdout)
     assert not left_by(tmp_path / "out.txt")
+
+
+def test_a_module_runs_in_a_process_of_its_own(tmp_path):
+    (tmp_path / "said.py").write_text(
+        "import os, sys, warnings\n"
+        "print(__name__, sys.argv[1:], os.getcwd(), 'lightning.pytorch' in sys.modules)\n"
+        "print(os.getpid(), file=sys.stderr)\n"
+        "sys.exit(len(sys.argv))\n"
+    )
+    result = processes.run_module("said", "a", 1, cwd=tmp_path)
+    assert result.returncode == 3
+    assert result.stdout == f"__main__ ['a', '1'] {tmp_path} True\n"
+    assert int(result.stderr) != os.getpid()
+    assert "said" not in sys.modules
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="tells of processes by /proc")
+def test_a_module_that_hangs_is_given_up_with_its_children(tmp_path):
+    out = tmp_path / "out.txt"
+    code = CHILD.replace("flush=True", "file=open(sys.argv[1], 'w'), flush=True") + "time.sleep(600)"
+    (tmp_path / "hangs.py").write_text(code)
+    with pytest.raises(subprocess.TimeoutExpired):
+        processes.run_module("hangs", out, cwd=tmp_path, still=2.0)
+    assert not left_by(out)

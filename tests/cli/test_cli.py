@@ -32,10 +32,12 @@ def elsewhere(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["forge-fit"])
 
 
-def forge_fit(*args, **kwargs):
+def forge_fit(*args, env=None):
+    if env is None:
+        return processes.run_module("forge_lightning.cli", *args, cwd=Path.cwd())
     code = "import sys; from forge_lightning.cli.main import main; sys.exit(main())"
     command = [sys.executable, "-W", "ignore", "-c", code, *map(str, args)]
-    return processes.run(command, **kwargs)
+    return processes.run(command, env=env)
 
 
 def small_modular(tmp_path, *more):
@@ -659,7 +661,7 @@ def test_weights_and_biases_gets_config_tags_and_name(tmp_path):
     small = ["--model.dim=16", "--model.num_heads=2", "--data.modulus=11", "--trainer.max_steps=4", *QUICK]
     add_on = ["--config=loggers/wandb", "--trainer.logger.name=my_run", "--trainer.enable_progress_bar=false"]
     clean = {key: value for key, value in os.environ.items() if not key.startswith("WANDB")}
-    result = forge_fit("fit", "--config=grokfast_modular", *add_on, *small, cwd=tmp_path, env=clean)
+    result = forge_fit("fit", "--config=grokfast_modular", *add_on, *small, env=clean)
     assert result.returncode == 0, result.stderr
     (written,) = (tmp_path / "runs/wandb").glob("offline-run-*/*.wandb")
     text = written.read_bytes()

@@ -1,8 +1,6 @@
 """The two-process rows, one launch for all cases. See `distributed.py`."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,14 +12,13 @@ from tests.contract.cases import CASES
 ROOT = Path(__file__).parents[2]
 
 
-@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+KINDS = [pytest.param(kind, marks=pytest.mark.xdist_group(kind)) for kind in ("ddp", "fsdp2")]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def results(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
-    process = processes.run(
-        [sys.executable, "-m", "tests.contract.distributed", request.param, str(folder)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    process = processes.run_module("tests.contract.distributed", request.param, folder, cwd=ROOT)
     report = folder / f"{request.param}.json"
     assert report.exists(), process.stderr[-3000:]
     return json.loads(report.read_text())

@@ -1,8 +1,6 @@
 """Every combination of `matrix.py`: one process with the rest of the tests, several with `make test-full`."""
 
 import json
-import os
-import sys
 from pathlib import Path
 
 import pytest
@@ -17,9 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def launch(*arguments):
-    command = [sys.executable, "-m", "tests.contract.matrix", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return processes.run(command, cwd=ROOT, env=environment)
+    return processes.run_module("tests.contract.matrix", *arguments, cwd=ROOT)
 
 
 @pytest.mark.parametrize("kind", ["single", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ddp", "fsdp2"))])

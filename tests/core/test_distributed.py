@@ -1,7 +1,5 @@
 """Numbers over ranks, in two processes."""
 
-import os
-import sys
 from pathlib import Path
 
 import torch
@@ -47,11 +45,7 @@ def test_one_rank():
 
 
 def test_two_ranks():
-    process = processes.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.core.test_distributed"],
-        cwd=Path(__file__).parents[2],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    process = processes.run_module("tests.core.test_distributed", cwd=Path(__file__).parents[2])
     assert process.returncode == 0, process.stderr[-2000:]
     assert "ranks agree" in process.stdout
 

@@ -1,7 +1,5 @@
 import itertools
 import json
-import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -197,9 +195,5 @@ def test_an_iterable_data_set_is_refused():
 
 def test_two_processes_equal_one_with_the_doubled_batch(tmp_path):
     """In training, with `EdgeController` choosing."""
-    result = processes.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.edge.two_processes", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    result = processes.run_module("tests.edge.two_processes", tmp_path, cwd=ROOT)
     assert (tmp_path / "done").exists(), result.stderr[-3000:]

@@ -1,6 +1,5 @@
 """What goes wrong in a long run ends it with a clear message, and the last checkpoint goes on bit by bit."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,19 +9,12 @@ from tests import processes
 from tests.faults.victim import AT
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.xdist_group("faults")  # one straight run for all
 
 
 def run(folder, fault, checkpoint=None):
     folder.mkdir(exist_ok=True)
-    command = [
-        sys.executable,
-        "-m",
-        "tests.faults.victim",
-        str(folder),
-        fault,
-        *([str(checkpoint)] if checkpoint else []),
-    ]
-    return processes.run(command, cwd=ROOT)
+    return processes.run_module("tests.faults.victim", folder, fault, *([checkpoint] if checkpoint else []), cwd=ROOT)
 
 
 @pytest.fixture(scope="module")

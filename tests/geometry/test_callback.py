@@ -2,7 +2,6 @@ import json
 import math
 import os
 import random
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -515,11 +514,7 @@ def test_bad_arguments_are_named(options, says):
 def test_two_processes_give_the_estimates_of_one(tmp_path):
     """The same rows, half of them on each rank: relative difference at most 1e-6, as one table on both ranks."""
     one, *_ = probed(with_batches_of(32), num_points=32, every_n_steps=1)
-    process = processes.run(
-        [sys.executable, "-W", "ignore", "-m", "tests.geometry.two_processes", str(tmp_path)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
+    process = processes.run_module("tests.geometry.two_processes", tmp_path, cwd=ROOT)
     assert process.returncode == 0, process.stderr[-3000:]
     tables = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
     assert tables[0] == tables[1]
