@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from forge_lightning.core.callback import ForgeCallback, is_logging_step, step_of_log, uses_strategy
+from forge_lightning.core.device import reads_are_free
 from forge_lightning.core.distributed import broadcast_from_rank_zero
 from forge_lightning.core.layers import plain_name
 from forge_lightning.grokfast.filter import FilterName, FilterStats, GradientFilter, ScheduleName
@@ -184,8 +185,9 @@ class Grokfast(ForgeCallback):
         stats = gradient_filter(gradients, stage=self._current_stage(trainer), measure=measure)
         scaler = getattr(trainer.precision_plugin, "scaler", None)  # drops such steps itself
         if gradient_filter.skipped_steps > skipped == 0 and scaler is None:
+            when = "at" if reads_are_free(pl_module.device) else "at or before"  # read where they are logged
             self.warn_once(
-                f"gradients are not finite at step {trainer.global_step}. The filter leaves them alone. Unless your"
+                f"gradients are not finite {when} step {trainer.global_step}. The filter leaves them alone. Unless your"
                 " module clears them, the optimizer takes them, and no weight recovers from NaN: go on from an earlier"
                 " checkpoint, without the batch that did it."
             )
@@ -225,6 +227,8 @@ class Grokfast(ForgeCallback):
     @property
     def skipped_steps(self) -> int:
         """Steps left alone so far because a gradient was not finite."""
+        for gradient_filter in self._filters.values():
+            gradient_filter.settle()
         return sum(f.skipped_steps for f in self._filters.values())
 
     def state_dict(self) -> dict[str, Any]:

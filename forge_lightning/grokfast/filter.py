@@ -11,9 +11,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor import zeros as dtensor_zeros
 
+from forge_lightning.core.device import reads_are_free
 from forge_lightning.core.distributed import full_tensor, local_part
 from forge_lightning.core.validate import require
 from forge_lightning.grokfast import functional as F
+from forge_lightning.grokfast.unread import UnreadSteps
 
 FilterName = Literal["ema", "ma", "projection"]
 ScheduleName = Literal["constant", "linear_warmup", "cosine_similarity", "by_stage"]
@@ -117,6 +119,7 @@ class GradientFilter:
         self._slow: dict[str, Tensor] = {}  # EMA, or running sum of the window
         self._rings: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
+        self._unread: UnreadSteps | None = None
         self._pending: dict[str, dict[str, Any]] = {}  # restored, not yet on the device and shard of a gradient
 
     @property
@@ -151,7 +154,12 @@ class GradientFilter:
                     f"The gradient of {name!r} is sparse, which the filter cannot take: build its layer with"
                     " `sparse=False`, or leave the parameter out with `exclude`."
                 )
-        square_before = _global_square(grads, shards)
+        square = _global_square(grads, shards)
+        if not measure and not reads_are_free(square.device) and self._may_go_unread(grads, shards):
+            self._filter_unread(grads, shards, square, stage)
+            return None
+        self.settle()
+        square_before = float(square)
         if not math.isfinite(square_before):
             self.skipped_steps += 1
             return None
@@ -166,13 +174,80 @@ class GradientFilter:
 
         square_after = square_before
         if lamb and (measure or self.keep_norm):
-            square_after = _global_square(grads, shards)
+            square_after = float(_global_square(grads, shards))
             if self.keep_norm and 0 < square_after < math.inf:
                 torch._foreach_mul_(list(shards.values()), math.sqrt(square_before / square_after))
                 square_after = square_before
         if not measure:
             return None
         return FilterStats(lamb, cosine, math.sqrt(square_before), math.sqrt(square_after))
+
+    def settle(self) -> None:
+        """Read what steps have left on the device, into ``steps``, ``skipped_steps`` and ``smoothed_cosine``.
+
+        On an accelerator a step that is not measured reads nothing; `state_dict` and a step that is measured do.
+        """
+        if self._unread is not None:
+            self.steps, self.skipped_steps, self.smoothed_cosine, counts = self._unread.read()
+            self._counts |= counts
+            self._unread = None
+
+    def _may_go_unread(self, grads: Mapping[str, Tensor], shards: Mapping[str, Tensor]) -> bool:
+        """Whether every parameter has a state, a restored one perhaps, and all are on one device."""
+        known = all(name in self._slow or name in self._pending for name in grads)
+        return (
+            known
+            and len({shard.device for shard in shards.values()}) == 1
+            and all(self._materialize(name, grad) for name, grad in grads.items())
+        )
+
+    def _filter_unread(
+        self, grads: Mapping[str, Tensor], shards: Mapping[str, Tensor], square: Tensor, stage: int | None
+    ) -> None:
+        """A step of which nothing is read: one that is not finite is left out by a flag on the device."""
+        if self._unread is None:
+            counters = (self.steps, self.skipped_steps, self.smoothed_cosine, self._counts)
+            self._unread = UnreadSteps(square.device, *counters)
+        unread, ok = self._unread, square.isfinite()
+        lamb = self._unread_lamb(grads, shards, square, ok, stage)
+        scale = torch.where(ok, lamb, torch.zeros_like(lamb))
+        values, slow = list(shards.values()), [local_part(self._slow[name]) for name in shards]
+        if self.filter == "ma":
+            counts, rings = [unread.counts[name] for name in shards], [local_part(self._rings[name]) for name in shards]
+            F.ma_where_(values, rings, slow, counts, ok, refreshed=unread.calls)
+            scale = scale / self.window_size
+            scales = [torch.where(count[0] >= self.window_size, scale, torch.zeros_like(scale)) for count in counts]
+        else:
+            F.ema_where_(values, slow, ok, alpha=self.alpha)
+            scales = [scale] * len(values)
+        if self.filter == "projection":
+            dots = _sum_over_shards(F.inner_products(values, slow), grads)
+            squares = _sum_over_shards(F.squared_norms(slow), grads)
+            shares = torch.where(ok, dots / squares.clamp_min(torch.finfo(squares.dtype).tiny), 0.0)
+            scales = list((scale * shares).unbind())
+        F.add_scaled_by_(values, slow, scales)
+        if self.keep_norm:
+            after = _global_square(grads, shards)
+            right = ok & (after > 0) & after.isfinite()
+            factor = torch.where(right, (square / after).sqrt(), torch.ones_like(after))
+            torch._foreach_mul_(values, factor)
+        unread.end_step(ok)
+
+    def _unread_lamb(
+        self, grads: Mapping[str, Tensor], shards: Mapping[str, Tensor], square: Tensor, ok: Tensor, stage: int | None
+    ) -> Tensor:
+        assert self._unread is not None
+        if self.schedule == "linear_warmup":
+            share = (self._unread.steps / self.warmup_steps).clamp(max=1.0)
+            return self.lamb_init + (self.lamb - self.lamb_init) * share
+        if self.schedule == "cosine_similarity":
+            slow = [local_part(self._slow[name]) for name in grads]
+            dot = _sum_over_shards(F.inner_products(list(shards.values()), slow), grads).sum()
+            length = (square * _sum_over_shards(F.squared_norms(slow), grads).sum()).sqrt()
+            cosine = self._unread.smooth(torch.where(length > 0, dot / length, torch.nan), ok, self.cosine_decay)
+            lamb = self.lamb_init + (self.lamb - self.lamb_init) * cosine.clamp(max=1.0)
+            return torch.where(cosine > 0, lamb, torch.zeros_like(lamb))
+        return torch.full_like(square, self._scheduled_lamb(math.nan, stage))
 
     def _filter(self, grads: Mapping[str, Tensor], shards: Mapping[str, Tensor], lamb: float) -> None:
         values = list(shards.values())
@@ -237,6 +312,7 @@ class GradientFilter:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, on the CPU. Collective where gradients are sharded: call it on every process."""
+        self.settle()
         buffers: dict[str, dict[str, Any]] = {name: dict(saved) for name, saved in self._pending.items()}
         for name, slow in self._slow.items():
             buffers[name] = {"slow": _full(slow)}
@@ -270,7 +346,7 @@ class GradientFilter:
         self.steps = state_dict["steps"]
         self.skipped_steps = state_dict["skipped_steps"]
         self.smoothed_cosine = state_dict["smoothed_cosine"]
-        self._slow, self._rings, self._counts = {}, {}, {}
+        self._slow, self._rings, self._counts, self._unread = {}, {}, {}, None
         self._pending = {name: dict(saved) for name, saved in state_dict["buffers"].items()}
 
 
@@ -300,11 +376,11 @@ def _shifted(grad: DTensor, shift: int) -> list[Any]:
     return [Shard(p.dim + shift) if isinstance(p, Shard) else p for p in grad.placements]
 
 
-def _global_square(grads: Mapping[str, Tensor], shards: Mapping[str, Tensor]) -> float:
+def _global_square(grads: Mapping[str, Tensor], shards: Mapping[str, Tensor]) -> Tensor:
     values = list(shards.values())
     if any(isinstance(grad, DTensor) for grad in grads.values()):
-        return float(_sum_over_shards(F.squared_norms(values), grads).sum())
-    return float(F.squared_norm(values))
+        return _sum_over_shards(F.squared_norms(values), grads).sum()
+    return F.squared_norm(values)
 
 
 def _sum_over_shards(values: Tensor, grads: Mapping[str, Tensor]) -> Tensor:
@@ -313,7 +389,11 @@ def _sum_over_shards(values: Tensor, grads: Mapping[str, Tensor]) -> Tensor:
     for index, grad in enumerate(grads.values()):
         if isinstance(grad, DTensor):
             groups.setdefault((grad.device_mesh, tuple(grad.placements)), []).append(index)
+    each = list(values.unbind())
     for (mesh, placements), indices in groups.items():
         kinds = [Partial() if p.is_shard() else Replicate() for p in placements]
-        values[indices] = DTensor.from_local(values[indices], mesh, kinds, run_check=False).full_tensor()
-    return values
+        some = torch.stack([each[i] for i in indices])  # an index list would be copied to the device
+        whole = DTensor.from_local(some, mesh, kinds, run_check=False).full_tensor()
+        for i, value in zip(indices, whole.unbind(), strict=True):
+            each[i] = value
+    return torch.stack(each) if groups else values

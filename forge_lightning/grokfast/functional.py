@@ -238,6 +238,61 @@ def project_(grads: Sequence[Tensor], emas: Sequence[Tensor], dots: Tensor, squa
         torch._foreach_add_(list(grads), torch._foreach_mul(list(emas), list(scales.unbind())))
 
 
+@torch.no_grad()
+def ema_where_(grads: Sequence[Tensor], emas: Sequence[Tensor], ok: Tensor, *, alpha: float) -> None:
+    """Update EMAs in place where ``ok``, a boolean scalar, is true. Nothing is read from the device.
+
+    Args:
+        grads: Gradients, each ``(*)``.
+        emas: Their EMAs, of the same shapes.
+        ok: Whether the gradients are finite; if not, the EMAs stay what they are.
+        alpha: EMA decay, in [0, 1).
+    """
+    emas = list(emas)
+    torch._foreach_lerp_(emas, [torch.where(ok, g.to(e.dtype), e) for g, e in zip(grads, emas, strict=True)], 1 - alpha)
+
+
+@torch.no_grad()
+def ma_where_(
+    grads: Sequence[Tensor],
+    rings: Sequence[Tensor],
+    totals: Sequence[Tensor],
+    counts: Sequence[Tensor],
+    ok: Tensor,
+    *,
+    refreshed: int,
+) -> None:
+    """First half of `ma_filter_` in place where ``ok`` is true: rings, sums and counts take the gradients.
+
+    Args:
+        grads: Gradients, each ``(*)``.
+        rings: The last gradients, each ``(W, *)``.
+        totals: Sum of each ring over its first dimension, each ``(*)``.
+        counts: Gradients that each ring took before this call, each ``(1,)`` int64.
+        ok: Whether the gradients are finite, a boolean scalar.
+        refreshed: Number whose remainder by ``W`` says which sums are made afresh from their rings.
+    """
+    for index, (grad, ring, total, count) in enumerate(zip(grads, rings, totals, counts, strict=True)):
+        place = count % len(ring)
+        old = ring.index_select(0, place)
+        new = torch.where(ok, grad.to(ring.dtype).unsqueeze(0), old)
+        ring.index_copy_(0, place, new)
+        total.copy_(torch.where(ok, total - old[0].to(total.dtype) + new[0].to(total.dtype), total))
+        if refreshed % len(ring) == index % len(ring):
+            torch.sum(ring, 0, dtype=total.dtype, out=total)
+        count.add_(ok)
+
+
+@torch.no_grad()
+def add_scaled_by_(grads: Sequence[Tensor], slow: Sequence[Tensor], scales: Sequence[Tensor]) -> None:
+    """Add to each gradient its scale, a scalar on the device, times its slow gradient."""
+    for grad, other, scale in zip(grads, slow, scales, strict=True):
+        if grad.dtype == other.dtype:
+            grad.addcmul_(other, scale.to(other.dtype))
+        else:  # add in the wider type, round once
+            grad.add_(other * scale.to(other.dtype))
+
+
 def inner_products(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     """Inner product of each pair of tensors, ``(len(a),)``, over what this process holds."""
     return torch.stack([_dot(x.to(y.dtype), y) for x, y in zip(a, b, strict=True)])

@@ -1,0 +1,120 @@
+"""Steps that read nothing from the device come to the same as those that do."""
+
+import math
+
+import pytest
+import torch
+
+from forge_lightning.grokfast import filter as module
+from forge_lightning.grokfast.filter import GradientFilter
+from forge_lightning.grokfast.optim import GrokfastSGD
+from tests.grokfast.test_functional import gradients
+
+SHAPES = [(30, 20), (7,), (3, 5)]
+
+
+@pytest.fixture
+def on_an_accelerator(monkeypatch):
+    """The tensors lie on the CPU, and are taken for those of a device that reads wait for."""
+
+    def change(to=True):
+        monkeypatch.setattr(module, "reads_are_free", lambda device: not to)
+
+    return change
+
+
+def steps(count, bad=(), dtype=torch.float32):
+    made = [[grad.to(dtype) for grad in step] for step in gradients(count, SHAPES)]
+    for step, value in bad:
+        made[step][1][2] = value
+    return [{str(i): grad for i, grad in enumerate(step)} for step in made]
+
+
+def run(gradient_filter, given, measured=(), stage=None):
+    found = []
+    for number, step in enumerate(given):
+        step = {name: grad.clone() for name, grad in step.items()}
+        gradient_filter(step, measure=number in measured, stage=stage)
+        found.append(step)
+    return found
+
+
+OPTIONS = [
+    {"filter": "ema", "alpha": 0.9},
+    {"filter": "ema", "alpha": 0.9, "keep_norm": True},
+    {"filter": "ema", "alpha": 0.9, "schedule": "linear_warmup", "warmup_steps": 9, "lamb_init": 0.5},
+    {"filter": "ema", "alpha": 0.9, "schedule": "cosine_similarity", "lamb_init": 0.3, "cosine_decay": 0.7},
+    {"filter": "ema", "alpha": 0.9, "schedule": "by_stage", "stage_lambs": {1: 0.5}},
+    {"filter": "ma", "window_size": 4},
+    {"filter": "ma", "window_size": 4, "ring_dtype": "bfloat16", "keep_norm": True},
+    {"filter": "ma", "window_size": 3, "schedule": "linear_warmup", "warmup_steps": 9},
+    {"filter": "projection", "alpha": 0.9, "lamb": 0.5},
+    {"filter": "projection", "alpha": 0.9, "schedule": "cosine_similarity", "keep_norm": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thirty_steps_with_nan_and_inf_among_them(options, dtype, on_an_accelerator):
+    given = steps(30, [(5, math.nan), (6, -math.inf), (17, math.inf)], dtype)
+    read, unread = GradientFilter(**options), GradientFilter(**options)
+    expected = run(read, given, stage=1)
+    on_an_accelerator()
+    found = run(unread, given, measured=(20,), stage=1)
+    tolerance = {"atol": 1e-6, "rtol": 1e-6} if dtype == torch.float32 else {}
+    for ours, theirs in zip(found, expected, strict=True):
+        for name in ours:
+            torch.testing.assert_close(ours[name], theirs[name], equal_nan=True, **tolerance)
+    ours, theirs = unread.state_dict(), read.state_dict()
+    assert (ours["steps"], ours["skipped_steps"]) == (theirs["steps"], theirs["skipped_steps"]) == (27, 3)
+    if theirs["smoothed_cosine"] is None:
+        assert ours["smoothed_cosine"] is None
+    else:
+        assert ours["smoothed_cosine"] == pytest.approx(theirs["smoothed_cosine"], rel=1e-4)
+    for name, saved in ours["buffers"].items():
+        torch.testing.assert_close(saved, theirs["buffers"][name], **tolerance)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
+def test_resume_is_bit_exact_wherever_it_was_read(options, on_an_accelerator):
+    on_an_accelerator()
+    given = steps(30, [(5, math.nan), (17, math.inf)])
+    straight, first, second = (GradientFilter(**options) for _ in range(3))
+    expected = run(straight, given, measured=(15,), stage=1)
+    run(first, given[:13], stage=1)
+    second.load_state_dict(first.state_dict())
+    found = run(second, given[13:], measured=(2,), stage=1)
+    for step, wanted in zip(found, expected[13:], strict=True):
+        assert all(torch.equal(step[name].nan_to_num(), wanted[name].nan_to_num()) for name in step)
+    ours, theirs = second.state_dict(), straight.state_dict()
+    assert (ours["steps"], ours["skipped_steps"], ours["smoothed_cosine"]) == (28, 2, theirs["smoothed_cosine"])
+    for name, saved in ours["buffers"].items():
+        assert all(
+            torch.equal(torch.as_tensor(saved[key]), torch.as_tensor(theirs["buffers"][name][key])) for key in saved
+        )
+
+
+def test_a_first_gradient_that_is_not_finite_makes_no_state(on_an_accelerator):
+    on_an_accelerator()
+    gradient_filter = GradientFilter(lamb=2.0, alpha=0.9)
+    gradient_filter({"a": torch.tensor([math.nan, 1.0])})
+    grads = {"a": torch.tensor([1.0, 2.0])}
+    gradient_filter(grads)
+    assert torch.equal(grads["a"], torch.tensor([3.0, 6.0]))
+    late = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor([1.0])}
+    gradient_filter(late)
+    assert torch.equal(late["b"], torch.tensor([3.0]))
+    assert gradient_filter.state_dict()["skipped_steps"] == 1
+
+
+def test_an_optimizer_with_the_filter_built_in_reads_nothing(on_an_accelerator):
+    found = []
+    for accelerator in (False, True):
+        on_an_accelerator(accelerator)
+        weight = torch.nn.Parameter(torch.ones(4))
+        optimizer = GrokfastSGD([weight], lr=0.1, alpha=0.9)
+        for step in steps(6):
+            weight.grad = step["1"][:4].clone()
+            optimizer.step()
+        found.append(weight.detach())
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-6)
