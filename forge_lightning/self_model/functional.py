@@ -54,13 +54,16 @@ def normalized_target(x: Tensor, stop_gradient: bool = True) -> Tensor:
         return torch.where(varies, centred * variance.where(varies, 1.0).rsqrt(), 0.0)
 
 
-def prediction_sums(prediction: Tensor, target: Tensor, source: Tensor | None = None) -> PredictionSums:
+def prediction_sums(
+    prediction: Tensor, target: Tensor, source: Tensor | None = None, counts: Tensor | None = None
+) -> PredictionSums:
     """Squared error of a prediction, and of the two trivial ones.
 
     Args:
         prediction: ``(N, D)``.
         target: ``(N, D)``, from `normalized_target`.
         source: ``(N, D)``, what was predicted from, on the target's scale.
+        counts: Which rows count, ``(N,)`` booleans; the others get no gradient, whatever they hold. Default: all.
 
     Returns:
         `PredictionSums`. All but ``error`` are detached.
@@ -69,13 +72,24 @@ def prediction_sums(prediction: Tensor, target: Tensor, source: Tensor | None = 
         Premakumar et al., `Unexpected Benefits of Self-Modeling in Neural Systems <https://arxiv.org/abs/2407.10188>`_,
         2024, eq. 1, with targets normalised here.
     """
-    error = (prediction.to(target.dtype) - target).square().sum()
+    error = _counted(prediction.to(target.dtype) - target, counts).square().sum()
     with torch.no_grad():
-        spread = (target - target.mean(0)).square().sum()
+        if counts is None:
+            mean, size = target.mean(0), target.new_full((), target.numel())
+        else:
+            number = counts.sum()
+            mean, size = _counted(target, counts).sum(0) / number.clamp(min=1), (number * target.shape[1]).to(target)
+        spread = _counted(target - mean, counts).square().sum()
         same = source is not None and source.shape == target.shape
-        copy_error = (source - target).square().sum() if same and source is not None else spread * torch.nan
-        size = torch.tensor(float(target.numel()), dtype=target.dtype, device=target.device)
+        copy_error = (
+            _counted(source - target, counts).square().sum() if same and source is not None else spread * math.nan
+        )
     return PredictionSums(error, spread, copy_error, size)
+
+
+def _counted(rows: Tensor, counts: Tensor | None) -> Tensor:
+    """Rows that count, and 0 in place of the others."""
+    return rows if counts is None else torch.where(counts[:, None], rows, 0.0)
 
 
 def explained_variance(error: Tensor, trivial_error: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from forge_lightning.core.activations import activation_of, is_positions_first
 from forge_lightning.core.batch import PositionFields
+from forge_lightning.core.device import reads_are_free
 from forge_lightning.core.hooks import Hook
 from forge_lightning.core.layers import network_modules, output_layer, output_width, select_layers
 from forge_lightning.core.validate import require
@@ -334,7 +335,7 @@ class SelfModelHead(nn.Module):
                     " `layers`, or use `inplace=False` there."
                 )
         captured = {name: self._batch_first(name, x, mask) for name, x in captured.items()}
-        sources, targets = self._rows(captured, mask)
+        sources, targets, counts = self._rows(captured, mask)
         if not self._checked:
             self._checked = True
             if not any(source.requires_grad for source in sources):
@@ -351,14 +352,16 @@ class SelfModelHead(nn.Module):
         errors = []
         for index, (prediction, target) in enumerate(zip(predictions, targets, strict=True)):
             goal = normalized_target(target, self.stop_gradient)
-            sums = prediction_sums(prediction, goal, copies[index if self.form == "forward" else 0])
+            sums = prediction_sums(prediction, goal, copies[index if self.form == "forward" else 0], counts)
             # A target that is 0 everywhere needs no prediction: it has no loss, and no share in the mean.
-            weight = goal.detach().any().to(goal.dtype)
+            varies = goal.detach() != 0
+            weight = (varies if counts is None else varies & counts[:, None]).any().to(goal.dtype)
             errors.append((sums.error / sums.size.clamp(min=1) * weight, weight))
             kept = torch.stack([sums.error.detach(), sums.spread, sums.copy_error, sums.size * weight])
             self._sums[index] = self._sums[index] + kept if index in self._sums else kept
             if step + 1 >= self._next_watch:
-                self._watched.setdefault(index, []).append(target.detach())
+                seen = target.detach()
+                self._watched.setdefault(index, []).append(seen if counts is None else seen[counts])
         shares = self.layer_weights()
         total = torch.stack([share * error for share, (error, _) in zip(shares, errors, strict=True)]).sum()
         present = torch.stack([share * weight for share, (_, weight) in zip(shares, errors, strict=True)]).sum()
@@ -471,8 +474,14 @@ class SelfModelHead(nn.Module):
             return x[:, None]
         return x.transpose(0, 1) if is_positions_first(x, PositionFields(mask=mask)) else x
 
-    def _rows(self, captured: Mapping[str, Tensor], mask: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Sources and targets, ``(N, D)`` each, at the real tokens among the last positions that all of them have."""
+    def _rows(
+        self, captured: Mapping[str, Tensor], mask: Tensor | None
+    ) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+        """Sources and targets, ``(N, D)`` each, at the last positions that all of them have.
+
+        Where choosing rows is free, they are those of real tokens; elsewhere all, and a third result, ``(N,)``
+        booleans, says which count.
+        """
         length = min(x.shape[1] for x in captured.values())
         if (
             length == 1
@@ -486,7 +495,7 @@ class SelfModelHead(nn.Module):
         if any(len(value) != batch for value in x.values()):
             shapes = {name: tuple(value.shape) for name, value in captured.items()}
             raise ValueError(f"`{self.owner}`: layers return different numbers of examples: {shapes}.")
-        real = torch.ones(batch, length, dtype=torch.bool, device=next(iter(x.values())).device)
+        real = None
         if mask is not None:
             if mask.ndim != 2 or len(mask) != batch or mask.shape[1] < length:
                 raise ValueError(
@@ -495,16 +504,28 @@ class SelfModelHead(nn.Module):
                 )
             real = mask[:, -length:].bool()
         if self.form != "next_latent":
-            sources, targets = ([x[name][real] for name in names] for names in (self._sources, self.targets))
-            return sources, targets
+            sources, targets = ([x[name] for name in names] for names in (self._sources, self.targets))
+            return _chosen(sources, targets, real)
         if length < 2:
             raise ValueError(
                 f"`{self.owner}(form='next_latent')`: the output layer reads one position only, and there is no next"
                 " one to predict. Use form='paper'."
             )
-        both = real[:, :-1] & real[:, 1:]
+        both = None if real is None else real[:, :-1] & real[:, 1:]
         known = torch.cat([x[FEATURES][:, :-1], x["embedding"][:, 1:]], dim=-1)
-        return [known[both]], [x[FEATURES][:, 1:][both]]
+        return _chosen([known], [x[FEATURES][:, 1:]], both)
+
+
+def _chosen(
+    sources: list[Tensor], targets: list[Tensor], real: Tensor | None
+) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Rows ``(N, D)`` of activations ``(B, T, D)``: the real ones, or all and which of them are real."""
+    if real is not None and reads_are_free(real.device):
+        return [x[real] for x in sources], [x[real] for x in targets], None
+    if real is not None:  # what stands elsewhere may not be finite
+        sources, targets = ([torch.where(real[..., None], x, 0) for x in part] for part in (sources, targets))
+    counts = None if real is None else real.flatten()
+    return [x.flatten(0, 1) for x in sources], [x.flatten(0, 1) for x in targets], counts
 
 
 def _at_last_token(captured: Mapping[str, Tensor], mask: Tensor) -> dict[str, Tensor]:

@@ -72,3 +72,20 @@ def test_weights_stay_in_their_range_where_one_loss_stands_out(losses):
     assert sum(weights) / len(weights) == pytest.approx(1)
     assert weights[0] == pytest.approx(2.0 if losses[0] < losses[1] else 0.5)
     assert all(0.5 <= weight <= 2 for weight in weights)
+
+
+def test_rows_that_do_not_count_leave_sums_and_gradients_alone():
+    generator = torch.Generator().manual_seed(0)
+    prediction, target, source = (torch.randn(6, 4, generator=generator) for _ in range(3))
+    counts = torch.tensor([True, False, True, True, False, True])
+    expected = prediction_sums(*(x[counts] for x in (prediction, target, source)))
+    prediction[1], target[1], source[4] = torch.nan, torch.inf, torch.nan
+    prediction.requires_grad_()
+    found = prediction_sums(prediction, target, source, counts)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours.detach(), theirs)
+    found.error.backward()
+    assert prediction.grad.isfinite().all()
+    assert torch.equal(prediction.grad.abs().sum(1) > 0, counts)
+    nothing = prediction_sums(prediction, target, source, torch.zeros(6, dtype=torch.bool))
+    assert [float(value.detach()) for value in nothing] == [0.0] * 4

@@ -484,3 +484,24 @@ def test_positions_first_activations_are_turned():
     network(ids[:, :4])
     assert torch.allclose(part, head.loss(step=0))
     assert not torch.allclose(part, full)
+
+
+@pytest.mark.parametrize("form", ["paper", "forward", "next_latent"])
+def test_choosing_real_tokens_and_weighing_them_give_the_same_loss(form, monkeypatch):
+    """On an accelerator rows that do not count are predicted too, and have no gradient, whatever they hold."""
+    ids, mask = tokens(), torch.ones(4, 7, dtype=torch.long)
+    mask[1, 4:], mask[2, 1:], mask[3] = 0, 0, 0
+    found = []
+    for free in (True, False):
+        monkeypatch.setattr("forge_lightning.self_model.head.reads_are_free", lambda device, free=free: free)
+        model = gpt2()
+        head = head_on(model, form=form, warmup_steps=0, watch_every_n_steps=1)
+        loss = loss_of(head, model, ids, mask)
+        loss.backward()
+        gradient = [p.grad.flatten() for p in (*head.parameters(), *model.parameters()) if p.grad is not None]
+        found.append((loss.detach(), torch.cat(gradient), head.end_step(step=1, measure=True)))
+    for ours, theirs in zip(*(part[:2] for part in found), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-4)
+    assert found[0][2].keys() == found[1][2].keys()
+    for key, value in found[0][2].items():
+        assert found[1][2][key] == pytest.approx(value, rel=1e-4, nan_ok=True), key
