@@ -37,6 +37,16 @@ class Scales(Callback):
                 param.grad.add_(0.01)
 
 
+class ReadsTheLoss(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.last = outputs["loss"].item()
+
+
+class ChoosesRows(Callback):
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.count = len(batch[0][batch[1] == 1])
+
+
 class ScalesIn32Bits(Scales):
     """Does nothing in other precisions."""
 
@@ -207,6 +217,8 @@ MUST_FAIL = [
     ("nothing_left_behind", case(LeavesAHook)),
     ("memory_is_bounded", case(KeepsBatches)),
     ("memory_is_bounded", case(KeepsGraphs)),
+    ("no_waiting", case(ReadsTheLoss)),
+    ("no_waiting", case(ChoosesRows)),
     ("logs", case(LogsMore, logs=_LOGS)),
     ("logs", case(LogsAConstant, logs=_LOGS)),
 ]

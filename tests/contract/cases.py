@@ -91,12 +91,13 @@ def edge_controller(policy, low, more=()) -> Case:
         exempt={
             "accumulation": "what is drawn depends on the batch size",
             "shards_the_batch": "the sampler shares batches out itself (test_difficulty: two processes equal one)",
+            "no_waiting": "the outcome of a step decides what the next batch holds, which is drawn on the host",
         },
         adapt=with_choices,
     )
 
 
-def self_model(id: str, targets, **kwargs) -> Case:
+def self_model(id: str, targets, exempt=(), **kwargs) -> Case:
     options = {"warmup_steps": 3, "watch_every_n_steps": 2, **kwargs}
     logs = {f"forge/self_model/net.{n}/{key}" for n in targets for key in HEAD_LOGS}
     return Case(
@@ -106,7 +107,8 @@ def self_model(id: str, targets, **kwargs) -> Case:
         twin=lambda: callbacks.SelfModel(**options, name="second"),
         logs=frozenset(logs | {"forge/self_model/loss", "forge/self_model/weight"}),
         placeholders={r"net\.\d": "<layer>"},
-        exempt={
+        exempt=dict(exempt)
+        | {
             "foreign_modules: PartlyFrozen": "all that could learn to be predictable is frozen there, and it says so",
             "checkpoints_cross": "the head's weights are in the optimizer, whose state must fit",
         },
@@ -133,6 +135,9 @@ def agreement(id, exempt=None, **kwargs) -> Case:
 
 DREAM_LOGS = ("stored", "frontier", "share", "replay_loss", "replay_success", "probe_loss", "forgetting")
 SLEEP_LOGS = ("cycles", "loss_before", "loss_after", "success_before", "success_after")
+
+
+WAITS = {"no_waiting": "examples are kept on the host, and copied there and back"}
 
 
 def dream_replay(mode, logs, exempt, **kwargs) -> Case:
@@ -164,7 +169,13 @@ CALIBRATION_LOGS = frozenset(
 HEAD_LOGS = ("explained_variance", "copy_explained_variance", "effective_rank")
 
 CASES = [
-    self_model("self-model-paper", targets=(0, 1), layers=["net.0", "net.1"], adaptive=True),
+    self_model(
+        "self-model-paper",
+        targets=(0, 1),
+        exempt={"no_waiting": "`adaptive=True` reads the error of each layer at every step"},
+        layers=["net.0", "net.1"],
+        adaptive=True,
+    ),
     self_model("self-model-forward", targets=(2,), layers=["net.0", "net.2"], form="forward", weight=3.0),
     dream_replay(
         "mix",
@@ -173,6 +184,7 @@ CASES = [
             "accumulation": "what is drawn depends on the batch size",
             "shards_the_batch": "each process draws from what it has seen",
             "random_stream_untouched": "dropout of larger batches draws more",
+            **WAITS,
         },
         fraction=0.25,
         distillation=0.5,
@@ -181,7 +193,7 @@ CASES = [
     dream_replay(
         "cycle",
         logs=DREAM_LOGS + SLEEP_LOGS,
-        exempt={"shards_the_batch": "each process draws from what it has seen"},
+        exempt={"shards_the_batch": "each process draws from what it has seen", **WAITS},
     ),
     edge_controller("skill", low=0.5),
     edge_controller("item", low=0.6, more=["mastered"]),

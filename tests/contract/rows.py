@@ -33,6 +33,7 @@ from tests.contract.modules import (
     Stateful,
     with_batches_of,
 )
+from tests.contract.waiting import Device, no_free_reads
 
 ADAPT = ContextVar("adapt", default=lambda module: module)
 """What the case at hand gives to a module that is fitted; see `Case.adapt`."""
@@ -413,6 +414,34 @@ def logs(case, tmp_path):
         assert steps <= {row["step"] for row in rows if row["train/loss"]}
 
 
+def no_waiting(case, tmp_path):
+    """A step that does not log, after the first few, reads no number of an accelerator: see `waiting.py`."""
+    device = Device()
+
+    class There(ADAPT.get()(LossOnly)):
+        def on_train_start(self):
+            device.place([list(self.parameters()), list(self.buffers())])
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            done = self.trainer.global_step  # callbacks with an interval act at even steps
+            device.listening = self.trainer.training and done >= 4 and done % 2 == 0
+            return device.place(batch)
+
+        def on_train_epoch_end(self):
+            device.listening = False
+
+        def on_validation_start(self):
+            device.listening = False
+
+    token = ADAPT.set(lambda module: module)
+    try:
+        with no_free_reads(), device:
+            fit([case.build()], There, max_epochs=2, log_every_n_steps=100)
+    finally:
+        ADAPT.reset(token)
+    assert not device.waits, "\n".join(f"{count} x {where}" for where, count in device.waits.most_common())
+
+
 ROWS = [
     off_is_off,
     acts,
@@ -435,4 +464,5 @@ ROWS = [
     nothing_left_behind,
     memory_is_bounded,
     logs,
+    no_waiting,
 ]

@@ -2,6 +2,7 @@
 
 import sys
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
 
-OURS = str(Path(__file__).parents[2] / "forge_lightning")
+ROOT = Path(__file__).parents[2]
 WAITS = {
     Tensor.item, Tensor.tolist, Tensor.numpy, Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.__index__,
     Tensor.__array__, Tensor.__iter__, Tensor.__contains__, Tensor.__format__, Tensor.__repr__,
@@ -20,12 +21,13 @@ WAITS = {
 }  # fmt: skip
 """What reads numbers, or makes a tensor whose size depends on them."""
 FACTORIES = {torch.tensor, torch.as_tensor, torch.from_numpy}
+READS = "reads_are_free"
 
 
 class Device(TorchFunctionMode):
     """Tensors on the device are those that `place` has seen, and what is computed with them.
 
-    While `listening`, `waits` counts calls of this package that would wait for the device, by place and function.
+    While `listening`, `waits` counts calls from this repository that would wait for the device, by place and function.
     """
 
     def __init__(self):
@@ -65,9 +67,23 @@ class Device(TorchFunctionMode):
         frame = sys._getframe(1)
         while frame is not None and (frame.f_code.co_filename == __file__ or "/torch/" in frame.f_code.co_filename):
             frame = frame.f_back
-        if frame is not None and frame.f_code.co_filename.startswith(OURS):
-            where = f"{Path(frame.f_code.co_filename).relative_to(OURS)}:{frame.f_lineno}"
-            self.waits[f"{where}: {resolve_name(func) or func}"] += 1
+        path = Path("" if frame is None else frame.f_code.co_filename)
+        if path.is_relative_to(ROOT) and "site-packages" not in path.parts:  # Lightning's own are not ours to mend
+            self.waits[f"{path.relative_to(ROOT)}:{frame.f_lineno}: {resolve_name(func) or func}"] += 1
+
+
+@contextmanager
+def no_free_reads():
+    """Meanwhile the CPU is taken for a device where reads wait."""
+    modules = [m for name, m in sys.modules.items() if name.startswith("forge_lightning.") and hasattr(m, READS)]
+    before = [getattr(module, READS) for module in modules]
+    for module in modules:
+        setattr(module, READS, lambda device: False)
+    try:
+        yield
+    finally:
+        for module, function in zip(modules, before, strict=True):
+            setattr(module, READS, function)
 
 
 def lies_there(tensor):

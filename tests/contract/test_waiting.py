@@ -1,0 +1,106 @@
+"""The double itself, and a language model with masks and labels under callbacks that act on every step."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from forge_lightning import callbacks
+from forge_lightning.models import ForgeModule
+from tests.contract.rows import fit
+from tests.contract.waiting import Device, no_free_reads
+from tests.models.test_forge_module import SHAPES
+
+
+@pytest.mark.parametrize(
+    ("reads", "noted"),
+    [
+        (lambda x: x.sum().item(), "item"),
+        (lambda x: float(x.mean()), "__float__"),
+        (lambda x: bool((x > 0).any()), "__bool__"),
+        (lambda x: x.tolist(), "tolist"),
+        (lambda x: (x * 2).cpu(), "cpu"),
+        (lambda x: x.to("cpu"), "to"),
+        (lambda x: x[x > 0], "__getitem__"),
+        (lambda x: x[[0, 1]], "__getitem__"),
+        (lambda x: (x > 0).nonzero(), "nonzero"),
+        (lambda x: torch.where(x > 0), "where"),
+        (lambda x: torch.zeros(4).copy_(x), "copy_"),
+        (lambda x: torch.tensor(1.0, device=x.device), "tensor"),
+        (lambda x: x.repeat_interleave((x > 0).long()), "repeat_interleave"),
+        (lambda x: torch.zeros(4).copy_(x, non_blocking=True), ""),
+        (lambda x: torch.where(x > 0, x, 0.0).sum(), ""),
+        (lambda x: x.cpu().tolist() if not hasattr(x, "_on_device") else None, ""),
+        (lambda x: torch.arange(3).tolist(), ""),
+        (lambda x: x.masked_fill_(x > 0, 0.0), ""),
+    ],
+)
+def test_the_double_notes_what_waits(reads, noted):
+    device = Device()
+    x = device.place(torch.tensor([1.0, -1.0, 2.0, 3.0]))
+    device.listening = True
+    with device:
+        reads(x)
+    assert [name.rpartition(".")[2] for name in device.waits] == ([noted] if noted else [])
+
+
+def test_what_is_computed_lies_there_too_and_a_copy_on_the_host_does_not():
+    device = Device()
+    net = nn.Linear(4, 2)
+    device.place(list(net.parameters()))
+    with device:
+        loss = net(torch.ones(3, 4)).square().mean()
+        loss.backward()
+        device.listening = True
+        host = loss.detach().cpu()
+        assert float(host) > 0
+        float(net.weight.grad.sum())
+    assert [name.rpartition(".")[2] for name in device.waits] == ["cpu", "__float__"]
+
+
+def batches(count=12):
+    """Texts of different lengths with prompts, padded; one without any label."""
+    generator = torch.Generator().manual_seed(0)
+    for number in range(count):
+        ids = torch.randint(3, 60, (4, 10), generator=generator)
+        mask, labels = torch.ones_like(ids), ids.clone()
+        mask[1, 6:], labels[:, :3], labels[1, 6:] = 0, -100, -100
+        if number == 7:
+            labels[:] = -100
+        yield {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: [],
+        lambda: [callbacks.Grokfast(), callbacks.StageClassifier(), callbacks.InterruptCheckpoint()],
+        lambda: [callbacks.Grokfast(filter="ma", window_size=3, keep_norm=True), callbacks.Telemetry()],
+        lambda: [callbacks.SelfModel(watch_every_n_steps=100), callbacks.TemperatureCurriculum(weight=0.3)],
+        lambda: [callbacks.SelfModel(form="next_latent", watch_every_n_steps=100), callbacks.Calibration()],
+        lambda: [callbacks.TemperatureCurriculum(weight=0.3, fraction=0.5), callbacks.GeometryProbe(every_n_steps=100)],
+    ],
+    ids=["alone", "ema", "ma", "self-model and curriculum", "next latent", "fraction"],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_a_language_model_s_step_waits_for_nothing(made):
+    device = Device()
+
+    class There(ForgeModule):
+        def on_train_start(self):
+            device.place([list(self.parameters()), list(self.buffers())])
+
+        def on_after_batch_transfer(self, batch, dataloader_idx):
+            device.listening = self.trainer.training and 4 <= self.trainer.global_step < 11  # the epoch ends with reads
+            return device.place(batch)
+
+        def on_train_epoch_end(self):
+            device.listening = False
+
+        def train_dataloader(self):
+            return DataLoader(list(batches()), batch_size=None)
+
+    config = {**SHAPES["gpt2"], "vocab_size": 64}
+    with no_free_reads(), device:
+        fit(made(), There(config=config), limit_val_batches=0, log_every_n_steps=100)
+    assert not device.waits, device.waits
