@@ -20,10 +20,20 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 TESTS = {
-    "grokfast/functional.py": ("tests/grokfast/test_functional.py", "tests/grokfast/test_filter.py"),
-    "grokfast/filter.py": ("tests/grokfast/test_filter.py", "tests/grokfast/test_callback.py"),
+    "grokfast/functional.py": (
+        "tests/grokfast/test_functional.py",
+        "tests/grokfast/test_filter.py",
+        "tests/grokfast/test_unread.py",
+    ),
+    "grokfast/filter.py": (
+        "tests/grokfast/test_filter.py",
+        "tests/grokfast/test_unread.py",
+        "tests/grokfast/test_callback.py",
+    ),
+    "grokfast/unread.py": ("tests/grokfast/test_unread.py",),
     "muon/functional.py": ("tests/muon/test_functional.py",),
     "muon/optim.py": ("tests/muon/test_optim.py",),
+    "dream/membership.py": ("tests/dream/test_buffer.py",),
     "dream/functional.py": ("tests/dream/test_functional.py", "tests/dream/test_buffer.py"),
     "dream/reservoir.py": ("tests/dream/test_reservoir.py", "tests/dream/test_buffer.py"),
     "dream/frontier.py": ("tests/dream/test_frontier.py", "tests/dream/test_buffer.py"),

@@ -19,7 +19,7 @@ def page_module():
     sys.modules[module.__name__] = module
     for block in blocks:
         if "trainer.fit" not in block:
-            exec(compile(block, PAGE.name, "exec"), module.__dict__)
+            exec(compile(block, str(PAGE), "exec"), module.__dict__)
     return module
 
 
@@ -33,4 +33,6 @@ def test_page_has_both_kinds():
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.__name__)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_promise(case, row, tmp_path):
+    if row.__name__ in case.exempt:
+        pytest.skip(case.exempt[row.__name__])
     row(case, tmp_path)

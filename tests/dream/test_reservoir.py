@@ -182,3 +182,16 @@ def test_only_a_family_below_its_share_takes_from_the_largest(family, enters):
     found = kept.reservoir.make_room(family, 0.5, 0.0, 1, kept.rng, lambda slot: (gone.append(slot), kept.evict(slot)))
     assert found == enters
     assert gone == ([0] if enters else [])
+
+
+def test_where_bytes_run_out_early_and_late_examples_stay_alike():
+    """Ten of sixty fit, long before a limit of a thousand comes into it."""
+    late, held = 0.0, 0
+    for seed in range(300):
+        kept = Kept(limit=1000, budget=40, seed=seed)
+        for slot in range(60):
+            kept.offer(slot, length=4)
+        late += sum(slot >= 30 for slot in kept.reservoir.slots())
+        held += kept.reservoir.num_held
+    assert held == 3000
+    assert 0.45 < late / held < 0.55

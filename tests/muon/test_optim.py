@@ -181,3 +181,11 @@ def test_an_optimizer_that_was_pickled_goes_on_as_before():
     train(pickled, optimizer, 3)
     pickled, optimizer = pickle.loads(pickle.dumps((pickled, optimizer)))
     assert torch.equal(train(pickled, optimizer, 3, start=3), wanted)
+
+
+def test_defaults_are_muons_and_adamw_s_published_ones():
+    muon, adamw = MuonAdamW(net().parameters()).param_groups
+    assert (muon["lr"], muon["weight_decay"], muon["momentum"], muon["nesterov"], muon["ns_steps"]) == (
+        0.02, 0.1, 0.95, True, 5,
+    )  # fmt: skip
+    assert (adamw["lr"], adamw["betas"], adamw["weight_decay"]) == (1e-3, (0.9, 0.98), 0.0)
