@@ -14,7 +14,7 @@ import torch
 
 from forge_lightning.core.metric_names import VAL_LOSS
 from forge_lightning.core.trace import number
-from forge_lightning.reports import dream, figures, self_knowledge
+from forge_lightning.reports import comparison, dream, figures, self_knowledge
 from forge_lightning.reports.trace import SUCCESS, RunTrace, join_resumed, read_run, stage_spans
 from forge_lightning.telemetry.step_timer import CATEGORIES
 
@@ -83,7 +83,7 @@ def analyze(paths: Sequence[Path], output: Path) -> Path:
     whole = join_resumed(runs)
     if len(runs) > 1:
         page.append("<h2>Comparison</h2>")
-        pictures = _draw(output, "comparison", lambda _: figures.comparison(whole), runs[0])
+        pictures = _draw(output, "comparison", lambda _: comparison.comparison(whole), runs[0])
         caption = "Median of each group, with the band from its least to its largest run."
         caption += " Runs of one directory that differ by more than a seed are groups of their own."
         if len(whole) < len(runs):
@@ -249,7 +249,7 @@ def _comparison_table(runs: Sequence[RunTrace]) -> str:
 def _groups(runs: Sequence[RunTrace]) -> dict[str, dict[str, Any]]:
     """What the comparison says of each group."""
     found = {}
-    for group, members in figures.by_group(runs).items():
+    for group, members in comparison.by_group(runs).items():
         last = [s[1][-1] for run in members if (s := run.find(*SUCCESS))]
         times = [t for run in members if (t := _median(run, "forge/telemetry/step_seconds")) is not None]
         found[group] = {
@@ -269,7 +269,7 @@ def _bands(runs: Sequence[RunTrace]) -> dict[str, Any]:
             group: {"runs": count} | dict(zip(keys, (values.tolist() for values in band), strict=True))
             for group, (count, band) in bands.items()
         }
-        for title, _, bands in figures.compared(runs)
+        for title, _, bands in comparison.compared(runs)
     }
 
 

@@ -1,7 +1,6 @@
 """Pictures of runs, in a light and a dark version, with colours for the colour-blind."""
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from statistics import median
@@ -11,7 +10,7 @@ import numpy as np
 
 from forge_lightning.core.metric_names import VAL_LOSS
 from forge_lightning.reports.learning_curves import Series, logarithmic
-from forge_lightning.reports.trace import SUCCESS, RunTrace, group_names, stage_spans
+from forge_lightning.reports.trace import SUCCESS, RunTrace, stage_spans
 from forge_lightning.telemetry.step_timer import CATEGORIES
 
 # Okabe and Ito's palette; its black is the text's colour.
@@ -286,7 +285,7 @@ def step_time(run: RunTrace) -> Any | None:
     steps = next(iter(there.values()))[0]
     heights = [1000 * np.nan_to_num(np.asarray(values)) for _, values in there.values()]
     labels = [f"{key.replace('_', ' + ')}, {duration(median(v))}" for key, (_, v) in there.items()]
-    above.stackplot(steps, *heights, labels=labels, colors=_cycle(len(there)), alpha=0.85)
+    above.stackplot(steps, *heights, labels=labels, colors=cycle(len(there)), alpha=0.85)
     above.set(xlabel=STEP, ylabel="milliseconds a step", xlim=(0, max(1, run.last_step)))
     whole = np.sum(heights, axis=0)
     top = 1.25 * float(np.quantile(whole, 0.95)) or 1.0
@@ -301,85 +300,6 @@ def step_time(run: RunTrace) -> Any | None:
         axis.set_ylim(bottom=0)
         axis.set_title(f"{name.capitalize()} a second")
     return figure
-
-
-def comparison(runs: Sequence[RunTrace]) -> Any | None:
-    """Median and band over the runs of each group."""
-    from matplotlib.figure import Figure
-
-    panels = compared(runs)
-    if not panels:
-        return None
-    groups = by_group(runs)
-    rows = math.ceil(len(panels) / 2)
-    figure = Figure(figsize=(9, 2.9 * rows + 0.3 * math.ceil(len(groups) / 2)), layout="constrained")
-    axes = figure.subplots(rows, min(2, len(panels)), squeeze=False).flatten()
-    colors = dict(zip(groups, _cycle(len(groups)), strict=True))
-    lines: dict[str, Any] = {}
-    for axis, (title, label, bands) in zip(axes, panels, strict=False):
-        fewer = []
-        for group, (count, (grid, middle, low, high)) in bands.items():
-            color, whole = colors[group], len(groups[group])
-            name = f"{group} ({whole} run{'s' * (whole > 1)})"
-            dashes = "-" if list(groups).index(group) % 2 == 0 else (0, (4, 3))  # equal lines show both
-            (lines[name],) = axis.plot(
-                grid, middle, color=color, linestyle=dashes, marker="." if len(grid) < 20 else ""
-            )
-            axis.fill_between(grid, low, high, color=color, alpha=0.18, linewidth=0)
-            fewer += [f"{group}: {count} of {whole}"] if count < whole else []
-        axis.set(xlabel=STEP, ylabel=label)
-        if label == "share right":
-            axis.set_ylim(-0.03, 1.03)
-        axis.set_title("\n".join([title, *fewer]))
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2)
-    for axis in axes[len(panels) :]:
-        axis.set_visible(False)
-    return figure
-
-
-def by_group(runs: Sequence[RunTrace]) -> dict[str, list[RunTrace]]:
-    """Runs by the name of their group."""
-    groups: dict[str, list[RunTrace]] = {}
-    for run, name in zip(runs, group_names(runs), strict=True):
-        groups.setdefault(name, []).append(run)
-    return groups
-
-
-def compared(runs: Sequence[RunTrace]) -> list[tuple[str, str, dict[str, tuple[int, Any]]]]:
-    """``(title, label, {group: (number of runs, band)})`` of every series that is compared and that some run has."""
-    wanted = [
-        ("Training success", "share right", ("forge/telemetry/success",)),
-        ("Training loss", "loss (nats)", ("forge/telemetry/loss",)),
-        ("Validation success", "share right", SUCCESS),
-        ("Validation loss", "loss (nats)", VAL_LOSS),
-        ("Success of what was drawn", "share right", ("forge/edge/success_rate",)),
-        ("Difficulty of what was drawn", "difficulty", ("forge/edge/difficulty",)),
-        ("Dimension of the last layer probed", "Levina–Bickel", tuple(_last_layer(runs, "levina_bickel"))),
-        ("Participation ratio, last layer probed", "directions", tuple(_last_layer(runs, "participation_ratio"))),
-    ]
-    panels = []
-    for title, label, names in wanted:
-        bands = {}
-        for group, members in by_group(runs).items():
-            found = [series for run in members if (series := run.find(*names)) is not None]
-            if found:
-                bands[group] = (len(found), band(found))
-        if bands:
-            panels.append((title, label, bands))
-    return panels
-
-
-def band(found: Sequence[Series]) -> tuple[Any, Any, Any, Any]:
-    """Steps, median, least and largest over series, as far as all of them go; else at every step, over those there."""
-    starts, ends = [s[0][0] for s in found], [s[0][-1] for s in found]
-    grid = np.unique(np.concatenate([s[0] for s in found]))
-    grid = grid[(grid >= max(starts)) & (grid <= min(ends))]
-    if not len(grid):
-        grid = np.unique(np.concatenate([s[0] for s in found]))
-    values = np.stack([np.interp(grid, s[0], s[1], left=math.nan, right=math.nan) for s in found])
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # a step where all are NaN stays so
-        return grid, np.nanmedian(values, axis=0), np.nanmin(values, axis=0), np.nanmax(values, axis=0)
 
 
 def weights(rows: Sequence[Mapping[str, Any]]) -> Any | None:
@@ -416,7 +336,7 @@ def _panels(panels: Sequence[tuple[str, str, Mapping[str, Series | None]]], over
     figure = Figure(figsize=(9, 2.6 * rows), layout="constrained")
     axes = figure.subplots(rows, min(2, len(there)), squeeze=False).flatten()
     for axis, (title, label, lines) in zip(axes, there, strict=False):
-        for index, (color, (name, series)) in enumerate(zip(_cycle(len(lines)), lines.items(), strict=True)):
+        for index, (color, (name, series)) in enumerate(zip(cycle(len(lines)), lines.items(), strict=True)):
             draw_series(axis, series, name, color)
             axis.get_lines()[-1].set_linestyle("-" if index % 2 == 0 else (0, (3, 2)))  # equal lines show both
         axis.set(xlabel=STEP, ylabel=label)
@@ -475,7 +395,8 @@ def _layer_color(index: int, count: int) -> Any:
     return mpl.colormaps["viridis"](0.1 + 0.8 * index / (count - 1))
 
 
-def _cycle(count: int) -> list[str]:
+def cycle(count: int) -> list[str]:
+    """Colours of ``count`` things, as they are shown on the current background."""
     return [tone(COLORS[i % len(COLORS)]) for i in range(count)]
 
 
@@ -485,10 +406,6 @@ def tone(color: Any) -> Any:
 
     dark = mpl.rcParams["figure.facecolor"] != _PAPER
     return _ON_DARK.get(color, color) if dark and isinstance(color, str) else color
-
-
-def _last_layer(runs: Sequence[RunTrace], estimator: str) -> list[str]:
-    return [f"forge/geometry/{layers[-1]}/{estimator}" for run in runs if (layers := layers_of(run))]
 
 
 def duration(seconds: float) -> str:

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from matplotlib.figure import Figure
 
 from forge_lightning.callbacks import GeometryProbe, Grokfast, RunSummary, StageClassifier, Telemetry
-from forge_lightning.reports import figures
+from forge_lightning.reports import comparison, figures
 from forge_lightning.reports.analysis import analyze, analyze_checkpoint, numbers_of
 from forge_lightning.reports.learning_curves import logarithmic, plot_learning_curves, read_metrics
 from forge_lightning.reports.trace import group_names, join_resumed, read_run, stage_spans
@@ -226,7 +226,7 @@ def test_legends_of_a_comparison_cover_no_panel(tmp_path):
     rows = [{"kind": "validation", "step": s, "metrics": {"val/accuracy": s / 9, "val/loss": 1.0}} for s in range(1, 9)]
     runs = [of_rows(tmp_path / group / version, rows) for group in ("one", "two") for version in ("0", "1")]
     del runs[3].series["val/loss"]
-    figure = figures.comparison(runs)
+    figure = comparison.comparison(runs)
     assert all(axis.get_legend() is None for axis in figure.axes)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one (2 runs)", "two (2 runs)"]
     assert [axis.get_title() for axis in figure.axes] == ["Validation success", "Validation loss\ntwo: 1 of 2"]
@@ -530,13 +530,13 @@ def test_directories_of_one_name_are_groups_of_their_own(tmp_path):
 
 
 def test_series_that_do_not_meet_are_not_made_to():
-    grid, middle, low, _ = figures.band([([0, 10], [1.0, 1.0]), ([20, 30], [3.0, 3.0])])
+    grid, middle, low, _ = comparison.band([([0, 10], [1.0, 1.0]), ([20, 30], [3.0, 3.0])])
     assert grid.tolist() == [0, 10, 20, 30]
     assert middle.tolist() == low.tolist() == [1, 1, 3, 3]
 
 
 def test_the_band_is_median_and_extremes_over_common_steps():
-    grid, middle, low, high = figures.band(
+    grid, middle, low, high = comparison.band(
         [([0, 10, 20], [0.0, 1.0, 2.0]), ([0, 20], [0.0, 4.0]), ([0, 30], [0.0, 9.0])]
     )
     assert grid.tolist() == [0, 10, 20]
