@@ -40,7 +40,7 @@ TESTS = {
     "dream/progress.py": ("tests/dream/test_progress.py", "tests/dream/test_callback.py"),
     "dream/store.py": ("tests/dream/test_store.py", "tests/dream/test_buffer.py"),
     "dream/scores.py": ("tests/dream/test_scores.py", "tests/dream/test_callback.py"),
-    "dream/memory.py": ("tests/dream/test_callback.py",),
+    "dream/memory.py": ("tests/dream/test_memory.py", "tests/dream/test_callback.py"),
     "dream/mixing.py": ("tests/dream/test_callback.py",),
     "dream/measuring.py": ("tests/dream/test_callback.py",),
     "edge/trackers.py": ("tests/edge/test_trackers.py", "tests/edge/test_callback.py"),
