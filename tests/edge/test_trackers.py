@@ -1,9 +1,12 @@
 """Closed loops with simulated learners; more of them, and other controllers: benchmarks/edge.py."""
 
+import math
+
 import numpy as np
 import pytest
 
 from benchmarks.edge import BAND, WORLDS, Feedback, Ours, Thompson, finite, hold
+from forge_lightning.edge import trackers
 from forge_lightning.edge.trackers import ItemTracker, SkillTracker
 
 
@@ -222,3 +225,15 @@ def test_bad_arguments_are_refused(make, message):
 
 def test_the_band_is_the_callbacks():
     assert BAND == (0.55, 0.75)
+
+
+@pytest.mark.parametrize("p", [1e-5, 0.2, 0.5, 0.65, 0.999])
+def test_the_two_ways_to_a_logit_undo_the_sigmoid(p):
+    assert trackers._logit(p) == pytest.approx(math.log(p) - math.log1p(-p))
+    assert trackers._logit_of_log(np.array([math.log(p)]))[0] == pytest.approx(trackers._logit(p))
+    assert trackers._sigmoid(np.array([trackers._logit(p)]))[0] == pytest.approx(p)
+
+
+def test_what_is_all_but_certain_has_a_finite_logit():
+    assert trackers._logit_of_log(np.array([0.0]))[0] == pytest.approx(math.log(1e6), rel=1e-3)
+    assert trackers._sigmoid(np.array([-1e9, 1e9])).tolist() == pytest.approx([0.0, 1.0], abs=1e-12)
