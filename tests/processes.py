@@ -75,14 +75,15 @@ def run(command, still=300.0, **options):
 
 
 def run_module(name, *arguments, cwd, still=300.0):
-    """As ``python -W ignore -m name arguments``, without the ten seconds that importing Lightning can take.
+    """As ``python -m name arguments``, without the ten seconds that importing Lightning can take.
 
-    The process is forked from one that has imported it, and nothing else has happened in that one.
+    The process is forked from one that has imported it, and nothing else has happened in that one. Variables that
+    modules read while they are imported are those of the first call.
     """
     with tempfile.TemporaryDirectory() as folder:
         texts = [Path(folder) / "out", Path(folder) / "errors"]
         command = [name, *map(str, arguments)]
-        process = _Forked(target=_main, args=(command, str(cwd), list(map(str, texts))))
+        process = _Forked(target=_main, args=(command, str(cwd), list(map(str, texts)), dict(os.environ)))
         process.start()
         try:
             wait(process, still)
@@ -106,11 +107,13 @@ class _Forked(_forks.Process):
         return self.exitcode
 
 
-def _main(command, cwd, texts):
+def _main(command, cwd, texts, environment):
     for number, path in enumerate(texts, start=1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.setsid()
     os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(environment)
     sys.argv[:] = command
     sys.path.insert(0, cwd)
     runpy.run_module(command[0], run_name="__main__", alter_sys=True)

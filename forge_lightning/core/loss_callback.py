@@ -1,5 +1,6 @@
 """Bases of callbacks that add to the loss of any LightningModule."""
 
+import math
 from typing import Any, ClassVar
 
 import torch
@@ -205,7 +206,8 @@ class LogitLossCallback(LossCallback):
         recorded, self._recorded = self._recorded, {}
         if self._trainer is not None and is_logging_step(trainer):
             means = {quantity: torch.stack(values).nanmean().item() for quantity, values in recorded.items()}
-            if means := mean_over_ranks(trainer, means):
+            known = mean_over_ranks(trainer, {quantity: mean for quantity, mean in means.items() if mean == mean})
+            if means := dict.fromkeys(means, math.nan) | known:
                 self.log_metrics(trainer, means)
 
     def detach(self) -> None:

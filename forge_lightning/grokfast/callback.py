@@ -124,6 +124,7 @@ class Grokfast(ForgeCallback):
         self.exclude = list(exclude)
         self.save_state = save_state
         self._filters: dict[int, GradientFilter] = {}  # by optimizer: each counts its own steps
+        self._all_finite: set[int] = set()  # of which no step was left alone yet, for a first warning
         self._stage: int | None = None
         self._names: dict[int, str] = {}
         self._trained, self._acted = False, False  # whether there was a batch, and a gradient to filter
@@ -133,6 +134,7 @@ class Grokfast(ForgeCallback):
     def reset(self) -> None:
         super().reset()
         self._filters, self._stage, self._acted = {}, None, False
+        self._all_finite = set()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -180,19 +182,25 @@ class Grokfast(ForgeCallback):
         index = trainer.optimizers.index(optimizer)
         gradients = self._gradients(pl_module, optimizer, index)
         self._acted |= bool(gradients)
-        gradient_filter = self._filters.get(index) or self._filters.setdefault(index, self._new_filter())
-        measure, skipped = is_logging_step(trainer), gradient_filter.skipped_steps
+        if index not in self._filters:
+            self._filters[index] = self._new_filter()
+            self._all_finite.add(index)
+        gradient_filter, measure = self._filters[index], is_logging_step(trainer)
         stats = gradient_filter(gradients, stage=self._current_stage(trainer), measure=measure)
-        scaler = getattr(trainer.precision_plugin, "scaler", None)  # drops such steps itself
-        if gradient_filter.skipped_steps > skipped == 0 and scaler is None:
-            when = "at" if reads_are_free(pl_module.device) else "at or before"  # read where they are logged
+        free = reads_are_free(pl_module.device)
+        if index in self._all_finite and (free or measure) and gradient_filter.skipped_steps:
+            self._all_finite.discard(index)
+            self._warn_not_finite(trainer, "at" if free else "at or before")
+        if stats is not None:
+            self._log(trainer, index, stats)
+
+    def _warn_not_finite(self, trainer: Trainer, when: str) -> None:
+        if getattr(trainer.precision_plugin, "scaler", None) is None:  # which drops such steps itself
             self.warn_once(
                 f"gradients are not finite {when} step {trainer.global_step}. The filter leaves them alone. Unless your"
                 " module clears them, the optimizer takes them, and no weight recovers from NaN: go on from an earlier"
                 " checkpoint, without the batch that did it."
             )
-        if stats is not None:
-            self._log(trainer, index, stats)
 
     def _log(self, trainer: Trainer, index: int, stats: FilterStats) -> None:
         """What was done at this step, with all its optimizers together."""
@@ -227,8 +235,6 @@ class Grokfast(ForgeCallback):
     @property
     def skipped_steps(self) -> int:
         """Steps left alone so far because a gradient was not finite."""
-        for gradient_filter in self._filters.values():
-            gradient_filter.settle()
         return sum(f.skipped_steps for f in self._filters.values())
 
     def state_dict(self) -> dict[str, Any]:
@@ -240,10 +246,12 @@ class Grokfast(ForgeCallback):
         if not self.save_state or self._off:
             return
         self._stage = state_dict["stage"]
-        self._filters = {}
+        self._filters, self._all_finite = {}, set()
         for index, saved in state_dict["filters"].items():
             self._filters[index] = self._new_filter()
             self._filters[index].load_state_dict(saved)
+            if not saved["skipped_steps"]:
+                self._all_finite.add(index)
 
     def _gradients(self, pl_module: LightningModule, optimizer: Optimizer, index: int) -> dict[str, Tensor]:
         params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]

@@ -113,14 +113,32 @@ class GradientFilter:
         self.keep_norm = keep_norm
         self.ring_dtype = torch.bfloat16 if ring_dtype == "bfloat16" else torch.float32
 
-        self.steps = 0
-        self.skipped_steps = 0
-        self.smoothed_cosine: float | None = None
+        self._steps = 0
+        self._skipped_steps = 0
+        self._smoothed_cosine: float | None = None
         self._slow: dict[str, Tensor] = {}  # EMA, or running sum of the window
         self._rings: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
         self._unread: UnreadSteps | None = None
         self._pending: dict[str, dict[str, Any]] = {}  # restored, not yet on the device and shard of a gradient
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps filtered so far."""
+        self._settle()
+        return self._steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps left alone so far because a gradient was not finite."""
+        self._settle()
+        return self._skipped_steps
+
+    @property
+    def smoothed_cosine(self) -> float | None:
+        """The running cosine of "cosine_similarity"; ``None`` before the first."""
+        self._settle()
+        return self._smoothed_cosine
 
     @property
     def is_off(self) -> bool:
@@ -158,10 +176,10 @@ class GradientFilter:
         if not measure and not reads_are_free(square.device) and self._may_go_unread(grads, shards):
             self._filter_unread(grads, shards, square, stage)
             return None
-        self.settle()
+        self._settle()
         square_before = float(square)
         if not math.isfinite(square_before):
-            self.skipped_steps += 1
+            self._skipped_steps += 1
             return None
 
         known = [name for name in grads if self._materialize(name, grads[name])]
@@ -170,7 +188,7 @@ class GradientFilter:
             cosine = self._cosine(known, grads, shards, square_before)
         lamb = self._scheduled_lamb(cosine, stage)
         self._filter(grads, shards, lamb)
-        self.steps += 1
+        self._steps += 1
 
         square_after = square_before
         if lamb and (measure or self.keep_norm):
@@ -182,31 +200,29 @@ class GradientFilter:
             return None
         return FilterStats(lamb, cosine, math.sqrt(square_before), math.sqrt(square_after))
 
-    def settle(self) -> None:
-        """Read what steps have left on the device, into ``steps``, ``skipped_steps`` and ``smoothed_cosine``.
-
-        On an accelerator a step that is not measured reads nothing; `state_dict` and a step that is measured do.
-        """
+    def _settle(self) -> None:
+        """Read the counters that steps have left on the device."""
         if self._unread is not None:
-            self.steps, self.skipped_steps, self.smoothed_cosine, counts = self._unread.read()
+            self._steps, self._skipped_steps, self._smoothed_cosine, counts = self._unread.read()
             self._counts |= counts
             self._unread = None
 
     def _may_go_unread(self, grads: Mapping[str, Tensor], shards: Mapping[str, Tensor]) -> bool:
         """Whether every parameter has a state, a restored one perhaps, and all are on one device."""
-        known = all(name in self._slow or name in self._pending for name in grads)
-        return (
-            known
-            and len({shard.device for shard in shards.values()}) == 1
-            and all(self._materialize(name, grad) for name, grad in grads.items())
-        )
+        if not all(name in self._slow or name in self._pending for name in grads):
+            return False
+        if len({shard.device for shard in shards.values()}) > 1:
+            return False
+        if any(name in self._pending for name in grads):
+            self._settle()  # a window that is restored brings a count
+        return all(self._materialize(name, grad) for name, grad in grads.items())
 
     def _filter_unread(
         self, grads: Mapping[str, Tensor], shards: Mapping[str, Tensor], square: Tensor, stage: int | None
     ) -> None:
         """A step of which nothing is read: one that is not finite is left out by a flag on the device."""
         if self._unread is None:
-            counters = (self.steps, self.skipped_steps, self.smoothed_cosine, self._counts)
+            counters = (self._steps, self._skipped_steps, self._smoothed_cosine, self._counts)
             self._unread = UnreadSteps(square.device, *counters)
         unread, ok = self._unread, square.isfinite()
         lamb = self._unread_lamb(grads, shards, square, ok, stage)
@@ -243,7 +259,8 @@ class GradientFilter:
         if self.schedule == "cosine_similarity":
             slow = [local_part(self._slow[name]) for name in grads]
             dot = _sum_over_shards(F.inner_products(list(shards.values()), slow), grads).sum()
-            length = (square * _sum_over_shards(F.squared_norms(slow), grads).sum()).sqrt()
+            # Not the root of the product, which fp32 does not hold where gradients are small or large.
+            length = square.sqrt() * _sum_over_shards(F.squared_norms(slow), grads).sum().sqrt()
             cosine = self._unread.smooth(torch.where(length > 0, dot / length, torch.nan), ok, self.cosine_decay)
             lamb = self.lamb_init + (self.lamb - self.lamb_init) * cosine.clamp(max=1.0)
             return torch.where(cosine > 0, lamb, torch.zeros_like(lamb))
@@ -277,14 +294,14 @@ class GradientFilter:
 
     def _scheduled_lamb(self, cosine: float, stage: int | None) -> float:
         if self.schedule == "linear_warmup":
-            return F.warmup_lamb(self.steps, warmup_steps=self.warmup_steps, lamb_init=self.lamb_init, lamb=self.lamb)
+            return F.warmup_lamb(self._steps, warmup_steps=self.warmup_steps, lamb_init=self.lamb_init, lamb=self.lamb)
         if self.schedule == "by_stage":
             return self.lamb_init if stage is None else self.stage_lambs.get(stage, self.lamb_init)
         if self.schedule == "cosine_similarity":
             if math.isfinite(cosine):
-                last = 0.0 if self.smoothed_cosine is None else self.smoothed_cosine
-                self.smoothed_cosine = self.cosine_decay * last + (1 - self.cosine_decay) * cosine
-            return F.cosine_lamb(self.smoothed_cosine or 0.0, lamb_init=self.lamb_init, lamb=self.lamb)
+                last = 0.0 if self._smoothed_cosine is None else self._smoothed_cosine
+                self._smoothed_cosine = self.cosine_decay * last + (1 - self.cosine_decay) * cosine
+            return F.cosine_lamb(self._smoothed_cosine or 0.0, lamb_init=self.lamb_init, lamb=self.lamb)
         return self.lamb
 
     def _materialize(self, name: str, grad: Tensor) -> bool:
@@ -312,7 +329,7 @@ class GradientFilter:
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors and numbers, on the CPU. Collective where gradients are sharded: call it on every process."""
-        self.settle()
+        self._settle()
         buffers: dict[str, dict[str, Any]] = {name: dict(saved) for name, saved in self._pending.items()}
         for name, slow in self._slow.items():
             buffers[name] = {"slow": _full(slow)}
@@ -320,9 +337,9 @@ class GradientFilter:
                 buffers[name] |= {"ring": _full(self._rings[name]), "count": self._counts[name]}
         return {
             "filter": self.filter,
-            "steps": self.steps,
-            "skipped_steps": self.skipped_steps,
-            "smoothed_cosine": self.smoothed_cosine,
+            "steps": self._steps,
+            "skipped_steps": self._skipped_steps,
+            "smoothed_cosine": self._smoothed_cosine,
             "buffers": buffers,
         }
 
@@ -343,9 +360,9 @@ class GradientFilter:
                     f"The state was saved with window_size={len(saved['ring'])} and cannot continue with"
                     f" window_size={self.window_size}. Resume with the window as it was."
                 )
-        self.steps = state_dict["steps"]
-        self.skipped_steps = state_dict["skipped_steps"]
-        self.smoothed_cosine = state_dict["smoothed_cosine"]
+        self._steps = state_dict["steps"]
+        self._skipped_steps = state_dict["skipped_steps"]
+        self._smoothed_cosine = state_dict["smoothed_cosine"]
         self._slow, self._rings, self._counts, self._unread = {}, {}, {}, None
         self._pending = {name: dict(saved) for name, saved in state_dict["buffers"].items()}
 

@@ -100,10 +100,15 @@ class MuonAdamW(Optimizer):
                 )
             if mine:
                 given = {key: value for key, value in param_group.items() if key not in ("params", "use_muon")}
+                if isinstance(given.get("lr"), Tensor):
+                    given["lr"] = given["lr"].clone()  # each part has its own, which a schedule changes in place
                 # The part checks what was asked for, and fills in what was not.
                 part = (Muon if use_muon else AdamW)([{"params": mine, **given}], **self._options[use_muon])
                 super().add_param_group({**part.param_groups[0], "use_muon": use_muon})
         self._share()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_options": self._options}  # for groups that are added to a copy
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

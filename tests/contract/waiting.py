@@ -50,7 +50,7 @@ class Device(TorchFunctionMode):
         on_device = any(lies_there(t) for t in tensors)
         if on_device:
             home = to_host(func, args, kwargs)
-            if func in WAITS or (home and not kwargs.get("non_blocking")) or picks_by_value(func, args):
+            if func in WAITS or (home and not kwargs.get("non_blocking")) or takes_a_number(func, args, kwargs):
                 self.note(func)
             if home:
                 result = func(*args, **kwargs)
@@ -101,12 +101,23 @@ def to_host(func, args, kwargs):
     return False
 
 
-def picks_by_value(func, args):
-    """Whether it indexes by a mask or by numbers of the host, or repeats a number of times that lies on the device."""
+def takes_a_number(func, args, kwargs):
+    """Whether it needs a number of the device on the host, or numbers of the host on the device.
+
+    Not seen is a copy to a `torch.device`, as that of the double is the CPU's own.
+    """
     if func in (Tensor.__getitem__, Tensor.__setitem__):
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        reads = func is Tensor.__getitem__
-        return any(isinstance(i, list) or (reads and isinstance(i, Tensor) and i.dtype == torch.bool) for i in index)
+        chooses = func is Tensor.__getitem__ or (isinstance(args[2], Tensor) and args[2].numel() > 1)
+        masks = chooses and any(isinstance(i, Tensor) and i.dtype == torch.bool for i in index)
+        ends = [end for i in index if isinstance(i, slice) for end in (i.start, i.stop, i.step)]
+        return masks or any(isinstance(i, list) for i in index) or any(isinstance(end, Tensor) for end in ends)
+    if func in (torch.arange, torch.full, torch.linspace, torch.zeros, torch.ones, torch.empty):
+        return True  # with a tensor of the device among its arguments
+    if func in (Tensor.new_tensor, torch.nn.functional.one_hot, Tensor.index_put_, torch.index_put_):
+        return func is not torch.nn.functional.one_hot or (len(args) < 2 and "num_classes" not in kwargs)
+    if any(isinstance(kwargs.get(name), Tensor) for name in ("alpha", "beta")):
+        return True
     if func in (torch.repeat_interleave, Tensor.repeat_interleave):
         return len(args) > 1 and isinstance(args[1], Tensor)
     return func in (torch.where,) and len(args) == 1

@@ -1,10 +1,13 @@
 """The bases of callbacks that add to the loss."""
 
+import math
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback
 
+from forge_lightning.core import loss_callback
 from forge_lightning.core.loss_callback import LogitLossCallback, LossCallback
 from tests.contract.modules import LossOnly, Plain, Regression, TwoOptimizers, examples
 from tests.contract.rows import fit, weights
@@ -121,3 +124,19 @@ def test_a_subclass_without_its_method_is_named():
     for callback, method in ((Empty(), "added"), (NoTerm(), "logit_loss")):
         with pytest.raises(NotImplementedError, match=f"`{type(callback).__name__}` has to define `{method}`"):
             fit([callback], Plain)
+
+
+def test_a_number_that_is_nan_in_some_micro_batches_or_on_some_ranks_is_left_out(monkeypatch):
+    class Sometimes(NegativeEntropy):
+        def logit_loss(self, logits, labels):
+            self.record("some", torch.tensor(float("nan") if self._trainer.global_step % 2 else 3.0))
+            self.record("never", torch.tensor(float("nan")))
+            return 0.0 * logits.sum()
+
+    given = []
+    monkeypatch.setattr(loss_callback, "mean_over_ranks", lambda trainer, numbers: given.append(numbers) or numbers)
+    _, trainer = fit([Sometimes()], max_steps=2, log_every_n_steps=1)
+    assert given == [{"some": 3.0}, {}], "no NaN goes into the mean over ranks"
+    key = Sometimes.namespace
+    assert math.isnan(trainer.callback_metrics[f"forge/{key}/never"])
+    assert math.isnan(trainer.callback_metrics[f"forge/{key}/some"])

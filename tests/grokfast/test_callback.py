@@ -11,6 +11,7 @@ from forge_lightning.functional import ema_filter
 from forge_lightning.optim import GrokfastAdamW
 from tests.contract.modules import LossOnly, Plain, TwoOptimizers
 from tests.contract.rows import fit, weights
+from tests.contract.waiting import no_free_reads
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
@@ -138,16 +139,34 @@ def test_strategies_without_usable_gradients_are_refused(strategy):
     callback.setup(trainer, LossOnly(), "fit")
 
 
+class Poisoned(Plain):
+    """The gradients of two steps are not finite, and cleared behind the filter."""
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss * float("inf") if batch_idx in (2, 3) else loss
+
+    def on_before_optimizer_step(self, optimizer):
+        for param in self.parameters():
+            param.grad.nan_to_num_(0, 0, 0)
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_on_an_accelerator_skipped_steps_are_told_where_steps_are_logged(saves):
+    """A checkpoint in between, which reads the counter, does not swallow the warning."""
+
+    class Saves(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if saves and batch_idx == 4:
+                callback.state_dict()
+
+    callback = Grokfast()
+    with no_free_reads(), pytest.warns(UserWarning, match="not finite at or before step 5"):
+        fit([callback, Saves()], Poisoned, log_every_n_steps=6)
+    assert callback.skipped_steps == 2
+
+
 def test_skipped_steps_are_counted_and_logged():
-    class Poisoned(Plain):
-        def training_step(self, batch, batch_idx):
-            loss = super().training_step(batch, batch_idx)
-            return loss * float("inf") if batch_idx in (2, 3) else loss
-
-        def on_before_optimizer_step(self, optimizer):
-            for param in self.parameters():
-                param.grad.nan_to_num_(0, 0, 0)
-
     callback = Grokfast()
     with pytest.warns(UserWarning, match="not finite at step 2"):
         _, trainer = fit([callback], Poisoned, log_every_n_steps=1)

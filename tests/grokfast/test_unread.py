@@ -118,3 +118,38 @@ def test_an_optimizer_with_the_filter_built_in_reads_nothing(on_an_accelerator):
             optimizer.step()
         found.append(weight.detach())
     torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-6)
+
+
+def test_a_restored_parameter_may_come_back_late(on_an_accelerator):
+    on_an_accelerator()
+    given = steps(12)
+    for filter in ("ema", "ma"):
+        straight, first, second = (GradientFilter(filter, window_size=3) for _ in range(3))
+        without = [step if number not in (5, 6, 7) else {"0": step["0"]} for number, step in enumerate(given)]
+        expected = run(straight, without)
+        run(first, without[:5])
+        second.load_state_dict(first.state_dict())
+        found = run(second, without[5:])
+        for step, wanted in zip(found, expected[5:], strict=True):
+            assert all(torch.equal(step[name], wanted[name]) for name in step)
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-12, 1e-9, 1.0, 1e10, 1e15])
+def test_the_cosine_does_not_depend_on_the_size_of_gradients(size, on_an_accelerator):
+    on_an_accelerator()
+    options = {"alpha": 0.5, "lamb": 2.0, "schedule": "cosine_similarity", "cosine_decay": 0.0}
+    gradient_filter = GradientFilter(**options)
+    for _ in range(4):
+        grads = {"a": torch.full((4,), size)}
+        gradient_filter(grads)
+    assert gradient_filter.smoothed_cosine == pytest.approx(1.0, rel=1e-4)
+    torch.testing.assert_close(grads["a"] / size, torch.full((4,), 3.0), rtol=1e-4, atol=0)
+
+
+def test_counters_are_read_when_they_are_asked_for(on_an_accelerator):
+    on_an_accelerator()
+    gradient_filter = GradientFilter()
+    run(gradient_filter, steps(6, [(3, math.nan)]))
+    assert (gradient_filter.steps, gradient_filter.skipped_steps) == (5, 1)
+    run(gradient_filter, steps(2))
+    assert gradient_filter.steps == 7

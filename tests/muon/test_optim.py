@@ -189,3 +189,19 @@ def test_defaults_are_muons_and_adamw_s_published_ones():
         0.02, 0.1, 0.95, True, 5,
     )  # fmt: skip
     assert (adamw["lr"], adamw["betas"], adamw["weight_decay"]) == (1e-3, (0.9, 0.98), 0.0)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))])
+def test_groups_may_be_added_to_a_copy(copied):
+    optimizer = copied(MuonAdamW(net().parameters(), **MUON))
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2, 2))]})
+    assert optimizer.param_groups[-1]["momentum"] == MUON["momentum"]
+
+
+def test_a_learning_rate_that_is_a_tensor_is_each_part_s_own():
+    optimizer = MuonAdamW([{"params": net().parameters(), "lr": torch.tensor(0.1)}])
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, [lambda step: 0.5**step, lambda step: 0.1**step])
+    for _ in range(2):
+        optimizer.step()
+        schedule.step()
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.025, 0.001])
