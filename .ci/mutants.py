@@ -56,6 +56,7 @@ SAME_RESULT: dict[str, dict[str, str]] = {
         "_BLOCK": "a size of blocks, which changes no result beyond rounding",
         'device.type == "cpu"': "two ways to the same result",
         "len(blocks) == 1": "two ways to the same result",
+        "== index %": "in which turn sums are made afresh, against rounding",
     },
     "grokfast/filter.py": {"shift=": "dimensions of a DTensor: tests/contract/distributed.py has two processes"},
     "geometry/functional.py": {
@@ -76,7 +77,15 @@ SAME_RESULT: dict[str, dict[str, str]] = {
     "edge/complexity.py": {"keys = rank * (n + 1)": "any larger factor sorts alike", "(-1, 0)": "a place before all"},
     "dream/reservoir.py": {"default=0": "no turns", "return max(self.held": "no place is beyond the last"},
     "dream/frontier.py": {"_RIVALS =": "how many are compared"},
-    "dream/store.py": {"np.zeros((capacity, 0)": "a width that grows with the first example"},
+    "dream/store.py": {
+        "np.zeros((capacity, 0)": "a width that grows with the first example",
+        "stored.itemsize > field.stored.itemsize": "the same type again",
+        "one.unsqueeze(0)": "the same bytes",
+    },
+    "dream/functional.py": {"1e-12": "a floor that keeps logarithms finite"},
+    "dream/measuring.py": {"seed=0": "nothing is drawn in evaluation mode"},
+    "muon/optim.py": {"matrix[0].shape": "a gradient has its parameter's shape and device"},
+    "edge/trackers.py": {"-30.0), 30.0": "the sigmoid is 0 or 1 there"},
     "geometry/change_detector.py": {"* sign": "1 or -1, which divide alike"},
 }
 """Lines, by a part of their text, whose mutants give the same result, and why. They are not made."""

@@ -195,3 +195,9 @@ def test_where_bytes_run_out_early_and_late_examples_stay_alike():
         held += kept.reservoir.num_held
     assert held == 3000
     assert 0.45 < late / held < 0.55
+
+
+def test_a_new_reservoir_has_counted_nothing():
+    reservoir = Kept(limit=5).reservoir
+    assert (reservoir.lengths, reservoir.num_held, reservoir.num_bytes, reservoir.seen) == ([0, 0], 0, 0, {})
+    assert not reservoir.was_full
