@@ -7,7 +7,7 @@ INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-versi
 
 .PHONY: demo test test-full test-oldest check docs format clean claims claims-quick soak soak-full mutants
 
-demo: $(VENV)/.demo  ## train until it generalises; 15 s on a CPU with bf16, 2 minutes on others
+demo: $(VENV)/.demo  ## train until it generalises; a quarter of a minute on a CPU
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/forge-fit fit --config grokking_fast.yaml
 
 test: $(VENV)/.test  ## the whole test suite, without what is marked slow

@@ -8,7 +8,8 @@ rate and weight decay of each optimizer without a filter, on seed 100 alone. "ru
 the paper's EMA (alpha 0.98, lamb 2), and with the same whose λ follows the agreement of gradient and slow gradient
 (`schedule="cosine_similarity"`: 0 where there is none), on seeds 0 to 4; neither filter is tuned. Muon has the small
 initial weights and the averaging of grokking_fast.yaml. Iterations to 95 % of the validation examples, read at the end
-of every epoch. Rows are kept in filter_matrix.jsonl, and a run goes on where it was stopped.
+of every epoch. Rows are kept in filter_matrix.jsonl, and a run goes on where it was stopped. When they were made,
+`MuonAdamW` multiplied in bf16; since 2026-11-28 it does so in fp32 on CPUs.
 """
 
 import argparse

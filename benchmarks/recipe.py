@@ -9,7 +9,8 @@ that are known by then, and gives the best of all two seeds more, so that luck o
 small initial weights and averaged weights, as the recipe was before; AdamW with what `grokking` calls tuned, its
 usual initial weights and no averaging, which it keeps. AdamW's runs are three times as long, and fewer; on the seeds of
 `grokking` the best of them is slower than where it began (grokking.md), and so is not the baseline. What is shipped
-is rounded from several of the best, so that no digit is there for one seed's sake, and was run on twelve seeds.
+is rounded from several of the best, so that no digit is there for one seed's sake, and was run on twelve seeds. The
+search was made when `MuonAdamW` multiplied in bf16; since 2026-11-28 it does so in fp32 on CPUs.
 
 Every run is a line in recipe.jsonl; a search that was stopped goes on from there.
 """
