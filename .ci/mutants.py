@@ -56,6 +56,7 @@ SAME_RESULT: dict[str, dict[str, str]] = {
         "_BLOCK": "a size of blocks, which changes no result beyond rounding",
         'device.type == "cpu"': "two ways to the same result",
         "len(blocks) == 1": "two ways to the same result",
+        "grad.dtype == other.dtype": "two ways to the same result, beyond rounding",
         "== index %": "in which turn sums are made afresh, against rounding",
     },
     "grokfast/filter.py": {"shift=": "dimensions of a DTensor: tests/contract/distributed.py has two processes"},
@@ -84,7 +85,11 @@ SAME_RESULT: dict[str, dict[str, str]] = {
     },
     "dream/functional.py": {"1e-12": "a floor that keeps logarithms finite"},
     "dream/measuring.py": {"seed=0": "nothing is drawn in evaluation mode"},
-    "muon/optim.py": {"matrix[0].shape": "a gradient has its parameter's shape and device"},
+    "muon/functional.py": {"tall =": "the larger product comes to the same"},
+    "muon/optim.py": {
+        "_MOST_STACKED": "how many go together",
+        "matrix[0].shape": "a gradient has its parameter's shape and device",
+    },
     "edge/trackers.py": {"-30.0), 30.0": "the sigmoid is 0 or 1 there"},
     "geometry/change_detector.py": {"* sign": "1 or -1, which divide alike"},
 }

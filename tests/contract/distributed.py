@@ -21,6 +21,7 @@ from forge_lightning.optim import MuonAdamW
 from tests.contract.cases import CASES
 from tests.contract.modules import Plain, Sharded, Stateful, with_batches_of
 from tests.contract.rows import ADAPT, fit, weights
+from tests.contract.waiting import no_free_reads
 
 
 class ShardedStateful(Stateful, Sharded):
@@ -163,14 +164,26 @@ def muon(kind):
     assert apart < 1e-4, f"{apart:.6f} of the way apart"
 
 
+def unread(kind):
+    """Callbacks that read nothing where reads would wait train as those that do."""
+    for case in CASES:
+        if "no_waiting" in case.exempt or case.observer or kind in case.exempt:
+            continue
+        read, _ = two(kind, [case.build()], MODULE[kind], max_epochs=2, log_every_n_steps=100)
+        with no_free_reads():
+            not_read, _ = two(kind, [case.build()], MODULE[kind], max_epochs=2, log_every_n_steps=100)
+        torch.testing.assert_close(weights(not_read), weights(read), msg=lambda text, case=case: f"{case.id}: {text}")
+
+
 def main(kind, out):
     warnings.filterwarnings("ignore")
     results = {}
-    try:
-        muon(kind)
-        results["muon"] = "passed"
-    except Exception:  # reported to the test that waits for it
-        results["muon"] = traceback.format_exc()
+    for check in (muon, unread):
+        try:
+            check(kind)
+            results[check.__name__] = "passed"
+        except Exception:  # reported to the test that waits for it
+            results[check.__name__] = traceback.format_exc()
     for case in CASES:
         for row in ROWS:
             name = f"{case.id}-{row.__name__}"

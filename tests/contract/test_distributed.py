@@ -35,6 +35,10 @@ def test_muon_on_two_processes(results):
     assert results["muon"] == "passed", results["muon"]
 
 
+def test_two_processes_that_read_nothing_train_as_those_that_do(results):
+    assert results["unread"] == "passed", results["unread"]
+
+
 def test_numbers_of_one_rank_are_caught():
     """Negative control of `logs_agree`."""
     case = next(case for case in CASES if case.id == "calibration")

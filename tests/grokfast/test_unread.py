@@ -8,6 +8,7 @@ import torch
 from forge_lightning.grokfast import filter as module
 from forge_lightning.grokfast.filter import GradientFilter
 from forge_lightning.grokfast.optim import GrokfastSGD
+from forge_lightning.grokfast.unread import UnreadSteps
 from tests.grokfast.test_functional import gradients
 
 SHAPES = [(30, 20), (7,), (3, 5)]
@@ -153,3 +154,11 @@ def test_counters_are_read_when_they_are_asked_for(on_an_accelerator):
     assert (gradient_filter.steps, gradient_filter.skipped_steps) == (5, 1)
     run(gradient_filter, steps(2))
     assert gradient_filter.steps == 7
+
+
+def test_counters_are_as_wide_as_python_s_numbers():
+    counters = UnreadSteps(torch.device("cpu"), 2, 1, 0.1, {"a": 3})
+    assert counters.smoothed_cosine.dtype == torch.float64
+    assert counters.calls == 3
+    assert counters.read() == (2, 1, 0.1, {"a": 3})
+    assert UnreadSteps(torch.device("cpu"), 0, 0, None, {}).read() == (0, 0, None, {})

@@ -58,3 +58,9 @@ def test_newton_schulz_works_in_the_type_asked_for():
     coarse = newton_schulz(matrix, dtype=torch.bfloat16)
     assert coarse.dtype == torch.bfloat16
     torch.testing.assert_close(coarse.float(), newton_schulz(matrix), atol=0.05, rtol=0.05)
+
+
+def test_defaults_are_five_steps_and_a_norm_that_counts_down_to_tiny_gradients():
+    matrix = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(newton_schulz(matrix), newton_schulz(matrix, 5))
+    torch.testing.assert_close(newton_schulz(1e-6 * matrix), newton_schulz(matrix), rtol=1e-4, atol=1e-4)
