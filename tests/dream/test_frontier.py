@@ -145,3 +145,11 @@ def test_parts_are_restored_and_counted_anew():
     other.frontier.recount()
     assert other.frontier.has_room(3, 12)
     assert not other.frontier.has_room(3, 13)
+
+
+def test_half_right_is_right():
+    one = LossQuantiles()
+    for success in (0.5, 0.49, math.nan):
+        one.add(1.0, success)
+    _, counts, _ = one.state()
+    assert counts == [1, 1, 3]

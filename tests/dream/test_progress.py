@@ -54,3 +54,12 @@ def test_means_are_of_examples_since_the_last_call():
     progress.note_replayed(torch.tensor([6.0]), torch.tensor([math.nan]))
     assert progress.take_replayed() == (3.0, 1 / 3)
     assert all(math.isnan(value) for value in progress.take_replayed())
+
+
+def test_replayed_examples_are_averaged_until_they_are_taken():
+    progress = Progress()
+    progress.note_replayed(torch.tensor([1.0, 2.0, torch.nan]), torch.tensor([1.0, torch.nan, torch.nan]))
+    progress.note_replayed(torch.tensor([6.0]), torch.tensor([0.0]))
+    assert progress.replayed == [9.0, 3, 1.0, 2]
+    assert progress.take_replayed() == (3.0, 0.5)
+    assert all(math.isnan(value) for value in progress.take_replayed())

@@ -201,3 +201,18 @@ def test_a_new_reservoir_has_counted_nothing():
     reservoir = Kept(limit=5).reservoir
     assert (reservoir.lengths, reservoir.num_held, reservoir.num_bytes, reservoir.seen) == ([0, 0], 0, 0, {})
     assert not reservoir.was_full
+
+
+def test_short_examples_of_two_families_gain_nothing_where_bytes_run_out():
+    long = 0
+    for seed in range(400):
+        kept = Kept(limit=100, budget=40, seed=seed)
+        for slot in range(60):
+            kept.offer(slot, family=slot // 2 % 2, length=1 if slot % 2 else 9)
+        long += sum(kept.lengths[slot] == 9 for slot in kept.reservoir.slots()) / kept.reservoir.num_held
+    assert 0.43 < long / 400 < 0.52
+
+
+@pytest.mark.parametrize(("length", "enters"), [(4, True), (5, False)])
+def test_an_example_may_be_as_large_as_all_there_is(length, enters):
+    assert Kept(limit=5, budget=4).offer(0, length=length) == enters

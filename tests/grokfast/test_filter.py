@@ -218,3 +218,8 @@ def test_a_slow_gradient_of_zero_has_no_cosine_and_a_norm_of_zero_is_kept():
     stats = both(cancelled, measure=True)
     assert torch.equal(cancelled["a"], torch.zeros(3))
     assert stats.grad_norm_after == 0.0
+
+
+def test_the_least_settings_are_taken():
+    gradient_filter = GradientFilter("ma", window_size=1, lamb=2.0, schedule="linear_warmup", warmup_steps=1)
+    assert [gradient_filter({"a": torch.ones(1)}, measure=True).lamb for _ in range(2)] == [0.0, 2.0]
