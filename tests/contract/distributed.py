@@ -169,9 +169,9 @@ def unread(kind):
     for case in CASES:
         if "no_waiting" in case.exempt or case.observer or kind in case.exempt:
             continue
-        read, _ = two(kind, [case.build()], MODULE[kind], max_epochs=2, log_every_n_steps=100)
+        read, _ = two(kind, [case.build()], MODULE[kind], log_every_n_steps=100)
         with no_free_reads():
-            not_read, _ = two(kind, [case.build()], MODULE[kind], max_epochs=2, log_every_n_steps=100)
+            not_read, _ = two(kind, [case.build()], MODULE[kind], log_every_n_steps=100)
         torch.testing.assert_close(weights(not_read), weights(read), msg=lambda text, case=case: f"{case.id}: {text}")
 
 
