@@ -162,3 +162,13 @@ def test_counters_are_as_wide_as_python_s_numbers():
     assert counters.calls == 3
     assert counters.read() == (2, 1, 0.1, {"a": 3})
     assert UnreadSteps(torch.device("cpu"), 0, 0, None, {}).read() == (0, 0, None, {})
+
+
+def test_gradients_that_are_orthogonal_do_not_turn_the_filter_on(on_an_accelerator):
+    on_an_accelerator()
+    gradient_filter = GradientFilter(lamb=2.0, lamb_init=0.3, schedule="cosine_similarity")
+    gradient_filter({"a": torch.tensor([1.0, 0.0])})
+    grads = {"a": torch.tensor([0.0, 1.0])}
+    gradient_filter(grads)
+    assert gradient_filter.smoothed_cosine == 0.0
+    assert torch.equal(grads["a"], torch.tensor([0.0, 1.0]))
