@@ -130,7 +130,7 @@ class Frontier:
         self._num_bytes[category - 1] -= self._bytes_of(slot)
 
     def recount(self) -> None:
-        """Count bytes anew, after examples have changed their size."""
+        """Count bytes again, after examples have changed their size."""
         self._num_bytes = [sum(map(self._bytes_of, part)) for part in self.parts]
 
     def load(self, parts: Any) -> None:

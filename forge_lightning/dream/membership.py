@@ -108,7 +108,7 @@ class Membership:
             self._drop_if_unused(slot)
 
     def recount(self) -> None:
-        """Count bytes anew, after examples have changed their size."""
+        """Count bytes again, after examples have changed their size."""
         self.reservoir.recount()
         self.frontier.recount()
 

@@ -142,7 +142,7 @@ class Reservoir:
         self.num_bytes -= self._bytes_of(slot)
 
     def recount(self) -> None:
-        """Count bytes anew, after examples have changed their size."""
+        """Count bytes again, after examples have changed their size."""
         self.num_bytes = sum(map(self._bytes_of, self.slots()))
 
     def sample(self, count: int, rng: np.random.Generator) -> list[int]:
