@@ -1,6 +1,9 @@
 """What a device asks of the code that drives it."""
 
+from collections.abc import Mapping
+
 import torch
+from torch import Tensor
 
 
 def reads_are_free(device: torch.device) -> bool:
@@ -10,3 +13,41 @@ def reads_are_free(device: torch.device) -> bool:
     step that does not log reads nothing there.
     """
     return device.type == "cpu"
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to a device without waiting for it, from pinned memory."""
+    if tensor.device == device:
+        return tensor
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")
+
+
+class HostCopy:
+    """Tensors on their way to the host. The copy is queued behind what made them, and nothing waits until `read`.
+
+    Args:
+        tensors: Tensors of one device, by name.
+    """
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._copies: dict[str, Tensor] = {}
+        self._done: torch.cuda.Event | None = None
+        device = None
+        for name, tensor in tensors.items():
+            kind = tensor.device.type
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=kind == "cuda")
+            # Elsewhere memory cannot be pinned, and nothing says when such a copy is there.
+            self._copies[name] = copy.copy_(tensor.detach(), non_blocking=kind in ("cpu", "cuda"))
+            device = tensor.device if kind == "cuda" else device
+        if device is not None:
+            self._done = torch.cuda.Event()
+            self._done.record(torch.cuda.current_stream(device))
+
+    def read(self) -> dict[str, Tensor]:
+        """The copies, as soon as they are there. A step after they were made that is no wait."""
+        if self._done is not None:
+            self._done.synchronize()
+            self._done = None
+        return self._copies

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 
 from forge_lightning.core.callback import ForgeCallback, is_logging_step, is_skipped
+from forge_lightning.core.device import HostCopy, reads_are_free, to_device
 from forge_lightning.core.protocols import OffersChoice, SupportsChoice, SupportsDifficulty, SupportsOutcomes
 from forge_lightning.edge.trackers import ItemTracker, SkillTracker
 
@@ -37,7 +38,8 @@ class EdgeController(ForgeCallback):
     ``forge/edge/target_high``; with "item" also ``forge/edge/mastered`` (share of examples expected to succeed more
     often than the band allows).
 
-    Cost: 0.5 to 0.8 ms of CPU a step, and one small exchange between ranks.
+    Cost: 0.5 to 0.8 ms of CPU a step, and one small exchange between ranks. On an accelerator the outcomes of a batch
+    are learned one step later, when they can be read without waiting for it.
 
     When to use: examples differ much in difficulty, the hard ones teach nothing yet and the easy ones nothing more, and
     no ramp from easy to hard has been tuned.
@@ -128,6 +130,7 @@ class EdgeController(ForgeCallback):
         self._seen, self._batches = 0, 0
         self._last_outcomes: list[dict[str, Any]] = []
         self._told = False
+        self._unread: tuple[list[int], HostCopy] | None = None  # arms and outcomes of the batch before
 
     @property
     def success_rate(self) -> float:
@@ -201,29 +204,45 @@ class EdgeController(ForgeCallback):
     ) -> None:
         if self._arms is None or self._tracker is None or self._sampler is None:
             return
-        if self.signal == "outcomes":
-            arms, success = self._measured_elsewhere(trainer)
-        else:
-            arms, success = np.array(self._arms), self._gather_success(trainer, pl_module, outputs, len(self._arms))
+        known = self._known_outcomes(trainer, pl_module, outputs)
         self._batches += 1
         logs = is_logging_step(trainer)
         expected = self._expected(np.array(self._arms)) if logs else math.nan  # before it knows
-        if len(arms):
+        for arms, success in known:
             self._learn(arms, success)
             self._steer()
         if logs:
             self.log_metrics(trainer, {"expected_success": expected, **self._quantities(np.array(self._arms))})
+
+    def _known_outcomes(self, trainer: Trainer, pl_module: LightningModule, outputs: Any) -> list[tuple[Any, Any]]:
+        """Arms and their success, of this batch; on an accelerator of the one before, so that nothing waits."""
+        assert self._arms is not None
+        if self.signal == "outcomes":
+            arms, success = self._measured_elsewhere(trainer)
+            return [(arms, success)] if len(arms) else []
+        success = self._gather_success(trainer, pl_module, outputs, len(self._arms))
+        readable = [] if self._unread is None else [self._unread]
+        self._unread = (self._arms, HostCopy({"success": success}))
+        if reads_are_free(success.device):
+            readable.append(self._unread)
+            self._unread = None
+        return [(np.array(arms), self._checked(copy.read()["success"])) for arms, copy in readable]
 
     def state_dict(self) -> dict[str, Any]:
         if self._tracker is None:
             return self._restored or {}
         if self._sampler is not None:
             self._sampler_state = self._sampler.state_dict()
+        unread = None
+        if self._unread is not None:
+            arms, copy = self._unread
+            unread = {"arms": list(arms), "success": copy.read()["success"].tolist()}
         return {
             "tracker": self._tracker.state_dict(),
             "rate": [self._rate, self._weight],
             "band": [self._steps_in_band, self._steps_counted, self._seen],
             "sampler": self._sampler_state,
+            "unread": unread,
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -240,6 +259,9 @@ class EdgeController(ForgeCallback):
             ) from None
         self._rate, self._weight = state["rate"]
         self._steps_in_band, self._steps_counted, self._seen = state["band"]
+        unread = state.get("unread")
+        if unread is not None:
+            self._unread = (unread["arms"], HostCopy({"success": torch.tensor(unread["success"])}))
         if not self._sampler.restored:  # as by a loader that has no state, or one that Lightning passes over
             self._sampler.load_state_dict(state["sampler"])
 
@@ -333,8 +355,8 @@ class EdgeController(ForgeCallback):
             self._steps_counted += 1
             self._steps_in_band += low <= self.success_rate <= high
 
-    def _gather_success(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, count: int) -> Any:
-        """Success of every example of the batch, over all ranks; NaN where a rank has none."""
+    def _gather_success(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, count: int) -> Tensor:
+        """Success of every example of the batch, over all ranks, ``(count,)`` fp32; NaN where a rank has none."""
         mine = self._success(trainer, outputs)
         world = trainer.world_size
         if not self._told:
@@ -345,25 +367,28 @@ class EdgeController(ForgeCallback):
             if not known and not skipped:
                 raise self._no_signal(outputs)
             self._told = known
-        each = np.full(count // world, math.nan)
-        if mine is not None:
-            values = mine.detach().float().flatten().cpu().double().numpy()
-            if self.soft:
-                possible = (values <= 1e-4) | np.isnan(values)  # NaN: an example without labels
-                self._require(values, possible.all(), "log-likelihoods are at most 0")
-            elif self.loss_threshold is None:
-                right = ((values > -1e-4) & (values < 1 + 1e-4))[np.isfinite(values)].all()
-                self._require(values, right, "success is in [0, 1]; for a loss set `loss_threshold`")
-            if len(values) not in (1, len(each)):
-                raise MisconfigurationException(
-                    f"`EdgeController(signal={self.signal!r})`: `training_step` returned {len(values)} numbers for a"
-                    f" batch of {len(each)} examples. Return one for each."
-                )
-            each[:] = values
-        if world > 1:
-            gathered = trainer.strategy.all_gather(torch.from_numpy(each).float().to(pl_module.device))
-            each = gathered.cpu().T.flatten().double().numpy()
-        return each
+        each = torch.full((1,), math.nan) if mine is None else mine.detach().float().flatten()
+        if len(each) not in (1, count // world):
+            raise MisconfigurationException(
+                f"`EdgeController(signal={self.signal!r})`: `training_step` returned {len(each)} numbers for a"
+                f" batch of {count // world} examples. Return one for each."
+            )
+        each = each.expand(count // world)
+        if world == 1:
+            return each
+        gathered: Tensor = trainer.strategy.all_gather(to_device(each.contiguous(), pl_module.device))
+        return gathered.T.flatten()
+
+    def _checked(self, success: Tensor) -> Any:
+        """What was read, as float64, if it can be what ``signal`` is said to be."""
+        values: Any = success.double().numpy()
+        if self.soft:
+            possible = (values <= 1e-4) | np.isnan(values)  # NaN: an example without labels
+            self._require(values, possible.all(), "log-likelihoods are at most 0")
+        elif self.loss_threshold is None:
+            right = ((values > -1e-4) & (values < 1 + 1e-4))[np.isfinite(values)].all()
+            self._require(values, right, "success is in [0, 1]; for a loss set `loss_threshold`")
+        return values
 
     def _success(self, trainer: Trainer, outputs: Any) -> Tensor | None:
         value = outputs.get(self.signal) if isinstance(outputs, Mapping) else None

@@ -23,6 +23,7 @@ class Case:
     of_rank: frozenset[str] = frozenset()  # of those, the ones that its docstring calls rank 0's
     placeholders: dict[str, str] = field(default_factory=dict)  # pattern in a key -> what its docstring says for it
     adapt: Callable[[type], type] = lambda module: module  # gives a module what the callback cannot do without
+    lags: bool = False  # on an accelerator it takes in a step's outcome at the end of the next one
 
     def __str__(self) -> str:
         return self.id
@@ -91,9 +92,9 @@ def edge_controller(policy, low, more=()) -> Case:
         exempt={
             "accumulation": "what is drawn depends on the batch size",
             "shards_the_batch": "the sampler shares batches out itself (test_difficulty: two processes equal one)",
-            "no_waiting": "the outcome of a step decides what the next batch holds, which is drawn on the host",
         },
         adapt=with_choices,
+        lags=True,
     )
 
 

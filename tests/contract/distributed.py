@@ -167,7 +167,7 @@ def muon(kind):
 def unread(kind):
     """Callbacks that read nothing where reads would wait train as those that do."""
     for case in CASES:
-        if "no_waiting" in case.exempt or case.observer or kind in case.exempt:
+        if "no_waiting" in case.exempt or case.observer or case.lags or kind in case.exempt:
             continue
         read, _ = two(kind, [case.build()], MODULE[kind], log_every_n_steps=100)
         with no_free_reads():

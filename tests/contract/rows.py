@@ -425,6 +425,7 @@ def no_waiting(case, tmp_path):
         def on_after_batch_transfer(self, batch, dataloader_idx):
             done = self.trainer.global_step  # callbacks with an interval act at even steps
             device.listening = self.trainer.training and done >= 4 and done % 2 == 0
+            device.next_step()
             return device.place(batch)
 
         def on_train_epoch_end(self):

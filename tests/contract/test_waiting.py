@@ -6,7 +6,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from forge_lightning import callbacks
+from forge_lightning.core.device import HostCopy
 from forge_lightning.models import ForgeModule
+from tests.contract import rows
+from tests.contract.cases import CASES
 from tests.contract.rows import fit
 from tests.contract.waiting import Device, no_free_reads
 from tests.models.test_forge_module import SHAPES
@@ -66,6 +69,31 @@ def test_what_is_computed_lies_there_too_and_a_copy_on_the_host_does_not():
     assert [name.rpartition(".")[2] for name in device.waits] == ["cpu", "__float__"]
 
 
+def test_a_copy_that_is_read_in_the_step_that_made_it_waits():
+    device = Device()
+    with device:
+        device.listening = True
+        x = device.place(torch.ones(2)) * 2
+        early, late = HostCopy({"x": x}), HostCopy({"x": x})
+        assert early.read()["x"].tolist() == [2.0, 2.0]
+        device.next_step()
+        assert late.read()["x"].tolist() == [2.0, 2.0]
+    assert sum(device.waits.values()) == 1
+
+
+@pytest.mark.parametrize("row", [rows.resume_mid_epoch, rows.resume_at_epoch_end, rows.resume_twice])
+@pytest.mark.parametrize("case", [case for case in CASES if case.lags], ids=lambda case: case.id)
+def test_what_is_under_way_belongs_to_the_state(case, row, tmp_path):
+    if row.__name__ in case.exempt:
+        pytest.skip(case.exempt[row.__name__])
+    token = rows.ADAPT.set(case.adapt)
+    try:
+        with no_free_reads():
+            row(case, tmp_path)
+    finally:
+        rows.ADAPT.reset(token)
+
+
 def batches(count=12):
     """Texts of different lengths with prompts, padded; one without any label."""
     generator = torch.Generator().manual_seed(0)
@@ -100,6 +128,7 @@ def test_a_language_model_s_step_waits_for_nothing(made):
 
         def on_after_batch_transfer(self, batch, dataloader_idx):
             device.listening = self.trainer.training and 4 <= self.trainer.global_step < 11  # the epoch ends with reads
+            device.next_step()
             return device.place(batch)
 
         def on_train_epoch_end(self):

@@ -4,11 +4,14 @@ import sys
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 from torch.utils._pytree import tree_leaves
+
+from forge_lightning.core.device import HostCopy
 
 ROOT = Path(__file__).parents[2]
 WAITS = {
@@ -28,12 +31,39 @@ class Device(TorchFunctionMode):
     """Tensors on the device are those that `place` has seen, and what is computed with them.
 
     While `listening`, `waits` counts calls from this repository that would wait for the device, by place and function.
+    A `HostCopy` that is read before `next_step` waits too.
     """
 
     def __init__(self):
         super().__init__()
         self.listening = False
         self.waits = Counter()
+        self.steps = 0
+        self._made = WeakKeyDictionary()  # the step in which each copy was
+
+    def __enter__(self):
+        self._before = HostCopy.__init__, HostCopy.read
+        make, read = self._before
+
+        def noted(copy, tensors):
+            make(copy, tensors)
+            self._made[copy] = self.steps
+
+        def read_noted(copy):
+            if self._made[copy] == self.steps and copy._copies:
+                self.note(HostCopy.read)
+            return read(copy)
+
+        HostCopy.__init__, HostCopy.read = noted, read_noted
+        return super().__enter__()
+
+    def __exit__(self, *args):
+        HostCopy.__init__, HostCopy.read = self._before
+        return super().__exit__(*args)
+
+    def next_step(self):
+        """What was copied before this is there."""
+        self.steps += 1
 
     def place(self, tree):
         """Take the tensors as lying on the device."""

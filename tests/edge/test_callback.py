@@ -70,6 +70,22 @@ def test_it_logs_what_it_did(tmp_path):
     assert final["expected_success"] == pytest.approx(0.65, abs=0.1)
 
 
+def test_on_an_accelerator_it_learns_the_same_one_step_later(monkeypatch):
+    def learned(lags):
+        monkeypatch.setattr("forge_lightning.edge.callback.reads_are_free", lambda device: not lags)
+        edge, found = EdgeController(policy="skill", steer=False), []
+        monkeypatch.setattr(edge, "_learn", lambda arms, success: found.append((list(arms), list(success))))
+        fit([edge], Learner, limit_train_batches=6)
+        return edge, found
+
+    at_once, later = learned(False), learned(True)
+    assert len(at_once[1]) == 6
+    assert later[1] == at_once[1][:5]
+    last = later[0].state_dict()["unread"]
+    assert (last["arms"], last["success"]) == at_once[1][5]
+    assert at_once[0].state_dict()["unread"] is None
+
+
 class Jumps(Learner):
     """Forgets half of what it can, all at once."""
 
