@@ -21,6 +21,8 @@ from forge_lightning.core.step_log import last_logged as last_logged
 from forge_lightning.core.step_log import log_also_every as log_also_every
 from forge_lightning.core.step_log import log_at_this_step
 from forge_lightning.core.step_log import logged_at_this_step as logged_at_this_step
+from forge_lightning.core.step_log import publish as publish
+from forge_lightning.core.step_log import published as published
 from forge_lightning.core.step_log import step_of_log as step_of_log
 
 _FAULTS = (ArithmeticError, AttributeError, ImportError, LookupError, OSError, RuntimeError, TypeError, ValueError)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 _logged: WeakKeyDictionary[Any, dict[str, tuple[int, float]]] = WeakKeyDictionary()
+_published: WeakKeyDictionary[Any, dict[str, float]] = WeakKeyDictionary()
 _intervals: WeakKeyDictionary[Any, set[int]] = WeakKeyDictionary()
 _muted: WeakSet[Any] = WeakSet()
 
@@ -29,8 +30,22 @@ def log_at_this_step(trainer: "Trainer", metrics: Mapping[str, float], monitor: 
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=step)
     if monitor:
-        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+        publish(trainer, metrics)
     _logged.setdefault(trainer, {}).update({key: (step, value) for key, value in metrics.items()})
+
+
+def publish(trainer: "Trainer", metrics: Mapping[str, float]) -> None:
+    """Show numbers where `EarlyStopping` looks, and to `published`."""
+    trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
+    _published.setdefault(trainer, {}).update(metrics)
+
+
+def published(trainer: "Trainer", name: str) -> float:
+    """What a callback of the suite published last under this full name, of this rank; NaN without one.
+
+    Asking Lightning for it makes it compute the metrics of all modules, and read those of the progress bar.
+    """
+    return _published.get(trainer, {}).get(name, math.nan)
 
 
 def step_of_log(trainer: "Trainer") -> int:

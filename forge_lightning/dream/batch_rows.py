@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from forge_lightning.core.device import to_device
+
 
 def rows_of(batch: Any) -> dict[str, Tensor]:
     """The tensors of a batch, by name or by position in a tuple.
@@ -83,7 +85,7 @@ def joined(
         raise ValueError(f"the batch has {list(first)}, and stored examples have {list(second)}.")
     rows = {}
     for name, one in first.items():
-        other = second[name].to(device=one.device, dtype=one.dtype)
+        other = to_device(second[name].to(one.dtype), one.device)
         if one.ndim > 1 and one.shape[1] != other.shape[1]:
             if name not in sequences:
                 raise ValueError(

@@ -7,7 +7,8 @@ from typing import Any, ClassVar, cast
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from forge_lightning.core.callback import ForgeCallback, is_dev_run, is_logging_step, uses_strategy
+from forge_lightning.core.callback import ForgeCallback, is_dev_run, is_logging_step, published, uses_strategy
+from forge_lightning.core.device import reads_are_free
 from forge_lightning.core.distributed import broadcast_from_rank_zero, gather_states
 from forge_lightning.core.logit_tap import find_network
 from forge_lightning.core.loss_terms import add_loss_term, remove_loss_term
@@ -20,8 +21,9 @@ from forge_lightning.dream.mixing import Mixing
 from forge_lightning.dream.options import MOVED, BatchFields, Mix, ProgramReplay, Sleep, Storage
 from forge_lightning.dream.program_rounds import ProgramRounds
 from forge_lightning.dream.progress import Progress
+from forge_lightning.dream.record import StepRecord
 from forge_lightning.dream.scores import RowScores
-from forge_lightning.dream.session import ReplayStep, Session, refusing
+from forge_lightning.dream.session import ReplayStep, Session, note_scores, refusing
 from forge_lightning.dream.sleeping import Sleeping
 
 
@@ -150,6 +152,7 @@ class DreamReplay(ForgeCallback):
         self._sleeping: Sleeping | None = None
         self._last_in_line: _EndOfStep | None = None
         self._catch_up = False
+        self._unread: StepRecord | None = None  # of the step before
 
     def _new_progress(self) -> Progress:
         return Progress(probe_closed=self.memory.probe_size == 0)
@@ -171,6 +174,9 @@ class DreamReplay(ForgeCallback):
         super().on_fit_start(trainer, pl_module)
         if self.schedule.is_off:
             return
+        if self._restored:
+            self._unread = None
+        self._settle()  # of an earlier fit
         if not self._progress.offered:
             self.memory.clear(trainer.global_rank)
             self._progress = self._new_progress()
@@ -214,7 +220,7 @@ class DreamReplay(ForgeCallback):
         if isinstance(self.schedule, Mix):
             self._mixing = Mixing(session, self.schedule.fraction, self._catch_up_mixing)
         else:
-            self._sleeping = Sleeping(session, self.schedule, self._write_programs)
+            self._sleeping = Sleeping(session, self.schedule, self._settle, self._write_programs)
             steps = 0 if self.schedule.every_n_steps_by_stage else trainer.estimated_stepping_batches
             if 0 < steps < self.schedule.every_n_steps and not is_dev_run(trainer):
                 self.warn_once(
@@ -269,28 +275,53 @@ class DreamReplay(ForgeCallback):
         self._mixing = self._sleeping = self._last_in_line = None
 
     def _store(self, session: Session) -> None:
-        """Count the replayed examples of the batch, and offer the fresh ones."""
+        """Count the replayed examples of the batch, and offer the fresh ones; on an accelerator a step later."""
         step, progress = session.step, self._progress
-        outcome, draw, logits = step.outcome, step.drawn, step.logits
+        outcome, draw, kept = step.outcome, step.drawn, step.kept
         step.clear()
+        self._settle()
         if outcome is None:
             return
         fresh = step.num_fresh(len(outcome.losses))
         progress.size = max(progress.size, fresh)
         first = next(iter(outcome.rows.values()))
         progress.computed[0] += first[:fresh].numel()
+        stored = None
         if step.appended.owner is step:
-            session.note_replayed(draw, first[fresh:].numel(), outcome.losses[fresh:], outcome.successes[fresh:])
-        rows = {name: tensor[:fresh] for name, tensor in outcome.rows.items()}
-        stage = self._stage(session.trainer)
+            progress.computed[1] += first[fresh:].numel()
+            stored = None if draw is None else draw.stored
+        may_wait = reads_are_free(first.device)
+        self._unread = StepRecord.of(
+            {name: tensor[:fresh] for name, tensor in outcome.rows.items()},
+            outcome.losses,
+            outcome.successes,
+            kept,
+            stored,
+            self._stage(session.trainer),
+            progress.steps,
+            may_wait,
+        )
+        if may_wait:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Store the examples of the last step."""
+        record, self._unread = self._unread, None
+        if record is None:
+            return
+        rows, losses, successes, kept = record.read()
+        fresh = len(next(iter(rows.values())))
+        if record.stored is not None:
+            note_scores(self.memory, self._progress, record.stored, losses[fresh:], successes[fresh:])
         with refusing():
-            session.memory.admit(
-                rows, outcome.losses[:fresh], outcome.successes[:fresh], logits[:fresh], progress, stage
-            )
+            self.memory.admit(rows, losses[:fresh], successes[:fresh], kept, self._progress, record.stage, record.step)
 
     def _stage(self, trainer: Trainer) -> int:
         """Number of the stage of training; the last known one, or -1, where it is not logged."""
-        value = float(trainer.callback_metrics.get(self.stage_monitor, math.nan))
+        value = published(trainer, self.stage_monitor)
+        asks = reads_are_free(trainer.strategy.root_device) or not self.stage_monitor.startswith("forge/")
+        if math.isnan(value) and asks:  # Lightning computes all metrics for it, and waits for those of its bar
+            value = float(trainer.callback_metrics.get(self.stage_monitor, math.nan))
         return int(value) if math.isfinite(value) else -1 if self._progress.stage is None else self._progress.stage
 
     def _sleep_if_due(self, trainer: Trainer, template: Any, interruptible: bool = True) -> None:
@@ -316,6 +347,7 @@ class DreamReplay(ForgeCallback):
         if is_dev_run(trainer) or (due and progress.steps != progress.last_sleep):
             assert self._session is not None
             progress.last_sleep = progress.steps
+            self._settle()
             self._write_programs()
             forgetting = measure_forgetting(self._session, template)
             self.log_metrics(trainer, {**forgetting, **self._program_metrics(trainer)})
@@ -359,7 +391,8 @@ class DreamReplay(ForgeCallback):
             empty = {"remaining": 0, "offered": 0, "probe_closed": self.memory.probe_size == 0, "lowest": math.nan}
             return {"counters": counters | empty}
         programs = {} if self._rounds is None else {"programs": self._rounds.programs.state_dict()}
-        return {"counters": counters, **programs, **self.memory.state_dict()}
+        unread = None if self._unread is None else self._unread.state_dict()
+        return {"counters": counters, "unread": unread, **programs, **self.memory.state_dict()}
 
     @property
     def _stored_with(self) -> list[int]:
@@ -387,6 +420,8 @@ class DreamReplay(ForgeCallback):
         if self._rounds is not None and "programs" in state:
             self._rounds.programs.load_state_dict(state["programs"])
         self.memory.load_state_dict(states, trainer.global_rank, trainer.world_size)
+        unread = state.get("unread") if same_ranks else None  # with other ranks a batch of each is left out
+        self._unread = None if unread is None else StepRecord.from_state(unread)
         self._catch_up = True
         self._progress.probe_closed |= not same_ranks and self._progress.offered > 0
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from forge_lightning.dream.buffer import Replay, ReplayBuffer, Strategy
 from forge_lightning.dream.options import BatchFields, Storage
 from forge_lightning.dream.progress import Progress
-from forge_lightning.dream.scores import KEPT
+from forge_lightning.dream.scores import kept_by_example
 
 SEED_STEP = 1_000_003
 """Distance of the random seeds of two ranks, or of two sleeps."""
@@ -96,19 +96,21 @@ class ReplayMemory:
         rows: Mapping[str, Tensor],
         losses: Tensor,
         successes: Tensor,
-        logits: Sequence[Sequence[Tensor]],
+        kept: Mapping[str, Tensor],
         progress: Progress,
         stage: int,
+        step: int,
     ) -> None:
         """Offer fresh examples: every fourth to the probe while it has room, the others to the buffer.
 
         Args:
-            rows: Fields, ``(B, ...)`` each.
+            rows: Fields, ``(B, ...)`` each, on the host as all of these.
             losses: ``(B,)``, NaN where unknown.
             successes: ``(B,)``, NaN where unknown.
-            logits: For each example what `RowScores.logits_to_keep` returned; empty for none.
+            kept: What `RowScores.logits_to_keep` returned; empty for none.
             progress: Counters, of which ``offered`` and ``probe_closed`` are updated.
             stage: Number of the stage of training; -1 where unknown.
+            step: Optimizer steps before that of these examples.
 
         Raises:
             ValueError: If the examples cannot be stored, or a field that was named is missing.
@@ -125,7 +127,8 @@ class ReplayMemory:
         free = [i for i, id in enumerate(ids.tolist()) if id not in self.probe]
         if not free:
             return
-        extras = {name: [logits[i][place] for i in free] for place, name in enumerate(KEPT)} if logits else {}
+        logits = kept_by_example(kept, successes.eq(1))
+        extras = {name: [parts[i] for i in free] for name, parts in logits.items()}
         self.buffer.push(
             {name: tensor[free] for name, tensor in rows.items()},
             losses.cpu()[free],
@@ -134,7 +137,7 @@ class ReplayMemory:
             None if families is None else families.cpu()[free],
             extras,
             stage=stage,
-            step=progress.steps,
+            step=step,
         )
 
     def admit_program(self, parent: dict[str, Tensor], row: dict[str, Tensor]) -> None:

@@ -6,13 +6,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from forge_lightning.core.device import reads_are_free, to_device
 from forge_lightning.core.labels import LabelReader
-from forge_lightning.core.logit_tap import LogitTap, by_position, is_shifted, predicted_rows, scores_of_rows
+from forge_lightning.core.logit_tap import (
+    LogitTap,
+    by_position,
+    is_shifted,
+    labels_of_places,
+    predicted_rows,
+    scores_of_rows,
+)
 from forge_lightning.core.tokens import IGNORED
 from forge_lightning.dream.functional import stored_logit_loss, top_logits
 
 KEPT = ("stored_values", "stored_classes", "stored_total")
 """Names of the stored parts of an example's logits."""
+_CHUNK = 1 << 24
+"""Logits that are copied to fp32 at once."""
+LABELLED = "labelled"
+"""Name of what says to which positions they belong."""
 _LEAST = -60_000.0
 """Lowest log-probability that is stored: 16 bits end at 65,504."""
 
@@ -112,23 +124,33 @@ class RowScores:
             raise ValueError(f"labels {shape} do not fit logits {tuple(logits.shape)}.")
         return scores_of_rows(logits.detach(), labels, self.shifted)
 
-    def logits_to_keep(self, right: Tensor, top_k: int) -> list[list[Tensor]]:
-        """`top_logits` of each label, for right examples only: log-probabilities in 16 bits, classes, log-sum-exps.
+    def logits_to_keep(self, count: int, top_k: int) -> dict[str, Tensor]:
+        """`top_logits` of each position, by the names in `KEPT`, and which positions have a label. Waits for no device.
+
+        Args:
+            count: Examples in front of the batch whose logits to keep.
+            top_k: Logits of each position.
+
+        Returns:
+            Log-probabilities in 16 bits, ``(B, T, K)``, classes, log-sum-exps, ``(B, T)``, and `LABELLED`, ``(B, T)``;
+            empty where there are no logits.
 
         Raises:
             ValueError: If labels and logits do not fit.
         """
         if self._logits is None:
-            return []
-        rows, labels = predicted_rows(self._logits, self._labels(), None, self.shifted)
+            return {}
+        labels = self._labels()
         if labels is None:
             raise ValueError("the batch has no labels.")
-        values, classes, total = (t.cpu() for t in top_logits(rows, top_k))
-        counts = self._counts().tolist()
-        pieces = zip(
-            right.tolist(), *(t.split(counts) for t in (values.clamp(min=_LEAST).half(), classes, total)), strict=True
-        )
-        return [[t.clone() if keep else t[:0].clone() for t in parts] for keep, *parts in pieces]
+        rows, of_rows = self._logits[:count], labels[:count]
+        known = labels_of_places(rows, of_rows, None, self.shifted)[1]
+        assert known is not None, "there are labels"
+        flat = rows.detach().flatten(0, -2)
+        chunks = [top_logits(chunk, top_k) for chunk in flat.split(max(1, _CHUNK // flat.shape[1]))]
+        values, classes, total = map(torch.cat, zip(*chunks, strict=True))
+        parts = (*zip(KEPT, (values.clamp(min=_LEAST).half(), classes, total), strict=True), (LABELLED, known))
+        return {name: tensor.unflatten(0, (count, -1)) for name, tensor in parts}
 
     def distance(self, kept: Mapping[str, Sequence[Tensor]], count: int) -> Tensor | None:
         """Distance of the batch's last examples from their stored logits, per label of the whole batch.
@@ -144,14 +166,37 @@ class RowScores:
         if not kept or labels is None or logits is None or labels.shape != logits.shape[:-1]:
             return None
         with torch.autocast(logits.device.type, enabled=False):
-            rows, _ = predicted_rows(logits[-count:], labels[-count:], None, self.shifted)
             counts = self._counts()
+            if not reads_are_free(logits.device):
+                return self._distance_unread(logits[-count:], labels[-count:], kept) / counts.sum().clamp(min=1)
+            rows, _ = predicted_rows(logits[-count:], labels[-count:], None, self.shifted)
             lengths = torch.tensor([len(values) for values in kept[KEPT[0]]], device=counts.device)
             chosen = lengths.eq(counts[-count:]).repeat_interleave(counts[-count:])
             stored = [torch.cat(list(kept[name])).to(rows.device) for name in KEPT]
             if not chosen.any() or int(chosen.sum()) != len(stored[0]):
                 return None
             return stored_logit_loss(rows[chosen], *stored).sum() / counts.sum()
+
+    def _distance_unread(self, logits: Tensor, labels: Tensor, kept: Mapping[str, Sequence[Tensor]]) -> Tensor:
+        """Sum of the distances over all labels, by masks: how many there are is not read from the device."""
+        known = labels_of_places(logits, labels, None, self.shifted)[1]
+        assert known is not None, "there are labels"
+        known = known.view(len(logits), -1)
+        lengths = torch.tensor([len(values) for values in kept[KEPT[0]]])
+        longest = max(1, int(lengths.max()))
+        stored = [_padded(kept[name], longest) for name in KEPT]
+        values, classes, total = (to_device(tensor, logits.device) for tensor in stored)
+        lengths = to_device(lengths, logits.device)
+        fits = known & (known.sum(1) == lengths).unsqueeze(1)
+        place = (known.cumsum(1) - 1).clamp(0, longest - 1)  # of each label among those stored
+        wide = place.unsqueeze(-1).expand(-1, -1, values.shape[-1])
+        each = stored_logit_loss(
+            logits.flatten(0, -2),
+            values.gather(1, wide).flatten(0, 1),
+            classes.gather(1, wide).flatten(0, 1),
+            total.gather(1, place).flatten(),
+        )
+        return torch.where(fits.flatten(), each, 0.0).sum()
 
     def _labels(self) -> Tensor | None:
         return self._known
@@ -163,3 +208,28 @@ class RowScores:
         if labels.ndim == 1:
             return (labels != IGNORED).long()
         return (labels[:, 1:] if self.shifted else labels).ne(IGNORED).sum(1)
+
+
+def kept_by_example(kept: Mapping[str, Tensor], right: Tensor) -> dict[str, list[Tensor]]:
+    """What to store of each example, for right ones alone, by the names in `KEPT`.
+
+    Args:
+        kept: What `RowScores.logits_to_keep` returned, on the host.
+        right: Which examples were right, ``(B,)``.
+
+    Returns:
+        ``B`` tensors for each name, of as many entries as the example has labels, or none.
+    """
+    if not kept:
+        return {}
+    labelled = kept[LABELLED]
+    chosen = [known if good else torch.zeros_like(known) for known, good in zip(labelled, right.tolist(), strict=True)]
+    return {name: [part[known] for part, known in zip(kept[name], chosen, strict=True)] for name in KEPT}
+
+
+def _padded(parts: Sequence[Tensor], length: int) -> Tensor:
+    """Tensors ``(n, ...)`` as ``(B, length, ...)``, filled up with zeros."""
+    out = parts[0].new_zeros(len(parts), length, *parts[0].shape[1:])
+    for row, part in zip(out, parts, strict=True):
+        row[: len(part)] = part
+    return out

@@ -11,7 +11,9 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from forge_lightning.core.callback import loss_of_step
+from forge_lightning.core.device import to_device
 from forge_lightning.dream.batch_rows import rows_of, template_of, with_rows
+from forge_lightning.dream.buffer import Replay
 from forge_lightning.dream.memory import Draw, ReplayMemory
 from forge_lightning.dream.progress import Progress
 from forge_lightning.dream.scores import RowScores
@@ -84,7 +86,8 @@ class ReplayStep:
         self.outcome: Outcome | None = None
         self.mean: Tensor | None = None
         """Loss of the step, where losses of single examples are unknown."""
-        self.logits: list[list[Tensor]] = []
+        self.kept: dict[str, Tensor] = {}
+        """Logits to store with the fresh examples."""
 
     def num_fresh(self, count: int) -> int:
         """Number of examples that no callback replays, of a batch of ``count``. They stand in front."""
@@ -131,7 +134,7 @@ class ReplayStep:
         fresh = self.num_fresh(count)
         if self.distillation and fresh and self.activity == "training":
             try:
-                self.logits = self.scores.logits_to_keep(successes.eq(1), self.top_k)
+                self.kept = self.scores.logits_to_keep(fresh, self.top_k)
             except ValueError as error:
                 self._cannot_score(error)
         if fresh == count or self.appended.owner is not self or not isinstance(outputs, Mapping):
@@ -180,7 +183,7 @@ class Session:
 
     def to_batch(self, template: Any, rows: Mapping[str, Tensor]) -> Any:
         """Make a batch on the module's device."""
-        return with_rows(template, {name: tensor.to(self.module.device) for name, tensor in rows.items()})
+        return with_rows(template, {name: to_device(tensor, self.module.device) for name, tensor in rows.items()})
 
     def note_replayed(self, draw: Draw | None, entries: int, losses: Tensor, successes: Tensor) -> None:
         """Count replayed examples, and update the scores of the stored ones, which stand last.
@@ -194,7 +197,19 @@ class Session:
         self.progress.computed[1] += entries
         if draw is None or draw.stored is None:
             return
-        stored = draw.stored
-        losses, successes = losses[-len(stored) :].cpu(), successes[-len(stored) :].cpu()
-        self.progress.note_replayed(losses, successes)
-        self.memory.buffer.update(stored, losses, successes)
+        note_scores(self.memory, self.progress, draw.stored, losses.cpu(), successes.cpu())
+
+
+def note_scores(memory: ReplayMemory, progress: Progress, stored: Replay, losses: Tensor, successes: Tensor) -> None:
+    """Update the scores of the last examples of a batch, which were stored ones.
+
+    Args:
+        memory: Where they are stored.
+        progress: Counters, of which ``replayed`` is updated.
+        stored: The examples.
+        losses: ``(B,)`` on the host.
+        successes: ``(B,)`` on the host.
+    """
+    losses, successes = losses[-len(stored) :], successes[-len(stored) :]
+    progress.note_replayed(losses, successes)
+    memory.buffer.update(stored, losses, successes)

@@ -19,11 +19,15 @@ class Sleeping:
     Args:
         session: The fit.
         schedule: When, how long and how.
+        settle: Stores the examples of steps that were not read yet, before each sleep.
         write_programs: Stores new programs, before each sleep.
     """
 
-    def __init__(self, session: Session, schedule: Sleep, write_programs: Callable[[], None]) -> None:
-        self._session, self._schedule, self._write_programs = session, schedule, write_programs
+    def __init__(
+        self, session: Session, schedule: Sleep, settle: Callable[[], None], write_programs: Callable[[], None]
+    ) -> None:
+        self._session, self._schedule = session, schedule
+        self._settle, self._write_programs = settle, write_programs
 
     def sleep_if_due(self, template: Any, every_n_steps: int, interruptible: bool = True) -> Mapping[str, float]:
         """Sleep, or finish a sleep that a checkpoint cut short.
@@ -40,6 +44,8 @@ class Sleeping:
         trainer, size = session.trainer, self._schedule.batch_size
         if not progress.remaining:
             due = is_dev_run(trainer) or (every_n_steps and progress.steps - progress.last_sleep >= every_n_steps)
+            if due:
+                self._settle()
             if not due or min_over_ranks(trainer, len(memory.buffer)) == 0:
                 return {}
             self._write_programs()

@@ -13,7 +13,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from forge_lightning.core.callback import ForgeCallback, is_logging_step, step_of_log, uses_strategy
+from forge_lightning.core.callback import ForgeCallback, is_logging_step, published, step_of_log, uses_strategy
 from forge_lightning.core.device import reads_are_free
 from forge_lightning.core.distributed import broadcast_from_rank_zero
 from forge_lightning.core.layers import plain_name
@@ -276,9 +276,16 @@ class Grokfast(ForgeCallback):
         return included and not any(fnmatchcase(name, pattern) for pattern in self.exclude)
 
     def _current_stage(self, trainer: Trainer) -> int | None:
-        """The stage that rank 0 sees: another one on another rank would let the weights drift apart."""
+        """The stage that the suite's classifier has on all ranks, or else the one that rank 0 sees.
+
+        Another one on another rank would let the weights drift apart.
+        """
         if not self._by_stage:
             return None
+        known = published(trainer, self.stage_monitor)  # the same on all ranks
+        if math.isfinite(known):
+            self._stage = int(known)
+            return self._stage
         value = trainer.callback_metrics.get(self.stage_monitor)
         stage = self._stage if value is None else int(value)
         self._stage = broadcast_from_rank_zero(trainer, stage)

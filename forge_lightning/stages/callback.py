@@ -15,6 +15,7 @@ from forge_lightning.core.callback import (
     events_of,
     is_logging_step,
     last_logged,
+    publish,
 )
 from forge_lightning.core.distributed import gather_states, sum_over_ranks
 from forge_lightning.core.logit_tap import is_shifted
@@ -238,4 +239,4 @@ class StageClassifier(ForgeCallback):
 
     def _publish(self, trainer: Trainer) -> None:
         """For those who read the stage between validations."""
-        trainer.callback_metrics[self.metric_name("number")] = torch.tensor(float(self._machine.stage))
+        publish(trainer, {self.metric_name("number"): float(self._machine.stage)})

@@ -138,9 +138,6 @@ DREAM_LOGS = ("stored", "frontier", "share", "replay_loss", "replay_success", "p
 SLEEP_LOGS = ("cycles", "loss_before", "loss_after", "success_before", "success_after")
 
 
-WAITS = {"no_waiting": "examples are kept on the host, and copied there and back"}
-
-
 def dream_replay(mode, logs, exempt, **kwargs) -> Case:
     options = {"mode": mode, "every_n_steps": 2, "num_steps": 2, "probe_size": 8, "batch_size": 8, **kwargs}
     off = {"fraction": 0.0} if mode == "mix" else {"num_steps": 0}
@@ -153,6 +150,7 @@ def dream_replay(mode, logs, exempt, **kwargs) -> Case:
         constant_logs=frozenset({"forge/dream/forgetting"}),  # 0 as long as the probe gets better
         of_rank=frozenset(f"forge/dream/{key}" for key in DREAM_LOGS[:5]),
         exempt=exempt,
+        lags=True,
     )
 
 
@@ -185,7 +183,6 @@ CASES = [
             "accumulation": "what is drawn depends on the batch size",
             "shards_the_batch": "each process draws from what it has seen",
             "random_stream_untouched": "dropout of larger batches draws more",
-            **WAITS,
         },
         fraction=0.25,
         distillation=0.5,
@@ -194,7 +191,7 @@ CASES = [
     dream_replay(
         "cycle",
         logs=DREAM_LOGS + SLEEP_LOGS,
-        exempt={"shards_the_batch": "each process draws from what it has seen", **WAITS},
+        exempt={"shards_the_batch": "each process draws from what it has seen"},
     ),
     edge_controller("skill", low=0.5),
     edge_controller("item", low=0.6, more=["mastered"]),

@@ -12,6 +12,7 @@ from tests.contract import rows
 from tests.contract.cases import CASES
 from tests.contract.rows import fit
 from tests.contract.waiting import Device, no_free_reads
+from tests.dream.build import dream_replay
 from tests.models.test_forge_module import SHAPES
 
 
@@ -115,8 +116,9 @@ def batches(count=12):
         lambda: [callbacks.SelfModel(watch_every_n_steps=100), callbacks.TemperatureCurriculum(weight=0.3)],
         lambda: [callbacks.SelfModel(form="next_latent", watch_every_n_steps=100), callbacks.Calibration()],
         lambda: [callbacks.TemperatureCurriculum(weight=0.3, fraction=0.5), callbacks.GeometryProbe(every_n_steps=100)],
+        lambda: [dream_replay(fraction=0.25, distillation=0.5, strategy="priority", every_n_steps=100)],
     ],
-    ids=["alone", "ema", "ma", "self-model and curriculum", "next latent", "fraction"],
+    ids=["alone", "ema", "ma", "self-model and curriculum", "next latent", "fraction", "replay"],
 )
 @pytest.mark.filterwarnings("ignore")
 def test_a_language_model_s_step_waits_for_nothing(made):

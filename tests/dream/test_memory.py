@@ -20,7 +20,7 @@ def offer(memory, start, count, progress=None, **more):
     progress = progress or Progress(probe_closed=memory.probe_size == 0)
     rows = {"x": torch.arange(start, start + count).float()[:, None], **more}
     losses = torch.arange(start, start + count).float()
-    memory.admit(rows, losses, torch.full((count,), math.nan), [], progress, stage=2)
+    memory.admit(rows, losses, torch.full((count,), math.nan), {}, progress, stage=2, step=progress.steps)
     return progress
 
 
@@ -68,7 +68,7 @@ def test_families_are_under_their_key(key, families):
 def test_a_negative_position_counts_from_the_end():
     made = memory(family=-1)
     rows = {"0": torch.ones(2, 1), "1": torch.tensor([5, 6])}
-    made.admit(rows, torch.zeros(2), torch.zeros(2), [], Progress(probe_closed=True), stage=-1)
+    made.admit(rows, torch.zeros(2), torch.zeros(2), {}, Progress(probe_closed=True), stage=-1, step=0)
     assert made.buffer.column("family").tolist() == [5, 6]
 
 

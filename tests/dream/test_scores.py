@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from forge_lightning.dream.scores import KEPT, RowScores
+from forge_lightning.dream.scores import KEPT, RowScores, kept_by_example
 
 LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.0, 3.0, 1.0], [1.0, 0.0, 0.5], [0.0, 0.0, 4.0]])
 LABELS = torch.tensor([0, 1, 2, -100])
@@ -66,9 +66,13 @@ def test_returned_numbers_win_over_logits():
     assert successes.isnan().all()
 
 
+def kept_logits(scores, successes, top_k):
+    return kept_by_example(scores.logits_to_keep(len(successes), top_k), successes.eq(1))
+
+
 def test_stored_logits_are_log_probabilities_of_right_examples():
     scores, (_, successes) = scored(LOGITS, LABELS)
-    values, classes, totals = zip(*scores.logits_to_keep(successes.eq(1), 2), strict=True)
+    values, classes, totals = kept_logits(scores, successes, 2).values()
     assert [len(v) for v in values] == [1, 1, 0, 0]
     assert classes[0].tolist() == [[0, 1]]
     torch.testing.assert_close(values[0][0], LOGITS[0].log_softmax(0)[:2].half())
@@ -78,7 +82,7 @@ def test_stored_logits_are_log_probabilities_of_right_examples():
 def test_distance_is_zero_for_stored_logits_and_squared_otherwise():
     labels = torch.tensor([0, 1, 2, 2])
     scores, (_, successes) = scored(LOGITS, labels)
-    kept = dict(zip(KEPT, zip(*scores.logits_to_keep(successes.eq(1), 3), strict=True), strict=True))
+    kept = kept_logits(scores, successes, 3)
     assert scores.distance(kept, 4).item() == pytest.approx(0, abs=1e-6)
     moved = LOGITS.clone()
     moved[1, 2] += 0.5  # one logit of three, of one label of four
@@ -106,7 +110,7 @@ def test_labels_that_are_missing_or_do_not_fit_are_named(labels):
 def test_there_is_no_distance_where_logits_labels_or_stored_logits_are_missing():
     labels = torch.tensor([0, 1, 2, 2])
     scores, (_, successes) = scored(LOGITS, labels)
-    kept = dict(zip(KEPT, zip(*scores.logits_to_keep(successes.eq(1), 3), strict=True), strict=True))
+    kept = kept_logits(scores, successes, 3)
     assert scores.distance(kept, 4) is not None
     assert scores.distance({}, 4) is None
     logits, known = scores._logits, scores._known
@@ -122,7 +126,7 @@ def test_distance_is_that_of_the_last_examples_over_the_labels_of_all():
     """Two new examples in front of two stored ones, of which one has stored logits."""
     labels = torch.tensor([0, 1, 2, 2])
     scores, (_, successes) = scored(LOGITS, labels)
-    values, classes, totals = (list(parts) for parts in zip(*scores.logits_to_keep(successes.eq(1), 3), strict=True))
+    values, classes, totals = kept_logits(scores, successes, 3).values()
     kept = {
         KEPT[0]: [values[1], values[2][:0]],
         KEPT[1]: [classes[1], classes[2][:0]],
@@ -137,7 +141,38 @@ def test_distance_is_that_of_the_last_examples_over_the_labels_of_all():
 def test_shifted_sequences_keep_the_logits_of_the_position_before():
     logits = torch.stack([LOGITS[:3], LOGITS[1:]])
     scores, _ = scored(logits, torch.tensor([[2, 0, -100], [0, -100, 2]]), shift=True)
-    kept = scores.logits_to_keep(torch.tensor([True, True]), 2)
-    assert [len(parts[0]) for parts in kept] == [1, 1]
-    torch.testing.assert_close(kept[0][0][0], LOGITS[0].log_softmax(0)[:2].half())
-    torch.testing.assert_close(kept[1][0][0], LOGITS[2].log_softmax(0)[[0, 2]].half())
+    values, _, _ = kept_logits(scores, torch.ones(2), 2).values()
+    assert [len(part) for part in values] == [1, 1]
+    torch.testing.assert_close(values[0][0], LOGITS[0].log_softmax(0)[:2].half())
+    torch.testing.assert_close(values[1][0], LOGITS[2].log_softmax(0)[[0, 2]].half())
+
+
+@pytest.mark.parametrize("top_k", [2, 3])
+@pytest.mark.parametrize("shift", [False, True])
+def test_the_distance_by_masks_is_that_of_chosen_rows(top_k, shift, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    logits, moved = torch.randn(2, 5, 4, 3, generator=generator)
+    labels = torch.randint(0, 3, (5, 4), generator=generator)
+    labels[0, 1:3] = labels[2] = labels[4, 3] = -100
+    scores, _ = scored(logits, labels, shift=shift)
+    kept = kept_logits(scores, torch.tensor([1.0, 1, 1, 0, 1]), top_k)
+    kept = {name: parts[1:] for name, parts in kept.items()}
+    found = []
+    for reads_are_free in (True, False):
+        monkeypatch.setattr("forge_lightning.dream.scores.reads_are_free", lambda device, free=reads_are_free: free)
+        later, _ = scored(moved, labels, shift=shift)
+        distance = later.distance(kept, 4)
+        distance.backward()
+        found.append((distance.detach(), later.network.logits.grad))
+    assert found[0][0] > 0
+    torch.testing.assert_close(found[0], found[1])
+
+
+def test_logits_are_kept_in_chunks_as_at_once(monkeypatch):
+    logits = torch.randn(3, 7, 5, generator=torch.Generator().manual_seed(0))
+    scores, _ = scored(logits, torch.zeros(3, 7, dtype=torch.int64))
+    whole = scores.logits_to_keep(2, 2)
+    assert whole["stored_values"].shape == (2, 7, 2)
+    monkeypatch.setattr("forge_lightning.dream.scores._CHUNK", 16)
+    for name, tensor in scores.logits_to_keep(2, 2).items():
+        assert torch.equal(tensor, whole[name]), name
