@@ -1,6 +1,7 @@
 """What a device asks of the code that drives it."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,6 +52,9 @@ class HostCopy:
         found = cls({})
         found._copies = dict(tensors)
         return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_copies": self.read(), "_done": None}  # an event is of this process alone
 
     def read(self) -> dict[str, Tensor]:
         """The copies, as soon as they are there. A step after they were made that is no wait."""

@@ -65,6 +65,8 @@ class Grokfast(ForgeCallback):
         include: Parameter-name patterns to filter, as in ``"model.layers.*"``. Default: all.
         exclude: Parameter-name patterns to leave alone; wins over ``include``.
         ring_dtype: Type of the gradients that "ma" keeps: "bfloat16" halves the memory.
+        compile: On a GPU, let `torch.compile` fuse the filter's passes over the gradients, which takes a while in the
+            first steps. On the CPU it does nothing.
         save_state: Keep the filter's state in checkpoints (as large as the filter's memory); without it a resumed run
             starts the filter afresh.
         name: Tells two instances apart.
@@ -98,6 +100,7 @@ class Grokfast(ForgeCallback):
         include: Sequence[str] | None = None,
         exclude: Sequence[str] = (),
         ring_dtype: Literal["float32", "bfloat16"] = "float32",
+        compile: bool = False,
         save_state: bool = True,
         name: str | None = None,
     ) -> None:
@@ -115,6 +118,7 @@ class Grokfast(ForgeCallback):
             stage_lambs,
             keep_norm,
             ring_dtype,
+            compile,
             owner="Grokfast",
         )
         self._off = self._new_filter().is_off  # also refuses bad arguments here, where they were written

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -63,6 +63,7 @@ class GradientFilter:
         stage_lambs: λ for each training stage number of "by_stage"; ``lamb_init`` for stages not listed.
         keep_norm: Rescale the filtered gradient to the global norm it had, so that only its direction changes.
         ring_dtype: Type of the gradients that "ma" keeps: "float32" or "bfloat16" (half the memory).
+        compile: On an accelerator, let `torch.compile` fuse the passes over the gradients.
 
     Raises:
         ValueError: If an argument is out of range, naming it and ``owner``.
@@ -81,6 +82,7 @@ class GradientFilter:
         stage_lambs: Mapping[int, float] | None = None,
         keep_norm: bool = False,
         ring_dtype: Literal["float32", "bfloat16"] = "float32",
+        compile: bool = False,
         *,
         owner: str = "GradientFilter",
     ) -> None:
@@ -112,6 +114,7 @@ class GradientFilter:
         self.stage_lambs = dict(stage_lambs or {})
         self.keep_norm = keep_norm
         self.ring_dtype = torch.bfloat16 if ring_dtype == "bfloat16" else torch.float32
+        self.compile = compile
 
         self._steps = 0
         self._skipped_steps = 0
@@ -230,24 +233,27 @@ class GradientFilter:
         values, slow = list(shards.values()), [local_part(self._slow[name]) for name in shards]
         if self.filter == "ma":
             counts, rings = [unread.counts[name] for name in shards], [local_part(self._rings[name]) for name in shards]
-            F.ma_where_(values, rings, slow, counts, ok, refreshed=unread.calls)
+            self._fused(F.ma_where_)(values, rings, slow, counts, ok)
+            F.refresh_totals_(rings, slow, unread.calls)
             scale = scale / self.window_size
             scales = [torch.where(count[0] >= self.window_size, scale, torch.zeros_like(scale)) for count in counts]
+            self._fused(F.add_scaled_by_)(values, slow, scales)
+        elif self.filter == "ema":
+            self._fused(F.ema_step_)(values, slow, ok, scale, alpha=self.alpha)
         else:
-            F.ema_where_(values, slow, ok, alpha=self.alpha)
-            scales = [scale] * len(values)
-        if self.filter == "projection":
-            dots = _sum_over_shards(F.inner_products(values, slow), grads)
-            squares = _sum_over_shards(F.squared_norms(slow), grads)
+            products = self._fused(F.ema_products_where_)(values, slow, ok, alpha=self.alpha)
+            dots, squares = (_sum_over_shards(product, grads) for product in products)
             shares = torch.where(ok, dots / squares.clamp_min(torch.finfo(squares.dtype).tiny), 0.0)
-            scales = list((scale * shares).unbind())
-        F.add_scaled_by_(values, slow, scales)
+            self._fused(F.add_scaled_by_)(values, slow, list((scale * shares).unbind()))
         if self.keep_norm:
             after = _global_square(grads, shards)
             right = ok & (after > 0) & after.isfinite()
             factor = torch.where(right, (square / after).sqrt(), torch.ones_like(after))
             torch._foreach_mul_(values, factor)
         unread.end_step(ok)
+
+    def _fused(self, function: Any) -> Any:
+        return _compiled(function) if self.compile else function
 
     def _unread_lamb(
         self, grads: Mapping[str, Tensor], shards: Mapping[str, Tensor], square: Tensor, ok: Tensor, stage: int | None
@@ -365,6 +371,12 @@ class GradientFilter:
         self._smoothed_cosine = state_dict["smoothed_cosine"]
         self._slow, self._rings, self._counts, self._unread = {}, {}, {}, None
         self._pending = {name: dict(saved) for name, saved in state_dict["buffers"].items()}
+
+
+@cache
+def _compiled(function: Any) -> Any:
+    # What a window of 16 bits has rounded is what is subtracted later: rounding must not be fused away.
+    return torch.compile(function, dynamic=False, options={"emulate_precision_casts": True})
 
 
 def _full(tensor: Tensor) -> Tensor:

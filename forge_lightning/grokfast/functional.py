@@ -253,14 +253,28 @@ def ema_where_(grads: Sequence[Tensor], emas: Sequence[Tensor], ok: Tensor, *, a
 
 
 @torch.no_grad()
+def ema_step_(grads: Sequence[Tensor], emas: Sequence[Tensor], ok: Tensor, scale: Tensor, *, alpha: float) -> None:
+    """`ema_where_`, and to each gradient ``scale``, a scalar on the device, times its EMA: one pass where it is compiled."""
+    ema_where_(grads, emas, ok, alpha=alpha)
+    add_scaled_by_(grads, emas, [scale] * len(grads))
+
+
+@torch.no_grad()
+def ema_products_where_(
+    grads: Sequence[Tensor], emas: Sequence[Tensor], ok: Tensor, *, alpha: float
+) -> tuple[Tensor, Tensor]:
+    """`ema_where_`, and the inner products that `ema_products_` returns."""
+    ema_where_(grads, emas, ok, alpha=alpha)
+    return inner_products(grads, emas), squared_norms(emas)
+
+
+@torch.no_grad()
 def ma_where_(
     grads: Sequence[Tensor],
     rings: Sequence[Tensor],
     totals: Sequence[Tensor],
     counts: Sequence[Tensor],
     ok: Tensor,
-    *,
-    refreshed: int,
 ) -> None:
     """First half of `ma_filter_` in place where ``ok`` is true: rings, sums and counts take the gradients.
 
@@ -270,17 +284,21 @@ def ma_where_(
         totals: Sum of each ring over its first dimension, each ``(*)``.
         counts: Gradients that each ring took before this call, each ``(1,)`` int64.
         ok: Whether the gradients are finite, a boolean scalar.
-        refreshed: Number whose remainder by ``W`` says which sums are made afresh from their rings.
     """
-    for index, (grad, ring, total, count) in enumerate(zip(grads, rings, totals, counts, strict=True)):
+    for grad, ring, total, count in zip(grads, rings, totals, counts, strict=True):
         place = count % len(ring)
         old = ring.index_select(0, place)
         new = torch.where(ok, grad.to(ring.dtype).unsqueeze(0), old)
         ring.index_copy_(0, place, new)
         total.copy_(torch.where(ok, total - old[0].to(total.dtype) + new[0].to(total.dtype), total))
-        if refreshed % len(ring) == index % len(ring):
-            torch.sum(ring, 0, dtype=total.dtype, out=total)
         count.add_(ok)
+
+
+@torch.no_grad()
+def refresh_totals_(rings: Sequence[Tensor], totals: Sequence[Tensor], turn: int) -> None:
+    """Sum afresh from its ring every ``W``-th of the sums, those whose turn it is, against rounding errors."""
+    for ring, total in list(zip(rings, totals, strict=True))[turn % len(rings[0]) :: len(rings[0])]:
+        torch.sum(ring, 0, dtype=total.dtype, out=total)
 
 
 @torch.no_grad()

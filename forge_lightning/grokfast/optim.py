@@ -46,14 +46,6 @@ class _Grokfast(Optimizer):
             self._filter.load_state_dict(state_dict["grokfast"])
 
 
-def _refuse(name: str, options: dict[str, Any]) -> None:
-    if options.get("fused"):
-        raise ValueError(
-            f"`{name}(fused=True)`: under a GradScaler a fused optimizer unscales inside its step, after the filter."
-            " Leave `fused` out; `foreach` is nearly as fast."
-        )
-
-
 class GrokfastAdamW(_Grokfast, AdamW):
     """`torch.optim.AdamW` whose gradients pass a Grokfast filter. Equal to it bit by bit for ``lamb=0``.
 
@@ -69,10 +61,11 @@ class GrokfastAdamW(_Grokfast, AdamW):
         window_size: Gradients that "ma" averages.
         schedule: "constant", "linear_warmup" or "cosine_similarity".
         keep_norm: Rescale the filtered gradient to the norm it had.
+        compile: On a GPU, let `torch.compile` fuse the filter's passes over the gradients.
         **kwargs: `torch.optim.AdamW`'s own: ``betas``, ``eps``, ``weight_decay``, ``amsgrad``, ``foreach``, ...
 
     Raises:
-        ValueError: If an argument is out of range, or ``fused=True``.
+        ValueError: If an argument is out of range.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2))
@@ -94,13 +87,14 @@ class GrokfastAdamW(_Grokfast, AdamW):
         window_size: int = 100,
         schedule: ScheduleName = "constant",
         keep_norm: bool = False,
+        compile: bool = False,
         **kwargs: Any,
     ) -> None:
-        _refuse("GrokfastAdamW", kwargs)
         self._filter = GradientFilter(
-            filter, alpha, lamb, window_size, schedule, keep_norm=keep_norm, owner="GrokfastAdamW"
+            filter, alpha, lamb, window_size, schedule, keep_norm=keep_norm, compile=compile, owner="GrokfastAdamW"
         )
         super().__init__(params, lr=lr, **kwargs)
+        self._step_supports_amp_scaling = False  # a scaler has to unscale before the filter, not inside a fused step
 
 
 class GrokfastSGD(_Grokfast, SGD):
@@ -117,10 +111,11 @@ class GrokfastSGD(_Grokfast, SGD):
         window_size: Gradients that "ma" averages.
         schedule: "constant", "linear_warmup" or "cosine_similarity".
         keep_norm: Rescale the filtered gradient to the norm it had.
+        compile: On a GPU, let `torch.compile` fuse the filter's passes over the gradients.
         **kwargs: `torch.optim.SGD`'s own: ``momentum``, ``weight_decay``, ``nesterov``, ``foreach``, ...
 
     Raises:
-        ValueError: If an argument is out of range, or ``fused=True``.
+        ValueError: If an argument is out of range.
     """
 
     def __init__(
@@ -134,10 +129,11 @@ class GrokfastSGD(_Grokfast, SGD):
         window_size: int = 100,
         schedule: ScheduleName = "constant",
         keep_norm: bool = False,
+        compile: bool = False,
         **kwargs: Any,
     ) -> None:
-        _refuse("GrokfastSGD", kwargs)
         self._filter = GradientFilter(
-            filter, alpha, lamb, window_size, schedule, keep_norm=keep_norm, owner="GrokfastSGD"
+            filter, alpha, lamb, window_size, schedule, keep_norm=keep_norm, compile=compile, owner="GrokfastSGD"
         )
         super().__init__(params, lr=lr, **kwargs)
+        self._step_supports_amp_scaling = False  # a scaler has to unscale before the filter, not inside a fused step

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from forge_lightning.core.activations import activation_of, is_positions_first
 from forge_lightning.core.batch import PositionFields
-from forge_lightning.core.device import reads_are_free
+from forge_lightning.core.device import HostCopy, reads_are_free
 from forge_lightning.core.hooks import Hook
 from forge_lightning.core.layers import network_modules, output_layer, output_width, select_layers
 from forge_lightning.core.validate import require
@@ -119,6 +119,7 @@ class SelfModelHead(nn.Module):
         self._checked = False
         self._error: ValueError | None = None
         self._layer_losses: list[float] = []
+        self._unread: HostCopy | None = None  # errors of the step before
         self._top_ranks: list[float] = []
         self._answer = 1.0
         self._num_watched = 0
@@ -241,6 +242,7 @@ class SelfModelHead(nn.Module):
             "answer": self._answer,
             "num_watched": self._num_watched,
             "next_watch": self._next_watch,
+            "unread": None if self._unread is None else self._unread.read()["losses"].tolist(),
         }
 
     def load_running_state(self, state: Mapping[str, Any]) -> None:
@@ -248,6 +250,8 @@ class SelfModelHead(nn.Module):
         self._layer_losses, self._top_ranks = list(state["layer_losses"]), list(state["top_ranks"])
         self._answer, self._num_watched = state["answer"], state["num_watched"]
         self._next_watch = state["next_watch"]
+        unread = state.get("unread")
+        self._unread = None if unread is None else HostCopy.here({"losses": torch.tensor(unread, dtype=torch.float64)})
 
     def take_settings(self, other: "SelfModelHead") -> None:
         """Take over the settings of another head that is not attached yet.
@@ -405,7 +409,7 @@ class SelfModelHead(nn.Module):
             error, spread, copy_error, count = (reduce(table) if reduce else table).unbind(1)
             losses = torch.where(count > 0, error / count, math.nan)
             if self.adaptive:
-                self._take_losses(losses.tolist())
+                self._learn_losses(losses)
             if measure:
                 metrics["loss"] = float(losses.nanmean())
                 metrics["weight"] = self.current_weight(step - 1)
@@ -422,6 +426,15 @@ class SelfModelHead(nn.Module):
     def _forget_step(self) -> None:
         self._sums: dict[int, Tensor] = {}
         self._watched: dict[int, list[Tensor]] = {}
+
+    def _learn_losses(self, losses: Tensor) -> None:
+        """Let a step's errors enter the running ones; on an accelerator a step later, when they can be read."""
+        before, self._unread = self._unread, HostCopy({"losses": losses})
+        if before is not None:
+            self._take_losses(before.read()["losses"].tolist())
+        if reads_are_free(losses.device):
+            self._take_losses(losses.tolist())
+            self._unread = None
 
     def _take_losses(self, losses: Sequence[float]) -> None:
         for index, loss in enumerate(losses):

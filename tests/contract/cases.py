@@ -98,7 +98,7 @@ def edge_controller(policy, low, more=()) -> Case:
     )
 
 
-def self_model(id: str, targets, exempt=(), **kwargs) -> Case:
+def self_model(id: str, targets, exempt=(), lags=False, **kwargs) -> Case:
     options = {"warmup_steps": 3, "watch_every_n_steps": 2, **kwargs}
     logs = {f"forge/self_model/net.{n}/{key}" for n in targets for key in HEAD_LOGS}
     return Case(
@@ -113,6 +113,7 @@ def self_model(id: str, targets, exempt=(), **kwargs) -> Case:
             "foreign_modules: PartlyFrozen": "all that could learn to be predictable is frozen there, and it says so",
             "checkpoints_cross": "the head's weights are in the optimizer, whose state must fit",
         },
+        lags=lags,
     )
 
 
@@ -171,7 +172,7 @@ CASES = [
     self_model(
         "self-model-paper",
         targets=(0, 1),
-        exempt={"no_waiting": "`adaptive=True` reads the error of each layer at every step"},
+        lags=True,
         layers=["net.0", "net.1"],
         adaptive=True,
     ),

@@ -100,9 +100,28 @@ def test_the_state_of_a_plain_optimizer_loads():
     train(a, ours, 5, start=5)
 
 
-def test_fused_and_bad_arguments_are_refused():
-    with pytest.raises(ValueError, match=r"`GrokfastAdamW\(fused=True\)`"):
-        GrokfastAdamW(net().parameters(), fused=True)
+@pytest.mark.parametrize("kind", [GrokfastAdamW, GrokfastSGD])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_a_fused_step_comes_to_the_same_also_under_a_scaler(kind, scaled):
+    found = []
+    for fused in (False, True):
+        model = net()
+        optimizer = kind(model.parameters(), lr=0.01, alpha=0.9, fused=fused)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, enabled=scaled)
+        for step in range(10):
+            optimizer.zero_grad()
+            loss = model(torch.randn(16, 4, generator=torch.Generator().manual_seed(step))).pow(2).mean()
+            if step == 4:
+                loss = loss * (torch.inf if scaled else 1)
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    assert found[0].isfinite().all()
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
+
+
+def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match=r"`GrokfastSGD\(alpha=2\)` must be in"):
         GrokfastSGD(net().parameters(), alpha=2)
 

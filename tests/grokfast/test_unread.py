@@ -1,6 +1,7 @@
 """Steps that read nothing from the device come to the same as those that do."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
@@ -172,3 +173,31 @@ def test_gradients_that_are_orthogonal_do_not_turn_the_filter_on(on_an_accelerat
     gradient_filter(grads)
     assert gradient_filter.smoothed_cosine == 0.0
     assert torch.equal(grads["a"], torch.tensor([0.0, 1.0]))
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of inductor
+def test_compiled_passes_come_to_the_same_and_are_compiled_once(options, backend, on_an_accelerator, monkeypatch):
+    if backend != "inductor":
+        made = cache(lambda function: torch.compile(function, dynamic=False, backend=backend))
+        monkeypatch.setattr(module, "_compiled", made)
+    on_an_accelerator()
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    given = steps(12, [(5, math.nan)])
+    expected = run(GradientFilter(**options), given, measured=(7,), stage=1)
+    ours = GradientFilter(**options, compile=True)
+    found = run(ours, given[:4], stage=1)
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert graphs >= 1
+    found += run(ours, given[4:], measured=(3,), stage=1)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+    for step, wanted in zip(found, expected, strict=True):
+        for name in wanted:
+            torch.testing.assert_close(step[name], wanted[name], equal_nan=True, atol=1e-6, rtol=1e-6)
+
+
+def test_compile_is_for_accelerators(monkeypatch):
+    monkeypatch.setattr(module, "_compiled", None)
+    assert run(GradientFilter(compile=True), steps(3))[0].keys() == {"0", "1", "2"}
