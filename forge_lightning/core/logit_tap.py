@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from forge_lightning.core.batch import LABEL_NAMES, field_of
 from forge_lightning.core.hooks import Hook
 from forge_lightning.core.layers import plain_name
+from forge_lightning.core.token_loss import token_loss
 from forge_lightning.core.tokens import IGNORED
 
 _COMMON = ("model", "net", "network")
@@ -290,9 +291,9 @@ def scores_of_rows(logits: Tensor, labels: Tensor, shift: bool) -> tuple[Tensor,
         labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
     known = labels != IGNORED
     count = known.sum(1)
-    losses = F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+    losses, likeliest = token_loss(logits, labels)
     losses = losses[:, :-1] if shift else losses
-    right = ((logits.argmax(-1) == labels) | ~known).all(1).float()
+    right = ((likeliest == labels) | ~known).all(1).float()
     nothing = torch.full_like(right, torch.nan)
     return torch.where(count > 0, losses.sum(1) / count, nothing), torch.where(count > 0, right, nothing)
 

@@ -16,13 +16,12 @@ from forge_lightning.core.logit_tap import (
     predicted_rows,
     scores_of_rows,
 )
+from forge_lightning.core.token_loss import row_chunks
 from forge_lightning.core.tokens import IGNORED
 from forge_lightning.dream.functional import stored_logit_loss, top_logits
 
 KEPT = ("stored_values", "stored_classes", "stored_total")
 """Names of the stored parts of an example's logits."""
-_CHUNK = 1 << 24
-"""Logits that are copied to fp32 at once."""
 LABELLED = "labelled"
 """Name of what says to which positions they belong."""
 _LEAST = -60_000.0
@@ -147,7 +146,7 @@ class RowScores:
         known = labels_of_places(rows, of_rows, None, self.shifted)[1]
         assert known is not None, "there are labels"
         flat = rows.detach().flatten(0, -2)
-        chunks = [top_logits(chunk, top_k) for chunk in flat.split(max(1, _CHUNK // flat.shape[1]))]
+        chunks = [top_logits(flat[part], top_k) for part in row_chunks(flat)]
         values, classes, total = map(torch.cat, zip(*chunks, strict=True))
         parts = (*zip(KEPT, (values.clamp(min=_LEAST).half(), classes, total), strict=True), (LABELLED, known))
         return {name: tensor.unflatten(0, (count, -1)) for name, tensor in parts}

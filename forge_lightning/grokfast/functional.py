@@ -254,7 +254,7 @@ def ema_where_(grads: Sequence[Tensor], emas: Sequence[Tensor], ok: Tensor, *, a
 
 @torch.no_grad()
 def ema_step_(grads: Sequence[Tensor], emas: Sequence[Tensor], ok: Tensor, scale: Tensor, *, alpha: float) -> None:
-    """`ema_where_`, and to each gradient ``scale``, a scalar on the device, times its EMA: one pass where it is compiled."""
+    """`ema_where_`, and to each gradient ``scale``, a scalar on the device, times its EMA. Compiled, it is one pass."""
     ema_where_(grads, emas, ok, alpha=alpha)
     add_scaled_by_(grads, emas, [scale] * len(grads))
 

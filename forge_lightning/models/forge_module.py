@@ -17,6 +17,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from forge_lightning.core.layers import block_list
 from forge_lightning.core.protocols import SupportsTokenizer
+from forge_lightning.core.token_loss import token_loss
 from forge_lightning.core.tokens import IGNORED, has_vocabulary
 from forge_lightning.models.optimizers import one_group, optimizer_config, weight_decay_groups
 from forge_lightning.self_model.callback import SelfModel, second_head
@@ -212,21 +213,20 @@ class ForgeModule(LightningModule):
         logits = self(batch["input_ids"], batch["attention_mask"])
         # Labels are shifted, as logits without the last position would be a copy of them all.
         target = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORED)
-        token_loss = F.cross_entropy(logits.float().flatten(0, 1), target.flatten(), reduction="none")
-        token_loss, target = token_loss.view_as(target)[:, :-1], target[:, :-1]  # 0 where ignored
+        losses, likeliest = (each[:, :-1] for each in token_loss(logits, target))
+        target = target[:, :-1]
         labelled = target != IGNORED
         with torch.no_grad():
             count = labelled.sum(1)
-            likeliest = logits.argmax(-1)[:, :-1]
             right = (likeliest == target) | ~labelled
-            example_loss = torch.where(count > 0, token_loss.sum(1) / count, torch.nan)
+            example_loss = torch.where(count > 0, losses.sum(1) / count, torch.nan)
             success = torch.where(count > 0, right.all(1).float(), torch.nan)
         outputs = {
-            "loss": token_loss.sum() / labelled.sum().clamp(min=1),  # 0, and no gradient, without any label
+            "loss": losses.sum() / labelled.sum().clamp(min=1),  # 0, and no gradient, without any label
             "example_loss": example_loss.detach(),
             "example_success": success,
             "example_token_accuracy": torch.where(count > 0, 1 - (~right).sum(1) / count, torch.nan),
-            "example_log_likelihood": torch.where(count > 0, -token_loss.sum(1), torch.nan).detach(),
+            "example_log_likelihood": torch.where(count > 0, -losses.sum(1), torch.nan).detach(),
         }
         return outputs, likeliest, target
 

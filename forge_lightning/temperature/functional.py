@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from forge_lightning.calibration.functional import log_probabilities
+from forge_lightning.core.token_loss import row_chunks
 
 
 def temperature_kl(student: Tensor, teacher: Tensor, temperature: float, places: Tensor | None = None) -> Tensor:
@@ -61,26 +62,21 @@ def temperature_kl(student: Tensor, teacher: Tensor, temperature: float, places:
 class _TemperatureKL(torch.autograd.Function):
     """Divergence of rows ``(M, V)``, as many at a time as the processor's cache holds."""
 
-    ON_CPU, ELSEWHERE = 2**17, 2**26
-    """Logits at a time."""
-
     @staticmethod
     def parts(logits: Tensor, places: Tensor | None) -> Iterator[tuple[slice, slice | Tensor]]:
         """Rows of the result, and the rows of the logits that they are of."""
-        at_once = _TemperatureKL.ON_CPU if logits.device.type == "cpu" else _TemperatureKL.ELSEWHERE
-        step = max(1, at_once // max(1, logits.shape[-1]))
-        for start in range(0, len(logits) if places is None else len(places), step):
-            rows = slice(start, start + step)
+        for rows in row_chunks(logits, None if places is None else len(places)):
             yield rows, rows if places is None else places[rows]
 
     @staticmethod
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, temperature: float, places: Tensor | None, wanted: bool
     ) -> Tensor:
-        # Single precision: a loss scale only comes to it in the backward pass.
+        # Not in fp16: a loss scale only comes to it in the backward pass.
         wide = torch.promote_types(student.dtype, torch.float32)
         count = len(student) if places is None else len(places)
-        gradient = student.new_empty(count, student.shape[-1], dtype=wide) if wanted else None
+        kept = student.dtype if student.dtype == torch.bfloat16 else wide
+        gradient = student.new_empty(count, student.shape[-1], dtype=kept) if wanted else None
         divergence = student.new_empty(count, dtype=wide)
         with torch.autocast(student.device.type, enabled=False):
             for rows, part in _TemperatureKL.parts(student, places):

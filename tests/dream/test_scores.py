@@ -173,6 +173,6 @@ def test_logits_are_kept_in_chunks_as_at_once(monkeypatch):
     scores, _ = scored(logits, torch.zeros(3, 7, dtype=torch.int64))
     whole = scores.logits_to_keep(2, 2)
     assert whole["stored_values"].shape == (2, 7, 2)
-    monkeypatch.setattr("forge_lightning.dream.scores._CHUNK", 16)
+    monkeypatch.setattr("forge_lightning.core.token_loss._ON_CPU", 16)
     for name, tensor in scores.logits_to_keep(2, 2).items():
         assert torch.equal(tensor, whole[name]), name

@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-from forge_lightning.temperature import functional as module
 from forge_lightning.temperature.functional import temperature_kl
 from tests.calibration.test_functional import draw
 
@@ -36,7 +35,7 @@ def test_divergence_against_its_definition(temperature):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 @pytest.mark.parametrize("at_once", [1, 20, 10_000])
 def test_gradient_is_that_of_the_definition_and_zero_elsewhere(at_once, dtype, monkeypatch):
-    monkeypatch.setattr(module._TemperatureKL, "ON_CPU", at_once)
+    monkeypatch.setattr("forge_lightning.core.token_loss._ON_CPU", at_once)
     student, teacher = (draw(seed=seed)[0].to(dtype).unflatten(0, (20, 10)) for seed in (0, 1))
     places = torch.tensor([199, 3, 4, 77])
     weights = torch.tensor([1.0, -2.0, 0.5, 3.0], dtype=torch.promote_types(dtype, torch.float32))
