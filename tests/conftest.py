@@ -15,6 +15,16 @@ for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "ligh
     logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def pytest_addoption(parser):
+    parser.addoption("--accelerator", choices=("cpu", "gpu"), help="where the tests train; default: the CPU")
+
+
+def pytest_configure(config):
+    chosen = config.getoption("--accelerator", None)
+    if chosen:
+        os.environ["FORGE_TEST_ACCELERATOR"] = chosen  # before `tests.accelerator` is imported
+
+
 def benchmark_file(variable):
     """The path in an environment variable that names a data set, which the repository does not ship."""
     path = os.environ.get(variable)

@@ -18,8 +18,6 @@ def reads_are_free(device: torch.device) -> bool:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to a device without waiting for it, from pinned memory."""
-    if tensor.device == device:
-        return tensor
     if device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=device.type == "cuda")

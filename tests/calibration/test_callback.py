@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassCalibrationError
 
 from forge_lightning.callbacks import Calibration, DreamReplay, Mix, TemperatureCurriculum
 from forge_lightning.models import ForgeModule
+from tests.accelerator import ACCELERATOR
 from tests.contract.modules import LossOnly
 from tests.contract.rows import fit
 from tests.self_model.test_callback import GPT2, train
@@ -291,7 +292,7 @@ class Weak(OneOutput):
 def test_what_one_output_is_where_all_are_between_0_and_1(where):
     model = Weak()
     model.where = where
-    options = {"logger": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    options = {"logger": False, "enable_progress_bar": False, "accelerator": ACCELERATOR, "devices": 1}
     trainer = pl.Trainer(max_epochs=1, callbacks=[Calibration()], enable_checkpointing=False, **options)
     if where == "training":
         trainer.fit(model)

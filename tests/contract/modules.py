@@ -172,10 +172,10 @@ class Adversarial(LossOnly):
 
     def training_step(self, batch, batch_idx):
         real, of_generator, of_net = batch[0].to(self.dtype), *self.optimizers()
-        noise = torch.randn(len(real), 4, generator=torch.Generator().manual_seed(0)).to(self.dtype)
+        noise = torch.randn(len(real), 4, generator=torch.Generator().manual_seed(0)).to(self.device, self.dtype)
         for optimizer in (of_generator, of_net):
             self.toggle_optimizer(optimizer)
-            made, true = self.generator(noise), torch.ones(len(real), dtype=torch.long)
+            made, true = self.generator(noise), torch.ones(len(real), dtype=torch.long, device=self.device)
             if optimizer is of_generator:
                 loss = nn.functional.cross_entropy(self.net(made), true)
             else:

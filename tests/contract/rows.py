@@ -22,6 +22,7 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.data import DataLoader
 
 from forge_lightning.core.layers import network_modules
+from tests.accelerator import ACCELERATOR, DEVICE
 from tests.contract.modules import (
     FOREIGN,
     SHAPES,
@@ -61,7 +62,7 @@ def made(callbacks=(), module=LossOnly, **kwargs):
     seed_everything(0, verbose=False)  # before the module is built: the same initial weights in every run
     model = ADAPT.get()(module)() if isinstance(module, type) else module
     defaults = {
-        "accelerator": "cpu",
+        "accelerator": ACCELERATOR,
         "devices": 1,
         "max_epochs": 1,
         "logger": False,
@@ -166,7 +167,7 @@ def precisions(case, tmp_path):
 def fp16_overflow(case, tmp_path):
     """The first steps overflow and the scaler drops them; training recovers, and nothing non-finite stays behind."""
     callback = case.build()
-    plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu", init_scale=2.0**20))
+    plugin = MixedPrecision("16-mixed", DEVICE, scaler=torch.amp.GradScaler(DEVICE, init_scale=2.0**20))
     start, _ = fit(max_steps=0)
     model, _ = fit([callback], plugins=[plugin], max_epochs=3)
     assert plugin.scaler.get_scale() < 2.0**20, "no step overflowed: the row tests nothing"
@@ -441,6 +442,7 @@ def no_waiting(case, tmp_path):
     finally:
         ADAPT.reset(token)
     assert not device.waits, "\n".join(f"{count} x {where}" for where, count in device.waits.most_common())
+    assert not device.mixes, "\n".join(f"{count} x {where}" for where, count in device.mixes.most_common())
 
 
 ROWS = [

@@ -8,8 +8,10 @@ from torch.utils.data import DataLoader
 from forge_lightning import callbacks
 from forge_lightning.core.device import HostCopy
 from forge_lightning.models import ForgeModule
+from tests.accelerator import ACCELERATOR
 from tests.contract import rows
 from tests.contract.cases import CASES
+from tests.contract.modules import LossOnly
 from tests.contract.rows import fit
 from tests.contract.waiting import Device, no_free_reads
 from tests.dream.build import dream_replay
@@ -56,6 +58,22 @@ def test_the_double_notes_what_waits(reads, noted):
     assert [name.rpartition(".")[2] for name in device.waits] == ([noted] if noted else [])
 
 
+def test_tensors_of_two_devices_do_not_mix():
+    device = Device()
+    x = device.place(torch.ones(4))
+    with device:
+        x * torch.tensor(2.0)
+        x + torch.ones(4, device=x.device)
+        x + torch.ones(4).to(x.device)
+        x[torch.tensor([0])]
+        x.new_zeros(4).copy_(torch.ones(4))
+        assert not device.mixes
+        x + torch.ones(4)
+        torch.where(x > 0, x, torch.zeros(4))
+        torch.cat([x, torch.zeros(2)])
+    assert [name.rpartition(".")[2] for name in device.mixes] == ["add", "where", "cat"]
+
+
 def test_what_is_computed_lies_there_too_and_a_copy_on_the_host_does_not():
     device = Device()
     net = nn.Linear(4, 2)
@@ -93,6 +111,30 @@ def test_what_is_under_way_belongs_to_the_state(case, row, tmp_path):
             row(case, tmp_path)
     finally:
         rows.ADAPT.reset(token)
+
+
+@pytest.mark.skipif(ACCELERATOR != "gpu", reason="asks the driver of a GPU: `pytest --accelerator gpu`")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+def test_the_driver_sees_no_synchronisation(case):
+    """As the row `no_waiting`, on a GPU itself: from the forward pass to the end of all hooks of callbacks."""
+
+    class There(case.adapt(LossOnly)):
+        def train_dataloader(self):
+            loader = super().train_dataloader()
+            loader.pin_memory = True
+            return loader
+
+        def on_train_batch_start(self, batch, batch_idx):
+            done = self.trainer.global_step  # callbacks with an interval act at even steps
+            torch.cuda.set_sync_debug_mode("error" if done >= 4 and done % 2 == 0 else "default")
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            torch.cuda.set_sync_debug_mode("default")
+
+    try:
+        fit([case.build()], There, max_epochs=2, log_every_n_steps=100)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def batches(count=12):

@@ -24,6 +24,12 @@ WAITS = {
 }  # fmt: skip
 """What reads numbers, or makes a tensor whose size depends on them."""
 FACTORIES = {torch.tensor, torch.as_tensor, torch.from_numpy}
+MAKERS = FACTORIES | {
+    torch.zeros, torch.ones, torch.empty, torch.full, torch.arange, torch.linspace, torch.eye, torch.rand, torch.randn,
+    torch.randint, torch.randperm, torch.zeros_like, torch.ones_like, torch.full_like, torch.empty_like,
+}  # fmt: skip
+MOVES = {Tensor.to, Tensor.copy_, Tensor.cpu, Tensor.__getitem__, Tensor.__setitem__, Tensor.type_as, Tensor.numpy}
+"""What may take tensors of two devices."""
 READS = "reads_are_free"
 
 
@@ -31,13 +37,15 @@ class Device(TorchFunctionMode):
     """Tensors on the device are those that `place` has seen, and what is computed with them.
 
     While `listening`, `waits` counts calls from this repository that would wait for the device, by place and function.
-    A `HostCopy` that is read before `next_step` waits too.
+    A `HostCopy` that is read before `next_step` waits too. `mixes` counts, all the time, calls that would fail, with
+    tensors of the device and of the host.
     """
 
     def __init__(self):
         super().__init__()
         self.listening = False
         self.waits = Counter()
+        self.mixes = Counter()
         self.steps = 0
         self._made = WeakKeyDictionary()  # the step in which each copy was
 
@@ -78,6 +86,8 @@ class Device(TorchFunctionMode):
             return func(*args, **kwargs)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         on_device = any(lies_there(t) for t in tensors)
+        if on_device and func not in MOVES and any(t.ndim and not lies_there(t) for t in tensors):
+            self.note(func, self.mixes)
         if on_device:
             home = to_host(func, args, kwargs)
             if func in WAITS or (home and not kwargs.get("non_blocking")) or takes_a_number(func, args, kwargs):
@@ -85,21 +95,27 @@ class Device(TorchFunctionMode):
             if home:
                 result = func(*args, **kwargs)
                 return result.view_as(result) if result is args[0] and func is not Tensor.copy_ else result
-        elif func in FACTORIES and isinstance(kwargs.get("device"), torch.device):
-            self.note(func)
+        elif func in MAKERS and isinstance(kwargs.get("device"), torch.device):
+            if func in FACTORIES:
+                self.note(func)
             on_device = True
+        elif func is Tensor.to and any(isinstance(a, torch.device) for a in (*args[1:], kwargs.get("device"))):
+            result = func(*args, **kwargs)
+            return self.place(result.view_as(result) if result is args[0] else result)
         result = func(*args, **kwargs)
         return self.place(result) if on_device else result
 
-    def note(self, func):
-        if not self.listening:
+    def note(self, func, counter=None):
+        """Count a call by the line of this repository that made it."""
+        counter = self.waits if counter is None else counter
+        if not self.listening and counter is self.waits:
             return
         frame = sys._getframe(1)
         while frame is not None and (frame.f_code.co_filename == __file__ or "/torch/" in frame.f_code.co_filename):
             frame = frame.f_back
         path = Path("" if frame is None else frame.f_code.co_filename)
         if path.is_relative_to(ROOT) and "site-packages" not in path.parts:  # Lightning's own are not ours to mend
-            self.waits[f"{path.relative_to(ROOT)}:{frame.f_lineno}: {resolve_name(func) or func}"] += 1
+            counter[f"{path.relative_to(ROOT)}:{frame.f_lineno}: {resolve_name(func) or func}"] += 1
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from forge_lightning.dream.progress import Progress
 from forge_lightning.dream.session import ReplayStep
 from forge_lightning.models import ForgeModule
 from forge_lightning.sandbox import Sandbox
+from tests.accelerator import ACCELERATOR, QUIET
 from tests.cli.test_full_suite import StopsInSleep
 from tests.contract.modules import LossOnly, Plain, Regression, Stateful, TwoOptimizers, examples, with_choices
 from tests.contract.rows import fit, weights
@@ -418,8 +419,7 @@ def fit_model(callbacks, data, config=TINY, ckpt_path=None, **kwargs):
     from lightning.pytorch import Trainer, seed_everything
 
     seed_everything(0, verbose=False)
-    defaults = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    defaults |= {"enable_model_summary": False, "limit_val_batches": 0}
+    defaults = {**QUIET, "enable_model_summary": False, "limit_val_batches": 0}
     trainer = Trainer(**defaults | {"callbacks": callbacks} | kwargs)
     model = ForgeModule(config=config)
     trainer.fit(model, datamodule=data, ckpt_path=ckpt_path)
@@ -448,8 +448,7 @@ def test_variants_of_programs_are_run_stored_and_trained_on(mode, offline):
     from lightning.pytorch import Trainer, seed_everything
 
     seed_everything(0, verbose=False)
-    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(callbacks=[replay], max_steps=12, limit_val_batches=0, enable_model_summary=False, **quiet)
+    trainer = Trainer(callbacks=[replay], max_steps=12, limit_val_batches=0, enable_model_summary=False, **QUIET)
     model = Remembers(config=TINY)
     trainer.fit(model, datamodule=data)
     assert len(replay.memory.programs) >= 4
@@ -480,10 +479,9 @@ def test_programs_of_the_models_own_are_stored_where_they_pass(offline):
     from lightning.pytorch import Trainer, seed_everything
 
     seed_everything(0, verbose=False)
-    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     options = SLEEPS | {"batch_size": 4, "temperatures": [0.2, 0.6, 1.0], "problems_per_cycle": 2}
     replay = dream_replay(**options)
-    trainer = Trainer(callbacks=[replay], max_steps=8, limit_val_batches=0, enable_model_summary=False, **quiet)
+    trainer = Trainer(callbacks=[replay], max_steps=8, limit_val_batches=0, enable_model_summary=False, **QUIET)
     trainer.fit(Writes(config=TINY), datamodule=data)
     assert asked == [0.2, 0.6, 1.0] * 2
     rows = replay.memory.programs.read(replay.memory.programs.slots()).rows
@@ -768,7 +766,7 @@ def test_ragged_batches_without_a_mask_are_refused():
             return DataLoader([(torch.ones(4, n), torch.zeros(4, dtype=torch.long)) for n in (9, 7)], batch_size=None)
 
         def loss(self, batch):
-            return self.net(torch.ones(4, 8)).square().mean() * batch[0].mean()
+            return self.net(torch.ones(4, 8, device=self.device)).square().mean() * batch[0].mean()
 
     with pytest.raises(
         MisconfigurationException, match="'0' has length 7, and stored examples 9. Where lengths differ"
@@ -985,7 +983,13 @@ def test_second_fit_knows_examples_by_number_and_content(tmp_path):
     for letter in "aba":
         data = TextData(str(tmp_path / f"{letter}.txt"), block_size=16, batch_size=6)
         options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-        options |= {"enable_model_summary": False, "limit_val_batches": 0, "accelerator": "cpu", "max_epochs": 1}
+        options |= {
+            "enable_model_summary": False,
+            "limit_val_batches": 0,
+            "accelerator": ACCELERATOR,
+            "devices": 1,
+            "max_epochs": 1,
+        }
         Trainer(callbacks=[callback], **options).fit(module, datamodule=data)
         first = callback.memory.buffer.read(callback.memory.buffer.slots()).rows["input_ids"][:, 0]
         stored.append([int((first == ord(letter) + 3).sum()) for letter in "ab"])

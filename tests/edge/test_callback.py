@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from forge_lightning.callbacks import EdgeController
 from forge_lightning.data import DifficultySampler, GeneratedTasks
+from tests.accelerator import ACCELERATOR, QUIET
 from tests.contract.modules import LossOnly, Plain, TwoOptimizers, examples, with_choices
 from tests.contract.rows import fit
 
@@ -22,7 +23,7 @@ class Learner(Plain):
 
     def training_step(self, batch, batch_idx):
         chance = torch.sigmoid(2 * (self.skill - batch[2]))
-        success = (torch.rand(len(chance), generator=self.draws) < chance).float()
+        success = (torch.rand(len(chance), generator=self.draws).to(self.device) < chance).float()
         return {"loss": super().training_step(batch[:2], batch_idx), "example_success": success}
 
     def train_dataloader(self):
@@ -181,7 +182,7 @@ def test_features_of_the_datamodule_are_used_and_executed_programs_are_a_signal(
     from lightning.pytorch import Trainer
 
     trainer = Trainer(
-        accelerator="cpu", max_steps=9, max_epochs=-1, logger=CSVLogger(tmp_path, name="", version=""),
+        accelerator=ACCELERATOR, devices=1, max_steps=9, max_epochs=-1, logger=CSVLogger(tmp_path, name="", version=""),
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
         log_every_n_steps=1, callbacks=[controller, evaluation],
     )  # fmt: skip
@@ -201,7 +202,7 @@ def test_generated_levels_follow_the_skill(tmp_path):
 
         def training_step(self, batch, batch_idx):
             chance = torch.sigmoid(2 * (5 - batch["level"]))
-            loss = self.net(torch.randn(4, 8)).square().mean()
+            loss = self.net(torch.randn(4, 8).to(self.device)).square().mean()
             return {"loss": loss, "example_success": torch.bernoulli(chance)}
 
         train_dataloader = val_dataloader = None
@@ -217,9 +218,12 @@ def test_generated_levels_follow_the_skill(tmp_path):
     for families in (["addition"], ["addition", "expression"]):
         seen.clear()
         trainer = Trainer(
-            accelerator="cpu", max_steps=150, logger=False, enable_checkpointing=False, enable_progress_bar=False,
-            enable_model_summary=False, limit_val_batches=0, callbacks=[EdgeController(), Levels()],
-        )  # fmt: skip
+            **QUIET,
+            max_steps=150,
+            enable_model_summary=False,
+            limit_val_batches=0,
+            callbacks=[EdgeController(), Levels()],
+        )
         trainer.fit(Guesses(), GeneratedTasks(families, max_level=10))
         assert sum(seen[-50:]) / 50 == pytest.approx(4.7, abs=0.6)
 
@@ -326,7 +330,7 @@ def test_where_there_is_no_edge_it_says_so_and_draws_all_alike(skill, says):
     class Beyond(Learner):
         def training_step(self, batch, batch_idx):
             returned = super().training_step(batch, batch_idx)
-            slips = torch.rand(len(batch[0]), generator=self.draws) < 0.05
+            slips = torch.rand(len(batch[0]), generator=self.draws).to(self.device) < 0.05
             return returned | {
                 "example_success": torch.where(slips, 1 - returned["example_success"], returned["example_success"])
             }

@@ -26,6 +26,7 @@ from forge_lightning.callbacks import GeometryProbe, RNGState
 from forge_lightning.geometry.estimators import estimate
 from forge_lightning.models import ForgeModule
 from tests import processes
+from tests.accelerator import ACCELERATOR
 from tests.contract.modules import LossOnly, Plain, Stateful, examples, with_batches_of
 from tests.contract.rows import fit, weights
 
@@ -126,7 +127,7 @@ class AtFixedWeights(Callback):
         self.found = {}
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        x = trainer.train_dataloader.dataset.tensors[0]
+        x = trainer.train_dataloader.dataset.tensors[0].to(pl_module.device)
         with torch.no_grad():
             self.found[trainer.global_step] = estimate(pl_module.net[:2](x), ("levina_bickel",))["levina_bickel"]
 
@@ -267,7 +268,8 @@ def language_model(data=None, **options):
     collects, probe = Collects(), GeometryProbe(every_n_steps=1, num_points=64, max_overhead=None)
     seed_everything(0, verbose=False)
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=ACCELERATOR,
+        devices=1,
         max_steps=2,
         callbacks=[probe, collects],
         logger=False,
@@ -464,7 +466,7 @@ def test_a_fall_of_the_dimension_is_an_event_that_survives():
             self.net = nn.Sequential(nn.Identity(), nn.Linear(8, 2))
 
         def loss(self, batch):
-            scale = torch.ones(8)
+            scale = torch.ones(8, device=self.device)
             scale[1:] = 1.0 if self.global_step < 60 else 1e-3
             return super().loss((batch[0] * scale, batch[1])) * (1.0 if self.global_step < 3 else 0.01)
 

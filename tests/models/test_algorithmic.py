@@ -7,6 +7,7 @@ from torch import nn
 from forge_lightning.data import AlgorithmicData
 from forge_lightning.models import AlgorithmicModule
 from forge_lightning.models.algorithmic import Decoder
+from tests.accelerator import ACCELERATOR
 
 
 def whole_forward(model, tokens):
@@ -40,7 +41,8 @@ def test_the_last_position_alone_gives_the_logits_and_gradients_of_the_whole():
 def fit(module, data, **kwargs):
     seed_everything(0, verbose=False)
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=ACCELERATOR,
+        devices=1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

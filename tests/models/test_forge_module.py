@@ -15,6 +15,7 @@ from forge_lightning.models import ForgeModule
 from forge_lightning.models.forge_module import decoder_layers
 from forge_lightning.models.optimizers import weight_decay_groups
 from forge_lightning.optim import MuonAdamW
+from tests.accelerator import QUIET
 
 SHAPES = {
     "gpt2": {"model_type": "gpt2", "n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 256},
@@ -51,7 +52,7 @@ def batch_of(module, *lengths, prompt=3):
 
 def fit(module, data, **kwargs):
     defaults = {
-        "accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False,
+        **QUIET,
         "enable_model_summary": False, "num_sanity_val_steps": 0, "max_steps": 4,
     }  # fmt: skip
     ckpt_path = kwargs.pop("ckpt_path", None)

@@ -15,6 +15,7 @@ from forge_lightning.components import SelfModelHead
 from forge_lightning.data import AlgorithmicData, TextData
 from forge_lightning.models import AlgorithmicModule, ForgeModule
 from forge_lightning.optim import MuonAdamW
+from tests.accelerator import QUIET
 from tests.contract.modules import LossOnly, Plain, TwoOptimizers
 from tests.contract.rows import fit, weights
 
@@ -39,8 +40,13 @@ def text(tmp_path):
 
 def train(module, data, callbacks=(), ckpt_path=None, **kwargs):
     seed_everything(0, verbose=False)
-    defaults = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    defaults |= {"enable_model_summary": False, "max_steps": 10, "num_sanity_val_steps": 0, "limit_val_batches": 1}
+    defaults = {
+        **QUIET,
+        "enable_model_summary": False,
+        "max_steps": 10,
+        "num_sanity_val_steps": 0,
+        "limit_val_batches": 1,
+    }
     trainer = Trainer(**defaults | {"callbacks": list(callbacks)} | kwargs)
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return module, trainer
@@ -328,8 +334,7 @@ def test_an_optimizer_of_matrices_alone_is_refused():
 
 
 def quiet_trainer(**options):
-    quiet = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
-    quiet |= {"enable_model_summary": False, "max_steps": 2, "num_sanity_val_steps": 0, "limit_val_batches": 1}
+    quiet = {**QUIET, "enable_model_summary": False, "max_steps": 2, "num_sanity_val_steps": 0, "limit_val_batches": 1}
     return Trainer(**quiet | options)
 
 

@@ -13,6 +13,7 @@ from forge_lightning.core.trace import read_rows
 from forge_lightning.data import AlgorithmicData
 from forge_lightning.models import AlgorithmicModule
 from forge_lightning.stages.classifier import replay
+from tests.accelerator import ACCELERATOR
 from tests.contract.modules import LossOnly, Plain, Stateful, TwoOptimizers
 from tests.contract.rows import fit
 
@@ -143,7 +144,8 @@ def test_resume_names_the_same_stages(tmp_path, every):
 def test_what_was_found_online_is_found_again_in_the_trace(tmp_path):
     classifier = StageClassifier()
     trainer = Trainer(
-        accelerator="cpu",
+        accelerator=ACCELERATOR,
+        devices=1,
         max_steps=300,
         max_epochs=-1,
         logger=CSVLogger(tmp_path, name="", version=""),

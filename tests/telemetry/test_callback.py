@@ -16,6 +16,7 @@ from forge_lightning.data import AlgorithmicData
 from forge_lightning.models import AlgorithmicModule
 from forge_lightning.telemetry import step_timer
 from forge_lightning.telemetry.callback import _Record
+from tests.accelerator import ACCELERATOR
 from tests.contract.modules import LossOnly, Plain, RaisesAtStep, Stateful, TwoOptimizers
 from tests.contract.rows import fit
 
@@ -93,7 +94,8 @@ def test_a_module_of_ours_tells_success_perplexity_and_tokens(tmp_path):
     from lightning.pytorch import Trainer
 
     trainer = Trainer(
-        accelerator="cpu", max_steps=3, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=1,
+        accelerator=ACCELERATOR, devices=1, max_steps=3, log_every_n_steps=1,
+        logger=CSVLogger(tmp_path, name="", version=""),
         callbacks=[Telemetry()], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
         limit_val_batches=0,
     )  # fmt: skip

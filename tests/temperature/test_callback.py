@@ -248,7 +248,7 @@ def test_calls_without_a_gradient_do_not_count():
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
             with torch.no_grad():
-                self.net(torch.zeros(3, 8))
+                self.net(torch.zeros(3, 8, device=self.device))
             return loss
 
     looks, _ = fit([TemperatureCurriculum(**FIXED)], Looks)
