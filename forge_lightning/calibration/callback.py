@@ -17,6 +17,7 @@ from torch import Tensor
 from forge_lightning.calibration.metrics import CalibrationMetric, FittedTemperature
 from forge_lightning.core.callback import ForgeCallback, is_dev_run, loss_of_step, run_directory
 from forge_lightning.core.distributed import broadcast_from_rank_zero, max_over_ranks, sum_over_ranks
+from forge_lightning.core.hooks import compile_anew
 from forge_lightning.core.labels import (
     LabelReader,
     MiscountedError,
@@ -257,6 +258,7 @@ class Calibration(ForgeCallback):
         self._reader = LabelReader(self.labels, shifted=self._shifted, ignore_index=self.ignore_index)
         self._why_not = "no batch came"
         self._tap = LogitTap(network)
+        compile_anew(pl_module)
 
     def _begin(self, pl_module: LightningModule) -> None:
         if self._tap is None:

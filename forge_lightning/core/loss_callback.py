@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from forge_lightning.core.callback import ForgeCallback, is_logging_step, is_skipped
 from forge_lightning.core.distributed import mean_over_ranks
+from forge_lightning.core.hooks import compile_anew
 from forge_lightning.core.labels import LabelReader, NoClassesError
 from forge_lightning.core.logit_tap import LogitTap, find_network, is_shifted, predicted_rows
 from forge_lightning.core.loss_terms import add_loss_term, no_backward, remove_loss_term
@@ -151,6 +152,7 @@ class LogitLossCallback(LossCallback):
         self._shifted = is_shifted(network) if self.shift is None else self.shift
         self._reader = LabelReader(self.labels, self.mask, self._shifted, self.ignore_index)
         self._tap = LogitTap(network)
+        compile_anew(pl_module)
         self._take_restored()
 
     def begin(self, batch: Any) -> None:

@@ -10,6 +10,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from forge_lightning.core.callback import ForgeCallback, is_dev_run, is_logging_step, published, uses_strategy
 from forge_lightning.core.device import reads_are_free
 from forge_lightning.core.distributed import broadcast_from_rank_zero, gather_states
+from forge_lightning.core.hooks import compile_anew
 from forge_lightning.core.logit_tap import find_network
 from forge_lightning.core.loss_terms import add_loss_term, remove_loss_term
 from forge_lightning.core.validate import require
@@ -191,6 +192,7 @@ class DreamReplay(ForgeCallback):
             if self.distillation or fields.network is not None:
                 raise MisconfigurationException(f"`BatchFields(network={fields.network!r})`: {error}") from None
         scores = RowScores(network, fields.labels, fields.shift, fields.mask, fields.ignore_index)
+        compile_anew(pl_module)
         step = ReplayStep(trainer, scores, self.distillation, self.top_k, self.warn_once)
         self._session = Session(trainer, pl_module, self.memory, self._progress, step)
         self._catch_up = False

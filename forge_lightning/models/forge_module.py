@@ -199,8 +199,12 @@ class ForgeModule(LightningModule):
         if self.compile_model and not self._is_compiled:  # at the first call, when the hooks of callbacks are there
             self.model.compile()
             self._is_compiled = True
-        logits: Tensor = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
-        return logits
+        inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "use_cache": False}
+        if not self.compile_model:
+            return self.model(**inputs).logits  # type: ignore[no-any-return]
+        # Compiled code is shared among all models of a class, also with those that had no hooks.
+        with torch._dynamo.config.patch(skip_nnmodule_hook_guards=False):
+            return self.model(**inputs).logits  # type: ignore[no-any-return]
 
     def _step(self, batch: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Outputs, likeliest tokens and labels of a forward pass, each label at the position that predicts it."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from forge_lightning.core.activations import activation_of, is_positions_first
 from forge_lightning.core.batch import PositionFields
 from forge_lightning.core.device import HostCopy, reads_are_free
-from forge_lightning.core.hooks import Hook
+from forge_lightning.core.hooks import Hook, compile_anew
 from forge_lightning.core.layers import network_modules, output_layer, output_width, select_layers
 from forge_lightning.core.validate import require
 from forge_lightning.geometry.functional import participation_ratio
@@ -189,6 +189,7 @@ class SelfModelHead(nn.Module):
             self._handles.append(reader.register_forward_pre_hook(Hook(self._features_hook), with_kwargs=True))
         if embedding is not None:
             self._handles.append(embedding.register_forward_hook(Hook(partial(self._keep_output, "embedding"))))
+        compile_anew(network)
 
     def detach(self) -> None:
         """Remove the hooks; the predictors stay."""

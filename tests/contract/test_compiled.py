@@ -3,11 +3,13 @@
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 
 from forge_lightning import callbacks
 from forge_lightning.models import ForgeModule
+from tests.contract.modules import Plain
 from tests.contract.rows import fit, weights
 from tests.contract.test_waiting import batches
 from tests.dream.build import dream_replay
@@ -76,3 +78,63 @@ def test_a_compiled_model_trains_alike_and_is_compiled_once(made, eager_backend)
     assert counts.counts[0] >= 1
     # The second epoch begins behind a validation, which is compiled for itself.
     assert counts.counts[13:] == [counts.counts[12]] * (len(counts.counts) - 13), counts.counts
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.linear = nn.Linear(width, 16)
+
+    def forward(self, x):
+        return self.linear(x).relu()
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(8), Block(16)])
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+class Own(Plain):
+    """A network that its project compiles, with layers inside."""
+
+    compiled = True
+
+    def __init__(self):
+        super().__init__()
+        self.net = Net()
+        if self.compiled:
+            self.net.compile()
+
+
+AGAIN = {
+    "self-model": lambda: [callbacks.SelfModel(form="forward", layers=["net.blocks.0", "net.blocks.1"])],
+    "curriculum": lambda: [callbacks.TemperatureCurriculum(weight=0.3, network="net.head")],
+    "replay": lambda: [dream_replay(mode="mix", fraction=0.25, distillation=0.5, network="net.head")],
+}
+
+
+@pytest.mark.parametrize("made", AGAIN.values(), ids=AGAIN)
+@pytest.mark.filterwarnings("ignore")
+def test_hooks_inside_a_compiled_network_act_after_a_fit_without_them(made, eager_backend, monkeypatch):
+    fit([], Own)
+    compiled, _ = fit(made(), Own)
+    monkeypatch.setattr(Own, "compiled", False)
+    plain, _ = fit(made(), Own)
+    torch.testing.assert_close(weights(compiled), weights(plain), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_compiled_language_model_has_its_hooks_after_one_without_them(eager_backend):
+    config = {**SHAPES["gpt2"], "vocab_size": 64, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    options = {"log_every_n_steps": 100, "limit_val_batches": 0}
+    fit([], Texts(config=config, compile=True), **options)
+    compiled, _ = fit([callbacks.SelfModel()], Texts(config=config, compile=True), **options)
+    plain, _ = fit([callbacks.SelfModel()], Texts(config=config), **options)
+    torch.testing.assert_close(weights(compiled), weights(plain), atol=1e-4, rtol=1e-3)
