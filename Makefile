@@ -3,9 +3,10 @@ VENV ?= .venv
 CONSTRAINTS ?= constraints.txt
 EXTRAS ?= test,dev
 BIN := $(VENV)/bin
+GPU_TESTS := $(addprefix tests/,calibration dream edge geometry grokfast muon self_model stages telemetry temperature)
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
-.PHONY: demo test test-full test-oldest check docs format clean claims claims-quick soak soak-full mutants
+.PHONY: demo test test-gpu test-full test-oldest check docs format clean claims claims-quick soak soak-full mutants
 
 demo: $(VENV)/.demo  ## train until it generalises; a quarter of a minute on a CPU
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/forge-fit fit --config grokking_fast.yaml
@@ -15,6 +16,9 @@ test: $(VENV)/.test  ## the whole test suite, without what is marked slow
 
 test-full: $(VENV)/.test  ## slow tests too
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup
+
+test-gpu: $(VENV)/.test  ## the contract and the callbacks' tests on a GPU
+	$(BIN)/python -m pytest -q -n 4 --accelerator gpu -m "not slow" tests/contract tests/models $(GPU_TESTS)
 
 test-oldest:  ## the same with the oldest releases that pyproject.toml admits, in a venv of its own
 	$(MAKE) VENV=.venv-oldest CONSTRAINTS=constraints-oldest.txt EXTRAS=test WARNINGS='-W default' test
@@ -33,7 +37,7 @@ format: $(VENV)/.test
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-benchmark-%: $(VENV)/.test  ## benchmark-grokking, benchmark-filter_cost
+benchmark-%: $(VENV)/.test  ## benchmark-grokking, benchmark-filter_cost, benchmark-gpu
 	$(BIN)/python -m benchmarks.$*
 
 claims: $(VENV)/.test  ## every run behind CLAIMS.md that is not stored, then the page; hours (FORGE_MBPP names MBPP's file)

@@ -77,6 +77,10 @@ class ForgeCLI(LightningCLI):
             **kwargs,
         )
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ForgeCLI":
+        """Itself: an optimizer from a config knows its CLI, and a copy of a model would take the Trainer along."""
+        return self
+
     def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
         """Lightning's, which writes public class paths."""
         parser = super().init_parser(**kwargs)

@@ -191,6 +191,16 @@ def restore_loaders(trainer: Trainer) -> None:
         fit_loop._load_combined_loader_states()
 
 
+def compute_metrics(trainer: Trainer) -> None:
+    """Compute the metrics of the epoch on all ranks, before other exchanges between ranks at its end.
+
+    A progress bar computes them on rank 0 alone, and their exchange would meet another one on the other ranks: both
+    would wait for ever. What is computed is kept.
+    """
+    if trainer.world_size > 1:
+        _ = trainer.callback_metrics
+
+
 def run_directory(trainer: Trainer) -> Path | None:
     """Where the first logger writes; ``None`` without one. No collective, as ``trainer.log_dir`` is.
 

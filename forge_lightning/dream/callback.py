@@ -65,8 +65,8 @@ class DreamReplay(ForgeCallback):
     ``forge/dream/frontier`` (of those near the threshold), ``forge/dream/share`` (of all compute so far, by entries of
     batches), ``forge/dream/replay_loss`` and ``forge/dream/replay_success`` (of examples replayed since the last log,
     NaN without any). Over all ranks, after a sleep, or every ``every_n_steps`` of `Mix`: ``forge/dream/probe_loss`` (of
-    early examples, which are never replayed) and ``forge/dream/forgetting`` (that minus its lowest so far); after a
-    sleep also ``forge/dream/cycles`` and, of up to 64 stored examples, ``forge/dream/loss_before``,
+    early examples, which their rank never replays) and ``forge/dream/forgetting`` (that minus its lowest so far); after
+    a sleep also ``forge/dream/cycles`` and, of up to 64 stored examples, ``forge/dream/loss_before``,
     ``forge/dream/loss_after``, ``forge/dream/success_before`` and ``forge/dream/success_after``. These are measured
     with ``training_step`` in evaluation mode, and NaN under manual optimization. Where the loss of single examples is
     unknown, losses are means of what the step returned (``replay_loss`` only with `Sleep`), and successes NaN.
@@ -74,7 +74,8 @@ class DreamReplay(ForgeCallback):
     (their share of those made), with ``programs.temperatures`` ``forge/dream/sampled`` (programs written so far that
     passed and differ from the known answer) and ``forge/dream/sampled_yield`` (their share).
 
-    Cost: the compute of the replayed examples, and 3 ms of CPU a step of a small model, 0.1 % of a GPT-2-small one.
+    Cost: the compute of the replayed examples, and 3 ms of CPU a step of a small model, 0.1 % of a GPT-2-small one. On
+    an accelerator a step's examples are stored one step later, when they can be read without waiting for it.
 
     When to use: tasks, or kinds of data, follow one another, and the early ones must not be lost.
 

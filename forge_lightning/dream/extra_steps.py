@@ -2,7 +2,7 @@
 
 import random
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from forge_lightning.core.loss_terms import LossTerm, only_loss_term
 from forge_lightning.core.step_log import muted
@@ -18,11 +19,13 @@ if TYPE_CHECKING:
     from lightning.pytorch import LightningModule, Trainer
 
 
-def extra_step(trainer: "Trainer", module: "LightningModule", batch: Any) -> None:
+def extra_step(
+    trainer: "Trainer", module: "LightningModule", batch: Any, after_backward: Callable[[], None] = lambda: None
+) -> None:
     """Train on a batch through the strategy, as the loop would: precision, gradient scaling, clipping, all ranks.
 
     The step counter, the learning-rate schedule and the module's own ``optimizer_step`` are left out. Under manual
-    optimization the module's ``training_step`` does it all.
+    optimization the module's ``training_step`` does it all, ``after_backward`` excepted.
     """
     if not module.automatic_optimization:
         with trainer.precision_plugin.train_step_context():
@@ -36,6 +39,7 @@ def extra_step(trainer: "Trainer", module: "LightningModule", batch: Any) -> Non
             loss = _loss(trainer.strategy.training_step(*_arguments(trainer, batch)))
         if loss is not None:
             trainer.strategy.backward(loss, optimizer)
+            after_backward()
         return None if loss is None else loss.detach()
 
     trainer.strategy.optimizer_step(optimizer, closure, module)
@@ -57,6 +61,14 @@ def extra_evaluation(trainer: "Trainer", module: "LightningModule", batch: Any) 
         for part, mode in modes.items():
             part.training = mode
         _reshard(module)
+
+
+def idle_parameters(trainer: "Trainer", module: "LightningModule") -> list[nn.Parameter]:
+    """Trained parameters that callbacks added, where DDP waits for a gradient of each in every step."""
+    if not isinstance(trainer.strategy.model, DistributedDataParallel):
+        return []
+    added = [part for part in module.modules() if getattr(part, "is_auxiliary", False)]
+    return [param for part in added for param in part.parameters() if param.requires_grad]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from forge_lightning.core.callback import loss_of_step
 from forge_lightning.core.device import to_device
@@ -76,6 +76,8 @@ class ReplayStep:
         self.activity: Literal["training", "sleeping", "measuring"] = "training"
         self.template: Any = None
         """A batch of the last kind seen, without examples; ``None`` before the first step."""
+        self.idle: list[nn.Parameter] = []
+        """Parameters that the steps of a sleep leave out, and for whose gradients DDP waits."""
         self._warn, self._warned = warn, False
         self.clear()
 
@@ -97,6 +99,7 @@ class ReplayStep:
 
     def begin(self, batch: Any) -> None:
         if self._batch is not None:  # after a backward pass inside the step
+            self.leave_out()
             return
         with refusing():
             rows = rows_of(batch)
@@ -104,7 +107,19 @@ class ReplayStep:
         self.outcome = None
         self.scores.begin(self._batch)
 
+    def leave_out(self) -> None:
+        """After a backward pass: what the step does not train has no gradient, so that no optimizer moves it."""
+        for param in self.idle:
+            param.grad = None
+
     def added(self, loss: Tensor) -> Tensor | None:
+        distance = self._distance(loss)
+        if not self.idle:
+            return distance
+        nothing = torch.stack([0.0 * param.sum() for param in self.idle]).sum()
+        return nothing if distance is None else distance + nothing
+
+    def _distance(self, loss: Tensor) -> Tensor | None:
         try:
             new = self.scores.take(loss.detach())
         except ValueError as error:

@@ -6,7 +6,7 @@ from typing import Any
 from forge_lightning.core.callback import is_dev_run
 from forge_lightning.core.distributed import max_over_ranks, min_over_ranks
 from forge_lightning.core.protocols import SupportsInterrupt
-from forge_lightning.dream.extra_steps import apart, extra_step, scaled_lr
+from forge_lightning.dream.extra_steps import apart, extra_step, idle_parameters, scaled_lr
 from forge_lightning.dream.measuring import measure, measure_forgetting
 from forge_lightning.dream.memory import SEED_STEP
 from forge_lightning.dream.options import Sleep
@@ -77,11 +77,12 @@ class Sleeping:
         asleep = apart(trainer, session.module, step, seed % (1 << 63), schedule.with_callbacks)
         appended, step.appended.count = step.appended.count, 0
         step.activity = "sleeping"
+        step.idle = [] if schedule.with_callbacks else idle_parameters(trainer, session.module)
         try:
             with asleep, scaled_lr(trainer.optimizers, schedule.lr_scale):
-                extra_step(trainer, session.module, session.to_batch(template, draw.rows))
+                extra_step(trainer, session.module, session.to_batch(template, draw.rows), step.leave_out)
         finally:
-            step.activity, step.appended.count = "training", appended
+            step.activity, step.appended.count, step.idle = "training", appended, []
         if step.outcome is not None:
             entries = next(iter(draw.rows.values())).numel()
             session.note_replayed(draw, entries, step.outcome.losses, step.outcome.successes)

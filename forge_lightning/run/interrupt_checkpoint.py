@@ -9,7 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from forge_lightning.core.callback import ForgeCallback, run_directory
+from forge_lightning.core.callback import ForgeCallback, compute_metrics, run_directory
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -83,6 +83,7 @@ class InterruptCheckpoint(ForgeCallback):
         """A signal behind the last step: the run ends by itself, and keeps what was promised."""
         steps, epochs = trainer.max_steps, trainer.max_epochs
         last = 0 <= steps <= trainer.global_step or 0 <= (-1 if epochs is None else epochs) <= trainer.current_epoch + 1
+        compute_metrics(trainer)
         if (last or trainer.should_stop) and self._is_asked(trainer):
             self._write(trainer)
 

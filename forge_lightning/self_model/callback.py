@@ -57,8 +57,8 @@ class SelfModel(LossCallback):
         stop_gradient: Detach the targets. Without it they move towards the prediction too.
         warmup_steps: Optimizer steps over which the weight rises from 0.
         hidden_size: Width inside the predictor, at most that of what it predicts from.
-        adaptive: Weigh layers in inverse proportion to their running errors, between 0.5 and 2, mean 1. What is logged
-            as loss stays the plain mean.
+        adaptive: Weigh layers in inverse proportion to their running errors, between 0.5 and 2, mean 1; on an
+            accelerator to those one step before. What is logged as loss stays the plain mean.
         collapse_below: Divide the weight by 4 when the effective rank of a target falls below this share of the
             largest it had since the warm-up, in (0, 1); ``None`` never does. The rank falls by itself when a network
             finds a small circuit: to a quarter in runs that grok.

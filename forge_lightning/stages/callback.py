@@ -12,6 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from forge_lightning.core.callback import (
     ForgeCallback,
     StepMeans,
+    compute_metrics,
     events_of,
     is_logging_step,
     last_logged,
@@ -177,6 +178,7 @@ class StageClassifier(ForgeCallback):
             "there is no validation data. Only warm-up, plateau and divergence are named, once an epoch; memorisation"
             " and generalisation cannot be."
         )
+        compute_metrics(trainer)
         self._observe(trainer, pl_module, {})
 
     def reset(self) -> None:

@@ -1,27 +1,33 @@
 """The rows that need two processes, for every case, in one launch: ``python -m tests.contract.distributed KIND OUT``.
 
-``KIND`` is "ddp" or "fsdp2". Lightning starts the second process by running this file again.
+``KIND`` is "ddp" or "fsdp2". Lightning starts the second process by running this file again. Under `torchrun` with two
+nodes of one process each, the processes are there already.
 """
 
 import json
 import math
+import os
 import sys
 import traceback
 import warnings
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torchmetrics import MeanMetric
 
-from forge_lightning.callbacks import RNGState
+from forge_lightning.callbacks import RNGState, SelfModel
 from forge_lightning.core import step_log
+from forge_lightning.core.distributed import full_tensor
 from forge_lightning.optim import MuonAdamW
 from tests.contract.cases import CASES
 from tests.contract.modules import Plain, Sharded, Stateful, with_batches_of
 from tests.contract.rows import ADAPT, fit, weights
 from tests.contract.waiting import no_free_reads
+from tests.dream.build import dream_replay
 
 
 class ShardedStateful(Stateful, Sharded):
@@ -46,7 +52,8 @@ def two(kind, callbacks, module, **kwargs):
             save_distributed_checkpoint=False,
             process_group_backend="gloo",
         )
-    return fit(callbacks, module, devices=2, strategy=strategy, **kwargs)
+    nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))  # of torchrun
+    return fit(callbacks, module, devices=2 // nodes, num_nodes=nodes, strategy=strategy, **kwargs)
 
 
 def scaler(init_scale=2.0**20):
@@ -140,7 +147,23 @@ def acts(case, kind, folder):
     assert torch.equal(weights(without), weights(with_it)) == case.observer
 
 
-ROWS = [shards_the_batch, ranks_agree, logs_agree, resumes, acts]
+def with_a_progress_bar(case, kind, folder):
+    """The bar, on rank 0 alone, computes a metric of all ranks at the end of an epoch: no rank waits for ever."""
+
+    class Shown(MODULE[kind]):
+        def __init__(self):
+            super().__init__()
+            self.mean = MeanMetric(sync_on_compute=True)
+
+        def training_step(self, batch, batch_idx):
+            self.mean.update(batch[1].float())
+            self.log("train/mean", self.mean, on_step=False, on_epoch=True, prog_bar=True)
+            return super().training_step(batch, batch_idx)
+
+    two(kind, [case.build()], Shown, max_epochs=2, enable_progress_bar=True)
+
+
+ROWS = [shards_the_batch, ranks_agree, logs_agree, resumes, acts, with_a_progress_bar]
 
 
 def muon(kind):
@@ -175,10 +198,46 @@ def unread(kind):
         torch.testing.assert_close(weights(not_read), weights(read), msg=lambda text, case=case: f"{case.id}: {text}")
 
 
+class WatchesHead(Callback):
+    """Weights of the head at the end of each step, and at the start of the next one, behind a sleep."""
+
+    def __init__(self):
+        self.pairs = []
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.pairs.append([head_weights(pl_module), None])
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.pairs:
+            self.pairs[-1][1] = head_weights(pl_module)
+
+
+def head_weights(module):
+    return torch.cat([full_tensor(p.detach()).flatten().clone() for p in module.self_model_head.parameters()])
+
+
+def sleep_beside_a_head(kind):
+    """The steps of a sleep leave out the head's weights, for whose gradients DDP waits."""
+
+    class Decays(MODULE[kind]):
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.01, weight_decay=0.5)
+
+    made = lambda: SelfModel(form="forward", layers=["net.0", "net.2"])  # noqa: E731
+    watches = WatchesHead()
+    sleeps = dream_replay(mode="cycle", every_n_steps=2, num_steps=2, probe_size=0, batch_size=8)
+    model, trainer = two(kind, [made(), sleeps, watches], Decays, max_epochs=1)
+    assert sleeps._progress.cycles >= 2
+    assert all(after is None or torch.equal(before, after) for before, after in watches.pairs)
+    assert not torch.equal(watches.pairs[0][0], watches.pairs[-1][0])
+    ranks = trainer.strategy.all_gather(weights(model))
+    assert torch.equal(ranks[0], ranks[1])
+
+
 def main(kind, out):
     warnings.filterwarnings("ignore")
     results = {}
-    for check in (muon, unread):
+    for check in (muon, unread, sleep_beside_a_head):
         try:
             check(kind)
             results[check.__name__] = "passed"
