@@ -38,6 +38,9 @@ SHORT = ["--trainer.max_steps=2", "--trainer.limit_val_batches=1", "--trainer.en
 SHORT += ["--trainer.log_every_n_steps=1"]
 
 
+NODES = "trainer: {accelerator: gpu, num_nodes: 2, devices: 8, strategy: ddp}\n"
+"""The add-on of `several_gpus.md`."""
+
 IN_TURN = """
 import json, sys
 from forge_lightning.cli.main import main
@@ -137,8 +140,11 @@ def test_yaml_and_commands_are_valid(tmp_path):
             path.write_text(block)
             commands.append(["check", "grokking_observed.yaml", "--config", str(path)])
         elif language == "bash":
-            assert block.startswith("forge-fit fit --config ")
-            commands.append(["check", *shlex.split(block)[3:]])
+            words = shlex.split(block, comments=True)
+            at = words.index("fit")
+            assert words[at - 1] in ("forge-fit", "forge_lightning.cli")
+            (tmp_path / "nodes.yaml").write_text(NODES)
+            commands.append(["check", *words[at + 2 :]])
     assert len(commands) > 5
     run([sys.executable, "-W", "ignore", "-c", IN_TURN, json.dumps(commands)], cwd=tmp_path)
 

@@ -5,11 +5,13 @@ import threading
 from pathlib import Path
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from forge_lightning.core.callback import ForgeCallback, compute_metrics, run_directory
+from forge_lightning.core.device import HostCopy, reads_are_free
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -25,7 +27,7 @@ class InterruptCheckpoint(ForgeCallback):
     Changes: nothing.
     Logs: nothing.
 
-    Cost: none; with several processes one small exchange a step.
+    Cost: none; with several processes one small exchange a step, on accelerators read one step later.
 
     When to use: where a run may be stopped, by you or by a scheduler.
 
@@ -43,11 +45,12 @@ class InterruptCheckpoint(ForgeCallback):
         super().__init__(name)
         self.dirpath = dirpath
         self._received: int | None = None
+        self._unread: HostCopy | None = None  # of the step before, on accelerators: how many processes got one
         self._previous: dict[int, Any] = {}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
-        self._received = None
+        self._received, self._unread = None, None
         # A new list, because the trainer is walking the old one. Behind `ModelCheckpoint`, whose state is kept as well.
         others = [callback for callback in getattr(trainer, "callbacks", []) if callback is not self]
         vars(trainer)["callbacks"] = [*others, self]
@@ -56,7 +59,14 @@ class InterruptCheckpoint(ForgeCallback):
 
     def on_step_end(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any) -> None:
         # Not between micro-batches of one step, where the gradients so far would be lost.
-        self.stop_if_asked(trainer)
+        device = trainer.strategy.root_device
+        if trainer.world_size == 1 or reads_are_free(device):
+            self.stop_if_asked(trainer)
+            return
+        received = torch.full((), float(self._received is not None), device=device)
+        before, self._unread = self._unread, HostCopy({"asked": trainer.strategy.reduce(received, reduce_op="sum")})
+        if before is not None and float(before.read()["asked"]) > 0:  # the same on all ranks
+            self._stop(trainer)
 
     def stop_if_asked(self, trainer: Trainer) -> None:
         """After a signal, write the checkpoint and end the run. Only between steps, and on all ranks alike.
@@ -64,8 +74,10 @@ class InterruptCheckpoint(ForgeCallback):
         Raises:
             KeyboardInterrupt, SIGTERMException: After a signal.
         """
-        if not self._is_asked(trainer):
-            return
+        if self._is_asked(trainer):
+            self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
         self._write(trainer)
         raise SIGTERMException if self._received == signal.SIGTERM else KeyboardInterrupt
 

@@ -1,5 +1,6 @@
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,3 +71,29 @@ def test_handlers_are_put_back(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     fit([InterruptCheckpoint(str(tmp_path))], Stateful)
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+class OnRankOne:
+    """What rank 1 of two sees of a strategy on which reads wait; rank 0 gets a signal at the third step."""
+
+    root_device = torch.device("cpu")
+
+    def __init__(self):
+        self.steps = 0
+
+    def reduce(self, value, reduce_op):
+        self.steps += 1
+        return value + (self.steps >= 3)
+
+
+def test_on_accelerators_all_ranks_stop_a_step_later(monkeypatch):
+    monkeypatch.setattr("forge_lightning.run.interrupt_checkpoint.reads_are_free", lambda device: False)
+    trainer = SimpleNamespace(strategy=OnRankOne(), world_size=2)
+    callback, written = InterruptCheckpoint(), []
+    monkeypatch.setattr(callback, "_write", written.append)
+    for _ in range(3):
+        callback.on_step_end(trainer, None, None, None)
+    assert not written
+    with pytest.raises(KeyboardInterrupt):
+        callback.on_step_end(trainer, None, None, None)
+    assert written == [trainer]
