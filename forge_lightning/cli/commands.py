@@ -19,7 +19,13 @@ from forge_lightning.cli.checks import (
     refuse_optimizer,
     refuse_trainer,
 )
-from forge_lightning.cli.configs import refuse_doubled_keys, resolve_configs, shipped_configs
+from forge_lightning.cli.configs import (
+    config_of_run,
+    newest_checkpoint,
+    refuse_doubled_keys,
+    resolve_configs,
+    shipped_configs,
+)
 from forge_lightning.cli.forge_cli import CheckCLI
 from forge_lightning.core.callback import ForgeCallback
 from forge_lightning.data.tokens import TokenDataModule
@@ -106,18 +112,8 @@ def list_configs(argv: Sequence[str]) -> int:
 
 def _load_run(run: Path, ckpt_path: Path | None) -> tuple[Any, Any]:
     """The module and datamodule of a run directory, with the weights of a checkpoint."""
-    config = run / "config.yaml"
-    if not config.is_file():
-        below = [str(path.parent) for path in sorted(run.glob("**/config.yaml"))[:3]] if run.is_dir() else []
-        raise MisconfigurationException(
-            f"`--run {run}` holds no config.yaml: no run of `forge-fit fit` has begun to train there."
-            + (f" There are {below} below it." if below else " The summary that ends a run prints its directory.")
-        )
-    if ckpt_path is None:
-        found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise MisconfigurationException(f"`--run {run}` holds no checkpoint. Name one with `--ckpt_path`.")
-        ckpt_path = found[-1]
+    config = config_of_run(run)
+    ckpt_path = newest_checkpoint(run) if ckpt_path is None else ckpt_path
     cli = CheckCLI(["fit", "--config", str(config)])
     module, datamodule = cli.model, cli.datamodule
     if not isinstance(module, models.ForgeModule):

@@ -1,5 +1,6 @@
 """Find and read config files."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from difflib import get_close_matches
@@ -88,6 +89,55 @@ def config_files(argv: Sequence[str]) -> list[Path]:
         with suppress(MisconfigurationException, OSError):  # none of that name; inline YAML
             files.append(find_config(name))
     return files
+
+
+def resume_arguments(argv: Sequence[str]) -> list[str]:
+    """The arguments of `forge-fit fit` that go on with a run, for those of `forge-fit resume RUN`.
+
+    Raises:
+        MisconfigurationException: If there is no run, or it has no checkpoint.
+    """
+    if not argv or argv[0].startswith("-"):
+        raise MisconfigurationException(
+            "`forge-fit resume RUN [arguments as for fit]`: name the run's directory, as its summary prints it."
+        )
+    run = Path(argv[0])
+    return ["fit", "--config", str(config_of_run(run)), "--ckpt_path", str(newest_checkpoint(run)), *argv[1:]]
+
+
+def config_of_run(run: Path) -> Path:
+    """The whole config that a run has saved.
+
+    Raises:
+        MisconfigurationException: If it is missing, naming runs below the directory.
+    """
+    config = run / "config.yaml"
+    if config.is_file():
+        return config
+    below = [str(path.parent) for path in sorted(run.glob("**/config.yaml"))[:3]] if run.is_dir() else []
+    raise MisconfigurationException(
+        f"`{run}` holds no config.yaml: no run of `forge-fit fit` has begun to train there."
+        + (f" There are {below} below it." if below else " The summary that ends a run prints its directory.")
+    )
+
+
+def newest_checkpoint(run: Path) -> Path:
+    """The checkpoint of a run that was written last; a folder where weights are sharded.
+
+    Raises:
+        MisconfigurationException: If the run has no checkpoint.
+    """
+    found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
+    if not found:
+        raise MisconfigurationException(f"`{run}` holds no checkpoint. Name one with `--ckpt_path`.")
+    return found[-1]
+
+
+def find_modules_beside(argv: Sequence[str]) -> None:
+    """Let a config name classes of files in the working directory and beside itself, behind all that is installed."""
+    for folder in (Path.cwd(), *(path.resolve().parent for path in config_files(argv))):
+        if str(folder) not in sys.path:
+            sys.path.append(str(folder))
 
 
 def refuse_doubled_keys(argv: Sequence[str]) -> None:

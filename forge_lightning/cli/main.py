@@ -10,8 +10,15 @@ from jsonargparse import ArgumentError
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from forge_lightning import __version__
 from forge_lightning.cli.commands import COMMANDS
-from forge_lightning.cli.configs import refuse_doubled_keys, resolve_configs, resolve_name
+from forge_lightning.cli.configs import (
+    find_modules_beside,
+    refuse_doubled_keys,
+    resolve_configs,
+    resolve_name,
+    resume_arguments,
+)
 from forge_lightning.cli.errors import is_of_parser, is_of_trainer, parser_error, with_place
 from forge_lightning.cli.forge_cli import ForgeCLI
 from forge_lightning.data.records import DataFileError
@@ -21,6 +28,7 @@ TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
 
 def _usage() -> str:
     lines = [f"  {name:9} Lightning's {name}; `forge-fit {name} --help`" for name in TRAINER_COMMANDS]
+    lines += ["  resume    Go on with a run from its newest checkpoint: `forge-fit resume RUN [arguments as for fit]`"]
     lines += [f"  {name:9} {(run.__doc__ or '').splitlines()[0].replace('``', '`')}" for name, run in COMMANDS.items()]
     return "usage: forge-fit COMMAND ...\n\n" + "\n".join(lines)
 
@@ -34,6 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not argv or argv[0] in ("-h", "--help"):
             print(_usage())
             return 0 if argv else 2
+        if argv[0] == "--version":
+            print(f"forge-lightning {__version__}")
+            return 0
+        if argv[0] == "resume":
+            argv = resume_arguments(argv[1:])
+        find_modules_beside(argv)
         if argv[0] in COMMANDS:
             return COMMANDS[argv[0]](argv[1:])
         if argv[0] not in TRAINER_COMMANDS:

@@ -182,4 +182,5 @@ class AlgorithmicModule(LightningModule):
         return answers
 
     def configure_optimizers(self) -> Any:
-        return optimizer_config(self.parameters(), self.optimizer, self.lr_scheduler)
+        steps = lambda: self.trainer.estimated_stepping_batches  # noqa: E731
+        return optimizer_config(self.parameters(), self.optimizer, self.lr_scheduler, steps)

@@ -294,7 +294,8 @@ class ForgeModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         params = weight_decay_groups(self) if self.group_weight_decay else one_group(self)
-        return optimizer_config(params, self.optimizer, self.lr_scheduler)
+        steps = lambda: self.trainer.estimated_stepping_batches  # noqa: E731
+        return optimizer_config(params, self.optimizer, self.lr_scheduler, steps)
 
     @torch.no_grad()
     def complete(

@@ -1,20 +1,41 @@
 """From optimizer and scheduler factories, as the command line gives them, to what Lightning wants."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable, ReduceLROnPlateau
 from torch import nn
 
+from forge_lightning.schedules import WarmupSchedule
+
 
 def optimizer_config(
-    params: Iterable[Any], optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable | None
+    params: Iterable[Any],
+    optimizer: OptimizerCallable,
+    lr_scheduler: LRSchedulerCallable | None,
+    total_steps: Callable[[], float] | None = None,
 ) -> dict[str, Any]:
-    """What ``configure_optimizers`` returns; the schedule is stepped after every optimizer step."""
+    """What ``configure_optimizers`` returns; the schedule is stepped after every optimizer step.
+
+    Args:
+        params: Parameters, or groups of them.
+        optimizer: Makes the optimizer.
+        lr_scheduler: Makes the schedule, if any.
+        total_steps: Optimizer steps of the run, for schedules that need them. Asking makes the data loaders.
+
+    Raises:
+        MisconfigurationException: If a schedule needs the number of steps, and it is not known.
+    """
     built = optimizer(params)
     if lr_scheduler is None:
         return {"optimizer": built}
     scheduler = lr_scheduler(built)
+    if isinstance(scheduler, WarmupSchedule) and scheduler.total_steps is None and total_steps is not None:
+        try:
+            scheduler.bind(total_steps())
+        except ValueError as error:
+            raise MisconfigurationException(str(error)) from None
     config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
     if isinstance(scheduler, ReduceLROnPlateau):
         config |= {"interval": "epoch", "monitor": scheduler.monitor}
