@@ -61,13 +61,8 @@ def test_page_of_stages():
 
 
 def test_every_benchmark_has_a_page_or_says_why_not():
-    without = {
-        "claims": "CLAIMS.md",
-        "first_picture": "a picture",
-        "environment": "no figures",
-        "gpu": "needs a GPU",
-        "__init__": "",
-    }
+    without = {"claims": "CLAIMS.md", "first_picture": "a picture", "environment": "no figures", "__init__": ""}
+    without["gpu"] = "needs a GPU"
     for path in FOLDER.glob("*.py"):
         importlib.import_module(f"benchmarks.{path.stem}")
         assert path.stem in without or path.with_suffix(".md").exists(), path
