@@ -258,7 +258,7 @@ class Calibration(ForgeCallback):
         self._reader = LabelReader(self.labels, shifted=self._shifted, ignore_index=self.ignore_index)
         self._why_not = "no batch came"
         self._tap = LogitTap(network)
-        compile_anew(pl_module)
+        compile_anew()
 
     def _begin(self, pl_module: LightningModule) -> None:
         if self._tap is None:

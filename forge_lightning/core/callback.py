@@ -15,11 +15,11 @@ from torch import Tensor
 from forge_lightning.core.distributed import current_rank
 from forge_lightning.core.loss_terms import TASK_LOSS, own_loss
 from forge_lightning.core.protocols import SupportsEvents
+from forge_lightning.core.step_log import forget_published, log_at_this_step
 from forge_lightning.core.step_log import is_dev_run as is_dev_run
 from forge_lightning.core.step_log import is_logging_step as is_logging_step
 from forge_lightning.core.step_log import last_logged as last_logged
 from forge_lightning.core.step_log import log_also_every as log_also_every
-from forge_lightning.core.step_log import log_at_this_step
 from forge_lightning.core.step_log import logged_at_this_step as logged_at_this_step
 from forge_lightning.core.step_log import publish as publish
 from forge_lightning.core.step_log import published as published
@@ -77,6 +77,7 @@ class ForgeCallback(Callback):
         self._said.clear()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        forget_published(trainer)
         if self._in_fit:  # of a fit that ended without a word
             self.detach()
         self._in_fit, self._step_before = True, -1

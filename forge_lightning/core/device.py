@@ -36,7 +36,7 @@ class HostCopy:
         device = None
         for name, tensor in tensors.items():
             kind = tensor.device.type
-            copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=kind == "cuda")
+            copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=kind == "cuda")
             # Elsewhere memory cannot be pinned, and nothing says when such a copy is there.
             self._copies[name] = copy.copy_(tensor.detach(), non_blocking=kind in ("cpu", "cuda"))
             device = tensor.device if kind == "cuda" else device

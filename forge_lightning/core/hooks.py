@@ -6,25 +6,16 @@ from copy import deepcopy
 from functools import partial
 from typing import Any
 
-from torch import nn
 
-
-def compile_anew(module: nn.Module) -> None:
-    """Let a module that is compiled be compiled again, with the hooks that it has now.
+def compile_anew() -> None:
+    """Let all that was compiled be compiled again, with the hooks that modules have now. To be called after new hooks.
 
     The compiler does not ask whether hooks have come since, and shares its code among all modules of a class. Where an
     earlier module of that class was trained without hooks, those of this one would not be called.
-
-    Args:
-        module: A module that has just got a hook, on itself or on a part.
     """
     dynamo = sys.modules.get("torch._dynamo")
-    if dynamo is not None and any(_is_compiled(part) for part in module.modules()):
+    if dynamo is not None and dynamo.utils.counters["stats"]["unique_graphs"]:
         dynamo.reset()
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return type(module).__name__ == "OptimizedModule" or getattr(module, "_compiled_call_impl", None) is not None
 
 
 class Hook:

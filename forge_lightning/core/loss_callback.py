@@ -152,7 +152,7 @@ class LogitLossCallback(LossCallback):
         self._shifted = is_shifted(network) if self.shift is None else self.shift
         self._reader = LabelReader(self.labels, self.mask, self._shifted, self.ignore_index)
         self._tap = LogitTap(network)
-        compile_anew(pl_module)
+        compile_anew()
         self._take_restored()
 
     def begin(self, batch: Any) -> None:

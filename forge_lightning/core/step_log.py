@@ -30,22 +30,27 @@ def log_at_this_step(trainer: "Trainer", metrics: Mapping[str, float], monitor: 
     for logger in trainer.loggers:
         logger.log_metrics(dict(metrics), step=step)
     if monitor:
-        publish(trainer, metrics)
+        trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
     _logged.setdefault(trainer, {}).update({key: (step, value) for key, value in metrics.items()})
 
 
 def publish(trainer: "Trainer", metrics: Mapping[str, float]) -> None:
-    """Show numbers where `EarlyStopping` looks, and to `published`."""
+    """Show numbers that are the same on all ranks where `EarlyStopping` looks, and to `published`."""
     trainer.callback_metrics.update({key: torch.tensor(value) for key, value in metrics.items()})
     _published.setdefault(trainer, {}).update(metrics)
 
 
 def published(trainer: "Trainer", name: str) -> float:
-    """What a callback of the suite published last under this full name, of this rank; NaN without one.
+    """What was published last in this fit under this full name, the same on all ranks; NaN without it.
 
     Asking Lightning for it makes it compute the metrics of all modules, and read those of the progress bar.
     """
     return _published.get(trainer, {}).get(name, math.nan)
+
+
+def forget_published(trainer: "Trainer") -> None:
+    """At the start of a fit: nothing of an earlier one counts."""
+    _published.pop(trainer, None)
 
 
 def step_of_log(trainer: "Trainer") -> int:

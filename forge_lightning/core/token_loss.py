@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from forge_lightning.core.tokens import IGNORED
 
@@ -47,6 +48,10 @@ def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         >>> losses, likeliest
         (tensor([0.6931, 0.0000]), tensor([0, 0]))
     """
+    if torch.compiler.is_compiling():  # which would unroll the loop over rows
+        flat = logits.flatten(0, -2)
+        whole = F.cross_entropy(flat.to(_wide(logits)), labels.flatten(), ignore_index=IGNORED, reduction="none")
+        return whole.view(labels.shape), logits.argmax(-1)
     wanted = logits.requires_grad and torch.is_grad_enabled()
     losses, likeliest = _TokenLoss.apply(logits.reshape(-1, logits.shape[-1]), labels.flatten(), wanted)
     return losses.view(labels.shape), likeliest.view(labels.shape)
@@ -55,7 +60,7 @@ def token_loss(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, labels: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-        wide = torch.promote_types(logits.dtype, torch.float32)
+        wide = _wide(logits)
         # 16 bits with five for the exponent do not hold small gradients before a loss scale comes to them.
         kept = wide if logits.dtype == torch.float16 else logits.dtype
         gradient = torch.empty_like(logits, dtype=kept) if wanted else None
@@ -89,4 +94,11 @@ class _TokenLoss(torch.autograd.Function):
                 " or compute a loss of your own from `forward`."
             )
         (gradient,) = ctx.saved_tensors
-        return (gradient * grads[0].unsqueeze(1)).to(ctx.dtype), None, None
+        found = torch.empty_like(gradient, dtype=ctx.dtype)
+        for rows in row_chunks(gradient):
+            found[rows] = gradient[rows] * grads[0][rows].unsqueeze(1)
+        return found, None, None
+
+
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)

@@ -193,7 +193,7 @@ class DreamReplay(ForgeCallback):
             if self.distillation or fields.network is not None:
                 raise MisconfigurationException(f"`BatchFields(network={fields.network!r})`: {error}") from None
         scores = RowScores(network, fields.labels, fields.shift, fields.mask, fields.ignore_index)
-        compile_anew(pl_module)
+        compile_anew()
         step = ReplayStep(trainer, scores, self.distillation, self.top_k, self.warn_once)
         self._session = Session(trainer, pl_module, self.memory, self._progress, step)
         self._catch_up = False

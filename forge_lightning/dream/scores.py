@@ -142,10 +142,10 @@ class RowScores:
         labels = self._labels()
         if labels is None:
             raise ValueError("the batch has no labels.")
-        rows, of_rows = self._logits[:count], labels[:count]
-        known = labels_of_places(rows, of_rows, None, self.shifted)[1]
+        known = labels_of_places(self._logits, labels, None, self.shifted)[1]  # of all: whether they fit shows there
         assert known is not None, "there are labels"
-        flat = rows.detach().flatten(0, -2)
+        known = known.unflatten(0, (len(labels), -1))[:count].flatten()
+        flat = self._logits[:count].detach().flatten(0, -2)
         chunks = [top_logits(flat[part], top_k) for part in row_chunks(flat)]
         values, classes, total = map(torch.cat, zip(*chunks, strict=True))
         parts = (*zip(KEPT, (values.clamp(min=_LEAST).half(), classes, total), strict=True), (LABELLED, known))
@@ -189,8 +189,9 @@ class RowScores:
         fits = known & (known.sum(1) == lengths).unsqueeze(1)
         place = (known.cumsum(1) - 1).clamp(0, longest - 1)  # of each label among those stored
         wide = place.unsqueeze(-1).expand(-1, -1, values.shape[-1])
+        flat = logits.flatten(0, -2)
         each = stored_logit_loss(
-            logits.flatten(0, -2),
+            torch.where(fits.flatten().unsqueeze(1), flat, 0),  # what is not finite elsewhere would reach the gradient
             values.gather(1, wide).flatten(0, 1),
             classes.gather(1, wide).flatten(0, 1),
             total.gather(1, place).flatten(),

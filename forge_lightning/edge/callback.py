@@ -367,7 +367,7 @@ class EdgeController(ForgeCallback):
             if not known and not skipped:
                 raise self._no_signal(outputs)
             self._told = known
-        each = torch.full((1,), math.nan) if mine is None else mine.detach().float().flatten()
+        each = torch.full((1,), math.nan, device="cpu") if mine is None else mine.detach().float().flatten()
         if len(each) not in (1, count // world):
             raise MisconfigurationException(
                 f"`EdgeController(signal={self.signal!r})`: `training_step` returned {len(each)} numbers for a"

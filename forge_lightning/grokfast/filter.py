@@ -376,7 +376,9 @@ class GradientFilter:
 @cache
 def _compiled(function: Any) -> Any:
     # What a window of 16 bits has rounded is what is subtracted later: rounding must not be fused away.
-    return torch.compile(function, dynamic=False, options={"emulate_precision_casts": True})
+    # And without its decorator, whose code, and the compiler's limit of graphs with it, all such functions share.
+    compiled = torch.compile(function.__wrapped__, dynamic=False, options={"emulate_precision_casts": True})
+    return torch.no_grad()(compiled)
 
 
 def _full(tensor: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ class InterruptCheckpoint(ForgeCallback):
     Changes: nothing.
     Logs: nothing.
 
-    Cost: none; with several processes one small exchange a step, on accelerators read one step later.
+    Cost: none; with several processes one small exchange a step, on accelerators read one step later: a validation that
+    is due comes before.
 
     When to use: where a run may be stopped, by you or by a scheduler.
 

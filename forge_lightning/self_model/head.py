@@ -189,7 +189,7 @@ class SelfModelHead(nn.Module):
             self._handles.append(reader.register_forward_pre_hook(Hook(self._features_hook), with_kwargs=True))
         if embedding is not None:
             self._handles.append(embedding.register_forward_hook(Hook(partial(self._keep_output, "embedding"))))
-        compile_anew(network)
+        compile_anew()
 
     def detach(self) -> None:
         """Remove the hooks; the predictors stay."""

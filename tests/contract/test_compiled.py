@@ -2,13 +2,14 @@
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, seed_everything
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.utils.data import DataLoader
 
 from forge_lightning import callbacks
 from forge_lightning.models import ForgeModule
+from tests.contract import rows as contract_rows
 from tests.contract.modules import Plain
 from tests.contract.rows import fit, weights
 from tests.contract.test_waiting import batches
@@ -111,6 +112,31 @@ class Own(Plain):
         self.net = Net()
         if self.compiled:
             self.net.compile()
+
+
+class Silent(Own):
+    """Logs nothing, which the compiler cannot follow."""
+
+    compiled = False
+
+    def training_step(self, batch, batch_idx):
+        return self.loss(batch)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_module_compiled_as_a_whole_has_its_hooks_after_one_without_them(eager_backend):
+    """Lightning's own way, which no part of the module shows."""
+    plain, _ = fit(AGAIN["curriculum"](), Silent)
+    for made in (lambda: [], AGAIN["curriculum"]):
+        module = seeded(Silent)
+        _, trainer = contract_rows.made(made(), Silent)
+        trainer.fit(torch.compile(module, backend="aot_eager"))
+    torch.testing.assert_close(weights(module), weights(plain), atol=1e-5, rtol=1e-4)
+
+
+def seeded(kind):
+    seed_everything(0, verbose=False)
+    return kind()
 
 
 AGAIN = {

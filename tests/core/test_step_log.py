@@ -6,6 +6,7 @@ import math
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import CSVLogger
 
+from forge_lightning.core.callback import ForgeCallback
 from forge_lightning.core.step_log import (
     is_logging_step,
     last_logged,
@@ -13,6 +14,8 @@ from forge_lightning.core.step_log import (
     log_at_this_step,
     logged_at_this_step,
     muted,
+    publish,
+    published,
 )
 from tests.contract.modules import Plain
 from tests.contract.rows import fit
@@ -75,3 +78,32 @@ def test_nothing_is_logged_while_muted(tmp_path):
     trainer, rows = run(callback, tmp_path, log_every_n_steps=1)
     assert rows == []
     assert "forge/x/n" not in trainer.callback_metrics
+
+
+class Publishes(ForgeCallback):
+    """Logs a number of its own rank, and publishes one that all have, in its first fit alone."""
+
+    namespace = "mine"
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def on_train_start(self, trainer, pl_module):
+        super().on_train_start(trainer, pl_module)
+        self.seen.append(published(trainer, "forge/mine/shared"))
+
+    def on_step_end(self, trainer, pl_module, outputs, batch):
+        self.log_metrics(trainer, {"own": 1.0})
+        publish(trainer, {"forge/mine/shared": 2.0})
+
+
+def test_only_what_is_the_same_on_all_ranks_is_published_and_for_one_fit():
+    callback = Publishes()
+    model, trainer = fit([callback], Plain)
+    assert published(trainer, "forge/mine/shared") == 2.0
+    assert math.isnan(published(trainer, "forge/mine/own"))
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(model)
+    assert all(math.isnan(value) for value in callback.seen)
+    assert len(callback.seen) == 2

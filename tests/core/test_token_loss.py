@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from forge_lightning.core import token_loss as module
 from forge_lightning.core.token_loss import row_chunks, token_loss
@@ -94,3 +96,35 @@ def test_chunks_cover_all_rows_once(monkeypatch):
     assert torch.equal(torch.cat([rows[chunk] for chunk in chunks]), rows)
     assert all(len(rows[chunk]) <= 2 for chunk in chunks)
     assert len(list(row_chunks(torch.empty(11, 7), 4))) == 2
+
+
+def test_a_compiled_step_takes_the_plain_loss_whatever_the_length():
+    @torch.compile(backend="aot_eager")
+    def step(logits, labels):
+        return token_loss(logits, labels)[0].sum()
+
+    torch._dynamo.reset()
+    counters.clear()
+    for length in range(3, 12):
+        logits, labels = case(shape=(3, length, 7))
+        torch.testing.assert_close(step(logits, labels), token_loss(logits, labels)[0].sum())
+    assert counters["stats"]["unique_graphs"] <= 3
+    torch._dynamo.reset()
+
+
+def test_no_whole_copy_of_16_bits_is_made(monkeypatch):
+    monkeypatch.setattr(module, "_ON_CPU", 20)
+    logits, labels = case(torch.bfloat16, shape=(16, 8, 10))
+    largest = 0
+
+    class Watches(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            found = func(*args, **(kwargs or {}))
+            if isinstance(found, torch.Tensor) and found.dtype == torch.float32:
+                largest = max(largest, found.numel())
+            return found
+
+    with Watches():
+        token_loss(logits, labels)[0].sum().backward()
+    assert largest <= 16 * 8  # the losses

@@ -176,3 +176,24 @@ def test_logits_are_kept_in_chunks_as_at_once(monkeypatch):
     monkeypatch.setattr("forge_lightning.core.token_loss._ON_CPU", 16)
     for name, tensor in scores.logits_to_keep(2, 2).items():
         assert torch.equal(tensor, whole[name]), name
+
+
+def test_logits_of_another_number_of_rows_than_labels_are_refused():
+    """As of a network that is called once on two views of a batch."""
+    scores, _ = scored(LOGITS, LABELS)
+    scores._logits = torch.cat([LOGITS, LOGITS])
+    with pytest.raises(ValueError, match=r"the labels are \(4,\), the logits \(8, 3\)"):
+        scores.logits_to_keep(4, 2)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_where_nothing_is_compared_has_no_gradient(value, monkeypatch):
+    monkeypatch.setattr("forge_lightning.dream.scores.reads_are_free", lambda device: False)
+    logits = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[0, 1, -100], [2, -100, 3]])
+    scores, _ = scored(logits, labels)
+    kept = kept_logits(scores, torch.ones(2), 2)
+    logits[0, 2, 1] = value
+    later, _ = scored(logits + 0.1 * torch.arange(4.0), labels)
+    later.distance(kept, 2).backward()
+    assert later.network.logits.grad.isfinite().all()

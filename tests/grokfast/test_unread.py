@@ -180,7 +180,7 @@ def test_gradients_that_are_orthogonal_do_not_turn_the_filter_on(on_an_accelerat
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of inductor
 def test_compiled_passes_come_to_the_same_and_are_compiled_once(options, backend, on_an_accelerator, monkeypatch):
     if backend != "inductor":
-        made = cache(lambda function: torch.compile(function, dynamic=False, backend=backend))
+        made = cache(lambda function: torch.compile(function.__wrapped__, dynamic=False, backend=backend))
         monkeypatch.setattr(module, "_compiled", made)
     on_an_accelerator()
     torch._dynamo.reset()
@@ -201,3 +201,12 @@ def test_compiled_passes_come_to_the_same_and_are_compiled_once(options, backend
 def test_compile_is_for_accelerators(monkeypatch):
     monkeypatch.setattr(module, "_compiled", None)
     assert run(GradientFilter(compile=True), steps(3))[0].keys() == {"0", "1", "2"}
+
+
+def test_each_function_has_a_limit_of_its_own(on_an_accelerator, monkeypatch):
+    """The compiler counts graphs by code, and decorated functions share that of their decorator."""
+    codes = []
+    monkeypatch.setattr(torch, "compile", lambda function, **options: codes.append(function.__code__) or function)
+    for function in (module.F.ema_step_, module.F.add_scaled_by_, module.F.ma_where_, module.F.ema_products_where_):
+        module._compiled.__wrapped__(function)
+    assert len(set(codes)) == 4
