@@ -102,7 +102,8 @@ def live_bytes() -> int:
         for found in gc.get_objects():
             if type(found) in (torch.Tensor, torch.nn.Parameter):  # not DTensor, and what a compiler makes up
                 storage = found.untyped_storage()
-                storages[storage.data_ptr()] = storage.nbytes()
+                if storage.data_ptr():  # a tensor without memory of its own has none
+                    storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
 
 

@@ -1,6 +1,7 @@
 """Learning-rate schedules with a warm-up, over as many steps as a Trainer will run."""
 
 import math
+from abc import ABC, abstractmethod
 from typing import Any
 
 from torch.optim import Optimizer
@@ -9,7 +10,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from forge_lightning.core.validate import require
 
 
-class WarmupSchedule(LRScheduler):
+class WarmupSchedule(LRScheduler, ABC):
     """A rise to the optimizer's learning rates on a line, then a fall that a subclass says.
 
     Args:
@@ -76,9 +77,9 @@ class WarmupSchedule(LRScheduler):
         share = min(1.0, (step - rise) / max(1.0, self.total_steps - rise))
         return self.end + (1 - self.end) * self._fall(share)
 
+    @abstractmethod
     def _fall(self, share: float) -> float:
         """What is left of the way to ``end``, by the share of the steps behind the rise, in [0, 1]."""
-        raise NotImplementedError
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on from a state, with the warm-up, length and end that this schedule was made with."""
@@ -99,17 +100,6 @@ class WarmupCosine(WarmupSchedule):
         schedule = WarmupCosine(optimizer, warmup=100, total_steps=self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    Args:
-        optimizer: Whose learning rates are scheduled.
-        warmup: Steps of the rise, or below 1 their share of all steps.
-        total_steps: Optimizer steps of the run. Default: as many as the Trainer will make, which `ForgeModule` and
-            `AlgorithmicModule` find out.
-        end: Learning rate at the end, as a share of the optimizer's, in [0, 1].
-        last_epoch: Steps done before, less 1.
-
-    Raises:
-        ValueError: If an argument is out of range.
-
     References:
         Loshchilov and Hutter, `SGDR: Stochastic Gradient Descent with Warm Restarts <https://arxiv.org/abs/1608.03983>`_,
         2017.
@@ -128,17 +118,6 @@ class WarmupCosine(WarmupSchedule):
 
 class WarmupLinear(WarmupSchedule):
     """A warm-up on a line, then a line down to ``end``. See `WarmupCosine` for its use.
-
-    Args:
-        optimizer: Whose learning rates are scheduled.
-        warmup: Steps of the rise, or below 1 their share of all steps.
-        total_steps: Optimizer steps of the run. Default: as many as the Trainer will make, which `ForgeModule` and
-            `AlgorithmicModule` find out.
-        end: Learning rate at the end, as a share of the optimizer's, in [0, 1].
-        last_epoch: Steps done before, less 1.
-
-    Raises:
-        ValueError: If an argument is out of range.
 
     Example:
         >>> import torch

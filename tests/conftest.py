@@ -1,6 +1,7 @@
 import logging
 import os
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,17 @@ def benchmark_file(variable):
     if not path or not Path(path).exists():
         pytest.skip(f"{variable} does not name the real file")
     return path
+
+
+@pytest.fixture(autouse=True)
+def no_stance_left():
+    """A test that leaves the compiler switched off would leave it so for all after it."""
+    yield
+    compiler = sys.modules.get("torch._dynamo.eval_frame")
+    left = "default" if compiler is None else compiler._stance.stance
+    if left != "default":
+        sys.modules["torch"].compiler.set_stance("default")  # for the tests after it
+    assert left == "default"
 
 
 @pytest.fixture

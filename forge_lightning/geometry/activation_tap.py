@@ -17,6 +17,29 @@ from forge_lightning.core.hooks import Hook
 Positions = Literal["auto", "labelled", "all", "last"]
 
 
+class _Eager:
+    """Runs compiled modules as they are written while any tap is on. Taps end in any order, torch's stances do not."""
+
+    def __init__(self) -> None:
+        self._taps: set[int] = set()
+        self._stance: Any = None
+
+    def enter(self, tap: object) -> None:
+        self._taps.add(id(tap))
+        if self._stance is None and "torch._dynamo" in sys.modules:
+            self._stance = torch.compiler.set_stance("force_eager")
+            self._stance.__enter__()
+
+    def leave(self, tap: object) -> None:
+        self._taps.discard(id(tap))
+        if self._stance is not None and not self._taps:
+            self._stance.__exit__(None, None, None)
+            self._stance = None
+
+
+_eager = _Eager()
+
+
 class ActivationTap:
     """Forward hooks that copy sampled rows of activations while switched on, once per layer and forward pass.
 
@@ -52,7 +75,6 @@ class ActivationTap:
         self._tokens_now: set[int] = set()
         self._handles: list[Any] = []
         self._active = False
-        self._eager: Any = None
 
     def attach(self) -> None:
         """Register the hooks; off until `start`."""
@@ -79,16 +101,12 @@ class ActivationTap:
         self._seen: set[str] = set()
         self._index: dict[tuple[int, ...], Tensor] = {}
         self._active = True
-        if self._eager is None and "torch._dynamo" in sys.modules:
-            self._eager = torch.compiler.set_stance("force_eager")
-            self._eager.__enter__()
+        _eager.enter(self)
 
     def stop(self) -> None:
         """Stop copying until the next `start`."""
         self._active = False
-        if self._eager is not None:
-            self._eager.__exit__(None, None, None)
-            self._eager = None
+        _eager.leave(self)
         self._fields, self._index = PositionFields(), {}
         self._tokens_taken |= self._tokens_now
         self._tokens_now = set()

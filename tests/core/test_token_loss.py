@@ -103,7 +103,6 @@ def test_a_compiled_step_takes_the_plain_loss_whatever_the_length():
     def step(logits, labels):
         return token_loss(logits, labels)[0].sum()
 
-    torch.compiler.set_stance("default")  # whatever a test before has left
     torch._dynamo.reset()
     counters.clear()
     for length in range(3, 12):

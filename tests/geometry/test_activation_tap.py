@@ -28,16 +28,28 @@ def activations():
     return torch.stack([b, t, torch.ones_like(b)], -1).float()
 
 
+@pytest.fixture(autouse=True)
+def stopped(monkeypatch):
+    """No test leaves a tap on, which holds compiled modules up."""
+    started, start = [], ActivationTap.start
+    monkeypatch.setattr(ActivationTap, "start", lambda tap, *args: started.append(tap) or start(tap, *args))
+    yield
+    for tap in started:
+        tap.stop()
+
+
 def tapped(fields=None, limit=1000, form=None, x=None, seed=0, **options):
     layer = Layer(form)
     tap = ActivationTap({"layer": layer}, **options)
     tap.attach()
     tap.start(fields or PositionFields(), limit, seed)
-    layer(activations() if x is None else x)
-    if tap.error is not None:
-        raise tap.error
-    rows = torch.cat(tap.rows["layer"])
-    tap.detach()
+    try:
+        layer(activations() if x is None else x)
+        if tap.error is not None:
+            raise tap.error
+        rows = torch.cat(tap.rows["layer"])
+    finally:
+        tap.detach()
     assert not layer._forward_hooks
     return sorted((int(row[0]), int(row[1])) for row in rows)
 
@@ -210,3 +222,16 @@ def test_rows_of_another_width_replace_those_before():
         tap.start(PositionFields(), 5, 0)
         layer(torch.ones(4, width))
     assert torch.cat(tap.rows["layer"]).shape == (4, 9)
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_taps_that_end_in_any_order_leave_the_compiler_on(first):
+    from torch._dynamo import eval_frame
+
+    taps = [ActivationTap({"layer": Layer()}) for _ in range(2)]
+    for tap in taps:
+        tap.start(PositionFields(), 5, 0)
+    taps[first].stop()
+    assert eval_frame._stance.stance == "force_eager"
+    taps[1 - first].stop()
+    assert eval_frame._stance.stance == "default"

@@ -183,7 +183,6 @@ def test_compiled_passes_come_to_the_same_and_are_compiled_once(options, backend
         made = cache(lambda function: torch.compile(function.__wrapped__, dynamic=False, backend=backend))
         monkeypatch.setattr(module, "_compiled", made)
     on_an_accelerator()
-    torch.compiler.set_stance("default")  # whatever a test before has left
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     given = steps(12, [(5, math.nan)])
