@@ -93,8 +93,8 @@ PARTS = {
 }
 
 
-def live_bytes() -> int:
-    """Bytes of all tensors on this rank; of sharded ones, only the local part."""
+def live_storages() -> dict[int, int]:
+    """Bytes of the memory of all tensors on this rank, by address; of sharded tensors, only the local part."""
     gc.collect()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -104,7 +104,12 @@ def live_bytes() -> int:
                 storage = found.untyped_storage()
                 if storage.data_ptr():  # a tensor without memory of its own has none
                     storages[storage.data_ptr()] = storage.nbytes()
-    return sum(storages.values())
+    return storages
+
+
+def live_bytes() -> int:
+    """Bytes of all tensors on this rank."""
+    return sum(live_storages().values())
 
 
 class Collectives(TorchDispatchMode):
