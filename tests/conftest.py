@@ -2,6 +2,7 @@ import logging
 import os
 import random
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: the suite runs in as many processes as there are cores
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 still calls what 5.0 will rename
+os.environ.setdefault("HF_DATASETS_CACHE", tempfile.mkdtemp(prefix="forge_datasets_"))
+os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("WANDB_SILENT", "true")
 

@@ -17,6 +17,8 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.strategies import StrategyRegistry
 
 from forge_lightning import data, models
+from forge_lightning.data.sources import refuse_absent_file
+from forge_lightning.data.text import SourceData
 from forge_lightning.data.tokens import TokenDataModule
 from forge_lightning.models.forge_module import refuse_pretrained
 from forge_lightning.models.optimizers import optimizer_config
@@ -33,7 +35,11 @@ def refuse_cut_off(path: Path) -> None:
 
 def refuse_missing_files(datamodule: Any, *splits: str) -> None:
     """Raise if a file that one of our datamodules reads these splits from is not there."""
-    if not isinstance(datamodule, data.CodeTasks | data.TextData):
+    if isinstance(datamodule, SourceData):
+        for split in splits:
+            for option, path in datamodule.files_of("train" if split == "train" else "val"):
+                refuse_absent_file(option, path)
+    if not isinstance(datamodule, data.CodeTasks):
         return
     for split in splits:
         found = datamodule.file_of(split)
@@ -59,7 +65,7 @@ def load_data(datamodule: Any, split: str) -> None:
         if split == "train":
             datamodule.refuse_training()
         datamodule.load(split)
-    elif isinstance(datamodule, data.TextData):
+    elif isinstance(datamodule, SourceData):
         datamodule.setup()  # which is done once
 
 

@@ -54,9 +54,13 @@ class ResumableSampler(DistributedSampler[Any]):
         self.bind()
         start, self.start = self.start, 0
         epoch, self.epoch = self.epoch, self.epoch - self.shift
-        indices = super().__iter__()
+        indices = self._epoch_order()
         self.epoch = epoch
         return itertools.islice(indices, start, None)
+
+    def _epoch_order(self) -> Iterator[Any]:
+        """This rank's examples of the epoch."""
+        return super().__iter__()
 
     def __len__(self) -> int:
         self.bind()

@@ -26,7 +26,20 @@ def read_jsonl(path: str | Path, fields: Mapping[str, type]) -> list[dict[str, A
         DataFileError: If a line is not a JSON object, or a field is missing or of another type.
         MisconfigurationException: If the file cannot be read.
     """
-    records = []
+    records = list(iterate_jsonl(path, fields))
+    if not records:
+        raise DataFileError(f"{path}: holds no record.")
+    return records
+
+
+def iterate_jsonl(path: str | Path, fields: Mapping[str, type], of_texts: bool = True) -> Iterator[dict[str, Any]]:
+    """`read_jsonl`, one record at a time; nothing is raised for a file without records.
+
+    Args:
+        path: The file.
+        fields: Fields that each record must have.
+        of_texts: Whether lists must hold texts.
+    """
     for number, line in enumerate(_lines(Path(path)), start=1):
         if not line.strip():
             continue
@@ -47,7 +60,7 @@ def read_jsonl(path: str | Path, fields: Mapping[str, type]) -> list[dict[str, A
             if not isinstance(record[field], kind):
                 found = type(record[field]).__name__
                 raise DataFileError(f"{where}: field {field!r} must be {kind.__name__}, but is {found}.")
-            texts = record[field] if kind is list else [record[field]] if kind is str else []
+            texts = record[field] if kind is list and of_texts else [record[field]] if kind is str else []
             for text in texts:
                 if not isinstance(text, str):
                     raise DataFileError(
@@ -58,10 +71,7 @@ def read_jsonl(path: str | Path, fields: Mapping[str, type]) -> list[dict[str, A
                         f"{where}: field {field!r} holds half of a character (a lone surrogate), as of an emoji that"
                         " was cut. It cannot be written as UTF-8: mend the text, or leave the record out."
                     )
-        records.append(record)
-    if not records:
-        raise DataFileError(f"{path}: holds no record.")
-    return records
+        yield record
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -76,14 +86,26 @@ def _lines(path: Path) -> Iterator[str]:
         raise MisconfigurationException(f"Cannot read the data file {path}: {error.strerror}.") from None
 
 
-def read_text(path: str | Path) -> str:
-    """The text of a file, or the ``text`` fields of a ``.jsonl`` or ``.jsonl.gz`` file, one document after another.
+def iterate_text(path: str | Path, size: int = 1 << 16) -> Iterator[dict[str, Any]]:
+    """The text of a file, or of a gzipped one, in pieces of whole lines, so that a large file fits into memory.
+
+    Args:
+        path: The file, one document.
+        size: Characters of a piece, at least; a piece ends before a line that begins with a letter or digit.
+
+    Yields:
+        ``text``, and whether it is the first piece, ``begins``, and the last, ``ends``.
 
     Raises:
-        DataFileError: As `read_jsonl`, or if the file is not UTF-8.
-        MisconfigurationException: If the file cannot be read.
+        DataFileError: If the file is not UTF-8.
+        MisconfigurationException: If it cannot be read.
     """
-    path = Path(path)
-    if ".jsonl" in path.suffixes:
-        return "\n\n".join(record["text"] for record in read_jsonl(path, {"text": str}))
-    return "".join(_lines(path))
+    piece: list[str] = []
+    length, begins = 0, True
+    for line in _lines(Path(path)):
+        if length >= size and line[:1].isalnum():
+            yield {"text": "".join(piece), "begins": begins, "ends": False}
+            piece, length, begins = [], 0, False
+        piece.append(line)
+        length += len(line)
+    yield {"text": "".join(piece), "begins": begins, "ends": True}

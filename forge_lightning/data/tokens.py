@@ -47,6 +47,26 @@ def build_tokenizer(name: str, **options: Any) -> Any:
     return tokenizer
 
 
+def batch_of(rows: Sequence[tuple[int, Any, Any]], pad_token_id: int) -> dict[str, Tensor]:
+    """Pad rows on the right: ``input_ids``, ``attention_mask`` and ``labels``, ``(B, T)``; ``sample_id``, ``(B,)``.
+
+    Args:
+        rows: Number, tokens and labels of each.
+        pad_token_id: Fills the shorter rows; masked out of attention and loss.
+    """
+    shape = (len(rows), max(len(ids) for _, ids, _ in rows))
+    batch = {
+        "input_ids": torch.full(shape, pad_token_id),
+        "attention_mask": torch.zeros(shape, dtype=torch.long),
+        "labels": torch.full(shape, IGNORED),
+    }
+    for row, (_, ids, labels) in enumerate(rows):
+        batch["input_ids"][row, : len(ids)] = torch.as_tensor(ids)
+        batch["attention_mask"][row, : len(ids)] = 1
+        batch["labels"][row, : len(ids)] = torch.as_tensor(labels)
+    return batch | {"sample_id": torch.tensor([number for number, _, _ in rows])}
+
+
 @dataclass(frozen=True)
 class Example:
     """A prompt and the completion to learn.
@@ -60,6 +80,11 @@ class Example:
     id: int
     input_ids: Sequence[int]
     num_prompt_tokens: int
+
+    @property
+    def labels(self) -> list[int]:
+        """Its tokens, those of the prompt masked."""
+        return [IGNORED] * self.num_prompt_tokens + list(self.input_ids[self.num_prompt_tokens :])
 
 
 def encode_example(tokenizer: Any, id: int, prompt: str, completion: str) -> Example:
@@ -98,19 +123,7 @@ class ExampleDataset(Dataset[dict[str, Any]]):
 
     def collate(self, examples: Sequence[Example]) -> dict[str, Tensor]:
         """One batch, as long as its longest row."""
-        length = max(len(example.input_ids) for example in examples)
-        shape = (len(examples), length)
-        batch = {
-            "input_ids": torch.full(shape, self.pad_token_id),
-            "attention_mask": torch.zeros(shape, dtype=torch.long),
-            "labels": torch.full(shape, IGNORED),
-        }
-        for row, example in enumerate(examples):
-            ids, end = torch.tensor(example.input_ids), len(example.input_ids)
-            batch["input_ids"][row, :end] = ids
-            batch["attention_mask"][row, :end] = 1
-            batch["labels"][row, example.num_prompt_tokens : end] = ids[example.num_prompt_tokens :]
-        return batch | {"sample_id": torch.tensor([example.id for example in examples])}
+        return batch_of([(example.id, example.input_ids, example.labels) for example in examples], self.pad_token_id)
 
 
 class TokenDataModule(LightningDataModule):
@@ -178,7 +191,7 @@ class TokenDataModule(LightningDataModule):
             collate_fn=dataset.collate,
         )
 
-    def train_dataloader(self) -> StatefulDataLoader:
+    def train_dataloader(self) -> Any:
         return self._loader("train")
 
     def val_dataloader(self) -> StatefulDataLoader:

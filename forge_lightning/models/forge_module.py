@@ -1,6 +1,7 @@
 """ForgeModule: any Hugging Face causal language model as a LightningModule."""
 
 import math
+from collections.abc import Callable
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,15 @@ from forge_lightning.core.layers import block_list
 from forge_lightning.core.protocols import SupportsTokenizer
 from forge_lightning.core.token_loss import token_loss
 from forge_lightning.core.tokens import IGNORED, has_vocabulary
+from forge_lightning.models.adapters import (
+    adapter_config,
+    add_adapters,
+    frozen_names,
+    merged,
+    weights_digest,
+    with_frozen,
+    without_frozen,
+)
 from forge_lightning.models.optimizers import one_group, optimizer_config, weight_decay_groups
 from forge_lightning.self_model.callback import SelfModel, second_head
 from forge_lightning.self_model.head import SelfModelHead
@@ -55,6 +65,9 @@ class ForgeModule(LightningModule):
         dtype: Type of the weights of ``pretrained``: "float32", "bfloat16", "float16", or "auto" for that of the
             checkpoint. Most checkpoints hold bfloat16, in which small steps of an optimizer are rounded to nothing;
             train from float32 weights, and save time and memory by the Trainer's ``precision="bf16-mixed"``.
+        peft: Train adapters in place of the weights, by the library `peft` (extra ``[peft]``): ``{"peft_type": "LORA",
+            "r": 8, "lora_alpha": 16, "target_modules": "all-linear"}``, or another of its types of weights. Checkpoints
+            of ``pretrained`` weights then hold the adapters alone.
         model_kwargs: More for ``from_pretrained``, or ``from_config``, of transformers: ``{"revision": ...,
             "attn_implementation": ...}``.
         self_model: A head that predicts the model's own activations. The module brings the callback `SelfModel`, which
@@ -65,6 +78,7 @@ class ForgeModule(LightningModule):
     Raises:
         ValueError: If not exactly one of ``pretrained`` and ``config`` is given, ``config`` has no ``model_type``,
             or ``dtype`` is none of the four.
+        MissingExtraError: If ``peft`` is given and not installed.
         MisconfigurationException: If the weights cannot be had, or model and tokenizer do not fit.
     """
 
@@ -78,10 +92,14 @@ class ForgeModule(LightningModule):
         gradient_checkpointing: bool = False,
         compile: bool = False,
         dtype: Literal["float32", "bfloat16", "float16", "auto"] = "float32",
+        peft: dict[str, Any] | None = None,
         model_kwargs: dict[str, Any] | None = None,
         self_model: SelfModelHead | None = None,
     ) -> None:
         super().__init__()
+        if peft is not None:
+            adapter_config(peft)
+        self.peft = peft
         if dtype not in ("float32", "bfloat16", "float16", "auto"):
             raise ValueError(f"`ForgeModule(dtype={dtype!r})` must be 'float32', 'bfloat16', 'float16' or 'auto'.")
         if (pretrained is None) == (config is None):
@@ -130,6 +148,8 @@ class ForgeModule(LightningModule):
             )
         if tokenizer is not None and self.pretrained is not None:
             self.refuse_other_tokenizer(tokenizer)
+        if self.peft is not None:
+            self.model = add_adapters(self.model, self.peft)
         self.model.train()  # `from_pretrained` leaves evaluation mode, and Lightning keeps what it finds
         if self.gradient_checkpointing:
             self.model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
@@ -261,9 +281,28 @@ class ForgeModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["fitted_temperature"] = self.fitted_temperature
+        if self._leaves_out_frozen and "state_dict" in checkpoint:
+            names = frozen_names(self, "model.")
+            checkpoint["state_dict"] = without_frozen(checkpoint["state_dict"], names)
+            checkpoint["frozen_weights"] = {"of": self.pretrained, "digest": weights_digest(self, names)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.fitted_temperature = checkpoint.get("fitted_temperature", math.nan)
+        before = checkpoint.get("frozen_weights")
+        if before is None or self.model is None:
+            return
+        names = frozen_names(self, "model.")
+        if not math.isclose(before["digest"], weights_digest(self, names), rel_tol=1e-6, abs_tol=1e-9):
+            raise MisconfigurationException(
+                f"The checkpoint holds adapters to the weights of {before['of']!r}, and those of"
+                f" `ForgeModule(pretrained={self.pretrained!r})` are others. Name the weights that it was trained on."
+            )
+        checkpoint["state_dict"] = with_frozen(self, checkpoint["state_dict"], names)
+
+    @property
+    def _leaves_out_frozen(self) -> bool:
+        """Whether checkpoints hold only what is trained: the rest is where it came from."""
+        return self.peft is not None and self.pretrained is not None and self.device_mesh is None
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         return self._evaluation_step(batch, "val")
@@ -299,7 +338,14 @@ class ForgeModule(LightningModule):
 
     @torch.no_grad()
     def complete(
-        self, prompts: list[str], *, max_new_tokens: int = 128, temperature: float = 0.0, seed: int = 0
+        self,
+        prompts: list[str],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_text: Callable[[str], None] | None = None,
     ) -> list[str]:
         """Continue prompts, each as if it were alone. The global random stream is left as it was.
 
@@ -310,31 +356,41 @@ class ForgeModule(LightningModule):
             prompts: Texts to continue.
             max_new_tokens: Tokens to add at most; fewer where the model's context ends.
             temperature: 0 takes the likeliest token each time; otherwise samples.
+            top_p: Sample from the likeliest tokens whose probabilities add up to this, in (0, 1].
             seed: Random seed for the sampling. Of equal prompts, the second is sampled as one alone with ``seed + 1``,
                 and so on.
+            on_text: Called with each piece of text as it is made, of one prompt alone.
 
         Returns:
             The texts after each prompt. Empty for a prompt that fills the model's context.
 
         Raises:
-            ValueError: If ``max_new_tokens`` is below 1 or ``temperature`` below 0.
+            ValueError: If ``max_new_tokens`` is below 1, ``temperature`` below 0, ``top_p`` not in (0, 1], or
+                ``on_text`` is given for several prompts.
         """
         if max_new_tokens < 1:
             raise ValueError(f"`max_new_tokens={max_new_tokens}` must be at least 1.")
         if temperature < 0:
             raise ValueError(f"`temperature={temperature}` must be at least 0.")
-        from forge_lightning.models.generation import generate
+        if not 0 < top_p <= 1:
+            raise ValueError(f"`top_p={top_p}` must be in (0, 1].")
+        if on_text is not None and len(prompts) != 1:
+            raise ValueError(f"`on_text` takes one prompt, not {len(prompts)}.")
+        from forge_lightning.models.generation import Sampling, generate
 
         modes = [(part, part.training) for part in self.model.modules()]  # a frozen part may be in evaluation mode
         self.model.eval()
         try:
-            return generate(self.model, self.tokenizer, prompts, max_new_tokens, temperature, seed)
+            sampling = Sampling(max_new_tokens, temperature, top_p, seed)
+            return generate(self.model, self.tokenizer, prompts, sampling, on_text)
         finally:
             for part, mode in modes:
                 part.training = mode
 
-    def export(self, folder: str | Path) -> None:
+    def export(self, folder: str | Path, adapter: bool = False) -> None:
         """Write model and tokenizer as a Hugging Face folder, for ``from_pretrained``.
+
+        Adapters of ``peft`` are added into the weights, unless ``adapter`` asks for them alone.
 
         A temperature that `Calibration` has fitted is ``fitted_temperature`` in config.json: logits divided by it are
         calibrated. Generation is left as it is, because the temperature for sampling is another matter.
@@ -343,7 +399,10 @@ class ForgeModule(LightningModule):
             self.model.config.fitted_temperature = self.fitted_temperature
         if Path(folder).is_file():
             raise MisconfigurationException(f"`{folder}` is a file. Name a folder to export to.")
-        self.model.save_pretrained(folder)
+        if adapter and self.peft is None:
+            raise MisconfigurationException("There is no adapter to export: `ForgeModule(peft=...)` trains one.")
+        model = merged(self.model) if self.peft is not None and not adapter else self.model
+        model.save_pretrained(folder)
         if self.tokenizer is not None:
             self.tokenizer.save_pretrained(folder)
 

@@ -2,8 +2,9 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,8 +13,22 @@ from torch import Tensor
 from forge_lightning.core.tokens import continuation_text, pad_id, prompt_ids
 
 
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen, as in `ForgeModule.complete`."""
+
+    max_new_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
 def generate(
-    model: Any, tokenizer: Any, prompts: Sequence[str], max_new_tokens: int, temperature: float, seed: int
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    on_text: Callable[[str], None] | None = None,
 ) -> list[str]:
     """`ForgeModule.complete` for a model in evaluation mode.
 
@@ -22,23 +37,30 @@ def generate(
     """
     encoded = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     context = getattr(model.config, "max_position_embeddings", None)
-    seeds = _seeds(encoded, seed) if temperature else [0] * len(prompts)
+    draws_at_all = sampling.temperature > 0
+    seeds = _seeds(encoded, sampling.seed) if draws_at_all else [0] * len(prompts)
     rooms: dict[int, list[int]] = defaultdict(list)  # prompts by the number of tokens that they have room for
     for index, ids in enumerate(encoded):
-        room = max_new_tokens if context is None else min(max_new_tokens, context - len(ids))
+        room = sampling.max_new_tokens if context is None else min(sampling.max_new_tokens, context - len(ids))
         if ids and room > 0:
             rooms[room].append(index)
     texts = [""] * len(prompts)
     for room, indices in rooms.items():
-        draws = _Draws(temperature, [seeds[index] for index in indices]) if temperature else None
-        new = _continued(model, tokenizer, [encoded[index] for index in indices], room, draws)
+        draws = _Draws(sampling, [seeds[index] for index in indices]) if draws_at_all else None
+        streamer = None if on_text is None else _Pieces(tokenizer, encoded[indices[0]], on_text)
+        new = _continued(model, tokenizer, [encoded[index] for index in indices], room, draws, streamer)
         for index, ids in zip(indices, new, strict=True):
             texts[index] = continuation_text(tokenizer, encoded[index], ids)
     return texts
 
 
 def _continued(
-    model: Any, tokenizer: Any, encoded: Sequence[list[int]], room: int, draws: "_Draws | None"
+    model: Any,
+    tokenizer: Any,
+    encoded: Sequence[list[int]],
+    room: int,
+    draws: "_Draws | None",
+    streamer: "_Pieces | None",
 ) -> list[list[int]]:
     """New tokens of prompts that all have the same room."""
     longest, pad = max(map(len, encoded)), pad_id(tokenizer)
@@ -57,6 +79,7 @@ def _continued(
             pad_token_id=pad,
             use_cache=True,
             do_sample=False,
+            streamer=streamer,
             **({} if draws is None else {"logits_processor": [draws]}),
         )
     found: list[list[int]] = []
@@ -99,15 +122,43 @@ def _seeds(encoded: Sequence[list[int]], seed: int) -> list[int]:
     return seeds
 
 
+class _Pieces:
+    """What `transformers` gives tokens to as they are made: hands on the text that they add, once it is sure."""
+
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], on_text: Callable[[str], None]) -> None:
+        self._tokenizer, self._prompt, self._on_text = tokenizer, list(prompt), on_text
+        self._new: list[int] | None = None  # the first call brings the prompt
+        self._shown = 0
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, then one token after another."""
+        if self._new is None:
+            self._new = []
+            return
+        self._new += value.flatten().tolist()
+        self._show(continuation_text(self._tokenizer, self._prompt, self._new).rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def end(self) -> None:
+        """Hand on the rest."""
+        self._show(continuation_text(self._tokenizer, self._prompt, self._new or []))
+
+    def _show(self, text: str) -> None:
+        if len(text) > self._shown:
+            self._on_text(text[self._shown :])
+            self._shown = len(text)
+
+
 class _Draws:
     """A logits processor that makes the likeliest token a draw from ``softmax(logits / temperature)``.
+
+    With ``top_p`` below 1, tokens beyond the likeliest ones that add up to it cannot be drawn.
 
     Adds Gumbel noise to each row from its own generator (the Gumbel-max trick), so that no row's draw depends on its
     neighbours, and the global random stream is left alone.
     """
 
-    def __init__(self, temperature: float, seeds: Sequence[int]) -> None:
-        self._temperature, self._seeds = temperature, seeds
+    def __init__(self, sampling: Sampling, seeds: Sequence[int]) -> None:
+        self._temperature, self._top_p, self._seeds = sampling.temperature, sampling.top_p, seeds
         self._generators: list[torch.Generator] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
@@ -116,4 +167,9 @@ class _Draws:
         noise = torch.empty_like(scores, dtype=torch.float32)
         for row, generator in zip(noise, self._generators, strict=True):
             row.exponential_(generator=generator)
-        return scores.float() / self._temperature - noise.clamp(min=torch.finfo(torch.float32).tiny).log()
+        scaled = scores.float() / self._temperature
+        if self._top_p < 1:
+            probs, order = scaled.softmax(-1).sort(descending=True)
+            beyond = probs.cumsum(-1) - probs >= self._top_p  # the likeliest stays, whatever its probability
+            scaled = scaled.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), -torch.inf)
+        return scaled - noise.clamp(min=torch.finfo(torch.float32).tiny).log()

@@ -1,9 +1,46 @@
+import gc
+import gzip
 import json
 
+import numpy as np
 import pytest
+import torch
+from datasets import Dataset
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from transformers import ByT5Tokenizer
 
-from forge_lightning.data import DataFileError, TextData
+from forge_lightning.callbacks import RNGState
+from forge_lightning.data import DataFileError, InstructionData, Source, Streaming, TextData
+from forge_lightning.data.encoding import TextEncoder, encode_chat
+from forge_lightning.data.records import iterate_text
+from forge_lightning.data.tokens import build_tokenizer
+
+CHATML = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def jsonl(path, records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return str(path)
+
+
+def documents(tmp_path, count=40, name="docs.jsonl"):
+    return jsonl(tmp_path / name, [{"text": f"document {i} " + "x" * (i % 7)} for i in range(count)])
+
+
+def rows(data, split):
+    return [data._mixtures[split][i] for i in range(len(data._mixtures[split]))]
+
+
+def decoded(data, batch):
+    return [
+        data.tokenizer.decode(ids[mask == 1])
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
 
 
 def test_text_is_cut_into_blocks_with_a_loss_on_every_token(tmp_path):
@@ -11,20 +48,313 @@ def test_text_is_cut_into_blocks_with_a_loss_on_every_token(tmp_path):
     path.write_text("abcdefgh" * 100)
     data = TextData(str(path), block_size=32, batch_size=4, val_fraction=0.2)
     data.setup()
-    assert (len(data._sets["train"]), len(data._sets["val"])) == (20, 5)
+    assert (len(data._mixtures["train"]), len(data._mixtures["val"])) == (20, 5)
     batch = next(iter(data.train_dataloader()))
     assert batch["input_ids"].shape == (4, 32)
     assert (batch["labels"] == batch["input_ids"]).all()
     assert data.tokenizer.decode(batch["input_ids"][0]) == "abcdefgh" * 4
 
 
-def test_jsonl_documents_and_a_validation_file(tmp_path):
-    train, val = tmp_path / "t.jsonl", tmp_path / "v.txt"
-    train.write_text("".join(json.dumps({"text": "word " * 20}) + "\n" for _ in range(3)))
-    val.write_text("other " * 20)
-    data = TextData(str(train), val_path=str(val), block_size=16)
+def test_documents_end_with_the_end_token(tmp_path):
+    data = TextData(jsonl(tmp_path / "t.jsonl", [{"text": "ab"}, {"text": "</s>"}, {"text": "c" * 30}]), block_size=4)
     data.setup()
-    assert data.tokenizer.decode(data._sets["val"].examples[0].input_ids).startswith("other")
+    ids = np.concatenate([row.input_ids for row in rows(data, "train")])
+    assert ids[:8].tolist() == [100, 101, 1, *(byte + 3 for byte in b"</s>"), 1]
+
+
+def test_a_validation_file_and_unpacked_rows(tmp_path):
+    val = tmp_path / "v.txt"
+    val.write_text("other " * 20)
+    data = TextData(documents(tmp_path), val_path=str(val), block_size=16, packing=False, batch_size=3)
+    data.setup()
+    assert data.tokenizer.decode(rows(data, "val")[0].input_ids) == ("other " * 20)[:16]
+    lengths = [len(f"document {i} " + "x" * (i % 7)) + 1 for i in range(40)]
+    assert [len(row.input_ids) for row in rows(data, "train")] == [
+        part for length in lengths for part in ([16, length - 16] if length > 16 else [length])
+    ]
+    batch = next(iter(data.train_dataloader()))
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+    assert (batch["labels"][batch["attention_mask"] == 1] == batch["input_ids"][batch["attention_mask"] == 1]).all()
+
+
+def test_bytes_are_those_of_the_tokenizer():
+    tokenizer = build_tokenizer("bytes")
+    texts = ["plain", "ä€🙂 </s> <pad>", "", "two\nlines\t"]
+    assert isinstance(tokenizer, ByT5Tokenizer)
+    expected = [[*tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    assert [list(ids) for ids in TextEncoder(tokenizer)({"text": texts})["input_ids"]] == expected
+
+
+def test_a_large_text_is_read_in_pieces_of_one_document(tmp_path):
+    path = tmp_path / "long.txt"
+    path.write_text("".join(f"line {i}\n" for i in range(1000)))
+    pieces = list(iterate_text(path, size=1000))
+    assert len(pieces) > 5
+    assert "".join(piece["text"] for piece in pieces) == path.read_text()
+    assert [piece["begins"] for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece["ends"] for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    data = TextData(str(path), block_size=8)
+    data.setup()
+    ids = np.concatenate([row.input_ids for split in ("train", "val") for row in rows(data, split)])
+    assert data.tokenizer.decode(ids) == path.read_text()[: len(ids)]
+    assert (ids == 1).sum() == 0 or ids[-1] == 1
+
+
+@pytest.mark.parametrize("kind", ["parquet", "csv", "tsv", "json", "arrow", "saved", "folder", "texts", "jsonl.gz"])
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.filterwarnings(
+    "ignore:unclosed file:ResourceWarning"
+)  # `datasets`, of a stream that is not read to its end
+@pytest.mark.filterwarnings("ignore:Exception ignored:pytest.PytestUnraisableExceptionWarning")
+def test_kinds_of_files(tmp_path, kind, streaming):
+    texts = [f"document {i}" for i in range(12)]
+    table = Dataset.from_dict({"body" if kind == "csv" else "text": texts})
+    path = tmp_path / f"data.{kind}"
+    if kind in ("parquet", "json"):
+        getattr(table, f"to_{kind}")(path)
+    elif kind in ("csv", "tsv"):
+        table.to_csv(path, sep="\t" if kind == "tsv" else ",")
+    elif kind == "arrow":
+        table.save_to_disk(tmp_path / "there")
+        path = next((tmp_path / "there").glob("*.arrow"))
+    elif kind == "saved":
+        table.save_to_disk(path)
+    elif kind == "folder":
+        path.mkdir()
+        table.select(range(6)).to_parquet(path / "train-0.parquet")
+        table.select(range(6, 12)).to_parquet(path / "train-1.parquet")
+    elif kind == "texts":
+        path.mkdir()
+        for i, text in enumerate(texts):
+            (path / f"{i:02}.txt").write_text(text)
+    else:
+        with gzip.open(path, "wt") as file:
+            file.write("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    source = Source(str(path), columns={"text": "body"} if kind == "csv" else {}, val_path=str(path))
+    options = {"streaming": Streaming(steps_per_epoch=3, buffer=1)} if streaming else {}
+    data = TextData(sources=[source], packing=False, block_size=64, batch_size=4, **options)
+    data.prepare_data()
+    data.setup()
+    expected = [f"{text}</s>" for text in texts]
+    assert [data.tokenizer.decode(row.input_ids) for row in rows(data, "val")] == expected
+    seen = [text for batch in data.train_dataloader() for text in decoded(data, batch)]
+    assert sorted(seen) == sorted(expected)
+    gc.collect()
+
+
+def test_tokens_are_made_once(tmp_path, monkeypatch):
+    path = documents(tmp_path)
+    TextData(path, block_size=16).setup()
+    monkeypatch.setattr(TextEncoder, "__call__", lambda self, batch: pytest.fail("made again"))
+    again = TextData(path, block_size=8)
+    again.setup()
+    assert len(again._mixtures["train"]) > 0
+    monkeypatch.undo()
+    with open(path, "a") as file:
+        file.write(json.dumps({"text": "new " * 50}) + "\n")
+    changed = TextData(path, block_size=8)
+    changed.setup()
+    assert len(changed._mixtures["train"]) > len(again._mixtures["train"])
+
+
+def test_pairs_learn_the_completion_alone(tmp_path):
+    path = jsonl(
+        tmp_path / "p.jsonl", [{"prompt": "1+1=", "completion": "2"}] * 4 + [{"prompt": "x" * 50, "completion": ""}]
+    )
+    data = InstructionData(path, max_length=16, batch_size=2, val_fraction=0.25)
+    with pytest.warns(UserWarning, match=r"1 of 5 examples of .*p.jsonl are longer than 16 tokens and are left out"):
+        data.setup()
+    batch = next(iter(data.train_dataloader()))
+    assert decoded(data, batch) == ["1+1=2</s>"] * 2
+    assert batch["labels"][0].tolist() == [-100] * 4 + [ord("2") + 3, 1]
+
+
+def test_columns_go_by_other_names(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"question": "a", "answer": "b"}] * 10)
+    data = InstructionData(sources=[Source(path, columns={"prompt": "question", "completion": "answer"})])
+    data.setup()
+    assert data.tokenizer.decode(rows(data, "train")[0].input_ids) == "ab</s>"
+    with pytest.raises(DataFileError, match="field 'prompt' is missing"):
+        InstructionData(path).setup()
+    table = Dataset.from_dict({"question": ["a"]})
+    table.to_parquet(tmp_path / "p.parquet")
+    with pytest.raises(
+        MisconfigurationException, match=r"no column 'prompt', but \['question'\]. Say which is meant by"
+    ):
+        InstructionData(str(tmp_path / "p.parquet")).setup()
+
+
+def test_chats_learn_what_the_assistant_says(tmp_path):
+    tokenizer = build_tokenizer("bytes")
+    tokenizer.chat_template = CHATML
+    chat = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "so"},
+        {"role": "assistant", "content": "no"},
+    ]
+    ids, labels = encode_chat(tokenizer, chat)
+    assert tokenizer.decode(ids) == "<user>hi</user><assistant>yes</assistant><user>so</user><assistant>no</assistant>"
+    learned = [token for token, label in zip(ids, labels, strict=True) if label != -100]
+    assert learned == [label for label in labels if label != -100]
+    assert tokenizer.decode(learned) == "yes</assistant>no</assistant>"
+
+    data = InstructionData(jsonl(tmp_path / "c.jsonl", [{"messages": chat}] * 10), batch_size=2)
+    data._tokenizer = tokenizer
+    data.setup()
+    batch = next(iter(data.train_dataloader()))
+    assert batch["labels"][0].tolist() == labels
+
+
+def test_a_turn_that_the_template_rewrites_later_is_not_learned():
+    tokenizer = build_tokenizer("bytes")
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>"
+        "{{ m.content if loop.last or m.role == 'user' else m.content[-1:] }}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    turns = [("user", "a"), ("assistant", "thought: b"), ("user", "c"), ("assistant", "thought: d")]
+    ids, labels = encode_chat(tokenizer, [{"role": role, "content": content} for role, content in turns])
+    assert tokenizer.decode(ids) == "<user>a<assistant>b<user>c<assistant>thought: d"
+    assert tokenizer.decode([label for label in labels if label != -100]) == "thought: d"
+
+
+@pytest.mark.parametrize(
+    ("template", "messages", "named"),
+    [
+        (None, [{"role": "user", "content": "a"}], "has no chat template"),
+        (CHATML, [{"role": "user", "content": "a"}], "no turn of the assistant"),
+        (CHATML, [{"from": "gpt", "value": "a"}], "does not fit the template"),
+        (
+            "{{ raise_exception('roles must alternate') }}",
+            [{"role": "assistant", "content": "a"}],
+            "roles must alternate",
+        ),
+    ],
+)
+def test_chats_that_teach_nothing_are_refused(template, messages, named):
+    tokenizer = build_tokenizer("bytes")
+    tokenizer.chat_template = template
+    with pytest.raises(MisconfigurationException, match=named):
+        encode_chat(tokenizer, messages)
+
+
+def test_sources_are_drawn_by_weight_and_every_row_before_one_comes_again(tmp_path):
+    paths = [
+        jsonl(tmp_path / f"{letter}.jsonl", [{"text": f"{letter}{i:02}"} for i in range(n)])
+        for letter, n in (("a", 34), ("b", 67))
+    ]
+    data = TextData(sources=[Source(paths[0], weight=3.0), Source(paths[1], weight=1.0)], packing=False, batch_size=5)
+    data.setup()
+    assert [len(part) for part in data._mixtures["train"].parts] == [31, 60]
+    loader = data.train_dataloader()
+    epochs = []
+    for epoch in range(4):
+        loader.sampler.set_epoch(epoch)
+        epochs.append([text for batch in loader for text in decoded(data, batch)])
+    assert [sum(text.startswith("a") for text in texts) for texts in epochs] == [68] * 4  # 3/4 of 91 rows
+    assert len(set(epochs[0]) & {text for text in epochs[0] if text.startswith("b")}) == 23
+    b = [text for texts in epochs for text in texts if text.startswith("b")]
+    assert len(set(b[:46])) == 46  # of 60: two epochs without one that comes again,
+    assert len(set(b[:69])) == 60  # and three with all of them
+    assert epochs[0] != epochs[1]
+
+    plain = TextData(sources=[Source(path) for path in paths], packing=False)
+    plain.setup()
+    assert sorted(i for batch in plain.train_dataloader() for i in batch["sample_id"].tolist()) == list(range(91))
+
+
+class Sums(LightningModule):
+    """Remembers its batches, and trains on them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torch.nn.Embedding(400, 4)
+        self.seen = []
+
+    def training_step(self, batch, batch_idx):
+        self.seen.append(batch["input_ids"].tolist())
+        return self.net(batch["input_ids"]).square().mean()
+
+    def validation_step(self, batch, batch_idx):
+        pass
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(data, steps, tmp_path, ckpt_path=None, save_at=None):
+    module = Sums()
+    callbacks = [RNGState()]
+    if save_at:
+        callbacks.append(
+            ModelCheckpoint(
+                dirpath=tmp_path / "saved", every_n_train_steps=save_at, filename="at", save_weights_only=False
+            )
+        )
+    Trainer(
+        max_steps=steps, accelerator="cpu", logger=False, callbacks=callbacks, enable_progress_bar=False,
+        enable_model_summary=False, limit_val_batches=0, enable_checkpointing=bool(save_at),
+    ).fit(module, datamodule=data, ckpt_path=ckpt_path, weights_only=True)  # fmt: skip
+    return module.seen
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("form", ["table", "stream", "two streams", "weights"])
+@pytest.mark.parametrize("stop", [3, 5, 8])
+def test_a_resume_sees_the_batches_not_yet_seen(tmp_path, packing, form, stop):
+    val = documents(tmp_path, 5, "val.jsonl")
+    paths = [documents(tmp_path), jsonl(tmp_path / "other.jsonl", [{"text": "y" * 9 + str(i)} for i in range(11)])]
+
+    def build():
+        options = {"packing": packing, "block_size": 16, "batch_size": 4, "seed": 3}
+        if form == "table":
+            return TextData(paths[0], **options)
+        if form == "weights":
+            return TextData(sources=[Source(paths[0], weight=1.0), Source(paths[1], weight=2.0)], **options)
+        sources = [Source(path, val_path=val, weight=1.0 + i) for i, path in enumerate(paths)]
+        return TextData(
+            sources=sources if form == "two streams" else sources[:1],
+            streaming=Streaming(steps_per_epoch=5, buffer=7),
+            **options,
+        )
+
+    whole = fit(build(), 14, tmp_path)
+    fit(build(), stop, tmp_path, save_at=stop)
+    assert fit(build(), 14, tmp_path, ckpt_path=tmp_path / "saved" / "at.ckpt") == whole[stop:]
+    assert len({str(batch) for batch in whole[:5]}) == 5
+
+
+def test_a_stream_of_other_data_is_refused(tmp_path):
+    path = documents(tmp_path)
+    source = Source(path, val_path=path)
+    loader = TextData(sources=[source], streaming=Streaming(buffer=3), block_size=8)
+    loader.setup()
+    made = loader.train_dataloader()
+    next(iter(made))
+    other = TextData(sources=[source], streaming=Streaming(buffer=3), block_size=16)
+    other.setup()
+    with pytest.raises(MisconfigurationException, match="block size: 8, now 16"):
+        other.train_dataloader().load_state_dict(made.state_dict())
+
+
+def test_ranks_read_different_records_of_a_stream(tmp_path, monkeypatch):
+    path = jsonl(tmp_path / "d.jsonl", [{"text": f"{i:02}"} for i in range(20)])
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr("forge_lightning.data.streams.current_rank", lambda rank=rank: (rank, 2))
+        data = TextData(
+            sources=[Source(path, val_path=path)],
+            packing=False,
+            batch_size=5,
+            streaming=Streaming(steps_per_epoch=2, buffer=1),
+        )
+        data.setup()
+        assert len(rows(data, "val")) == 20
+        batches = list(data.train_dataloader())
+        seen.append([text for batch in batches for text in decoded(data, batch)])
+        assert [i for batch in batches for i in batch["sample_id"].tolist()] == [2 * i + rank for i in range(10)]
+    assert sorted(seen[0] + seen[1]) == [f"{i:02}</s>" for i in range(20)]
 
 
 def test_errors_name_file_and_field(tmp_path):
@@ -37,7 +367,28 @@ def test_errors_name_file_and_field(tmp_path):
     with pytest.raises(MisconfigurationException, match="s.txt is too short for a train block of block_size=256"):
         TextData(str(short)).setup()
     with pytest.raises(MisconfigurationException, match="Cannot read the data file"):
-        TextData(str(tmp_path)).setup()
+        TextData(str(tmp_path / "none.txt")).setup()
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(DataFileError, match="empty.jsonl: holds no record"):
+        TextData(str(tmp_path / "empty.jsonl")).setup()
+    with pytest.raises(
+        MisconfigurationException, match="It is no local file or folder, so it was looked for on the hub"
+    ):
+        TextData("nobody/nothing").setup()
+    (tmp_path / "mixed").mkdir()
+    with pytest.raises(MisconfigurationException, match="the folder is empty"):
+        TextData(str(tmp_path / "mixed")).setup()
+
+
+def test_sources_that_do_not_go_together_are_named(tmp_path):
+    with pytest.raises(ValueError, match="sources that all have a `weight`, or none"):
+        TextData(sources=[Source("a", weight=1.0), Source("b")])
+    with pytest.raises(ValueError, match="validation data: a has none"):
+        TextData("a", streaming=Streaming())
+    with pytest.raises(ValueError, match=r"weight=0.*must be above 0"):
+        Source("a", weight=0.0)
+    with pytest.raises(ValueError, match=r"`Streaming\(buffer=0\)` must be at least 1"):
+        Streaming(buffer=0)
 
 
 @pytest.mark.parametrize("options", [{"val_fraction": 1.0}, {"block_size": 1}, {"batch_size": 0}])

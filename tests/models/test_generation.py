@@ -6,7 +6,7 @@ import torch
 
 from forge_lightning.data.tokens import build_tokenizer
 from forge_lightning.models import ForgeModule
-from forge_lightning.models.generation import generate
+from forge_lightning.models.generation import Sampling, _Draws, generate
 
 BYTES = build_tokenizer("bytes")
 LLAMA = {
@@ -40,7 +40,7 @@ class Writes:
 @pytest.mark.parametrize("order", [1, -1])
 def test_generate_long_neighbour_leaves_the_room_of_others(order):
     prompts = ["ab", "x" * 60, "x" * 64, "x" * 50, ""][::order]
-    texts = generate(Writes(), BYTES, prompts, 20, 0.0, 0)
+    texts = generate(Writes(), BYTES, prompts, Sampling(20, 0.0, 1.0, 0))
     assert [len(text) for text in texts[::order]] == [20, 4, 0, 14, 0]
 
 
@@ -93,3 +93,41 @@ def test_complete_leaves_frozen_parts_in_evaluation_mode(module):
     assert module.model.training
     assert module.model.model.norm.training
     module.model.train()
+
+
+def test_top_p_draws_from_the_likeliest_alone(module):
+    """A uniform model but for two letters, which together have nine tenths of the probability."""
+    scores = torch.full((1, 384), -30.0)
+    scores[0, :10] = torch.tensor([0.01] * 10).log()
+    scores[0, 100], scores[0, 101] = torch.tensor(0.6).log(), torch.tensor(0.3).log()
+    found = {}
+    for top_p in (1.0, 0.85, 0.5):
+        draws = [int(_Draws(Sampling(1, 1.0, top_p, 0), [seed])(None, scores.clone()).argmax()) for seed in range(400)]
+        found[top_p] = Counter(draws)
+    assert len(found[1.0]) > 4
+    assert set(found[0.85]) == {100, 101}
+    assert abs(found[0.85][100] / 400 - 2 / 3) < 0.08
+    assert set(found[0.5]) == {100}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_pieces_of_text_add_up(module, temperature):
+    options = {"max_new_tokens": 30, "temperature": temperature, "seed": 1}
+    pieces = []
+    whole = module.complete(["def f"], **options, on_text=pieces.append)[0]
+    assert "".join(pieces) == whole
+    assert len(pieces) > 5
+    assert whole == module.complete(["def f"], **options)[0]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "named"),
+    [
+        (["a"], {"top_p": 0.0}, "top_p=0.0"),
+        (["a"], {"top_p": 1.5}, "top_p=1.5"),
+        (["a", "b"], {"on_text": print}, "one prompt"),
+    ],
+)
+def test_complete_refuses(module, prompts, options, named):
+    with pytest.raises(ValueError, match=named):
+        module.complete(prompts, **options)

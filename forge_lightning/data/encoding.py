@@ -1,0 +1,205 @@
+"""From records of text, pairs and chats to tokens with labels, and tables of them on disk."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities import rank_zero_warn
+
+from forge_lightning.core.tokens import IGNORED, prompt_ids
+from forge_lightning.data.tokens import encode_example
+
+Columns = dict[str, list[Any]]
+
+
+class Encoder:
+    """Makes tokens of a batch of records: columns in, ``input_ids`` out, and ``labels`` where they differ.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer.
+        columns: Names of the source's columns, where they are not those of ``fields``.
+        max_length: Longest example in tokens; longer ones are left out. ``None`` keeps all.
+    """
+
+    fields: ClassVar[dict[str, type]] = {}
+    """Columns that are read, by their usual names."""
+    has_labels = False
+
+    def __init__(self, tokenizer: Any, columns: dict[str, str] | None = None, max_length: int | None = None) -> None:
+        self.tokenizer, self.columns, self.max_length = tokenizer, dict(columns or {}), max_length
+
+    @property
+    def identity(self) -> str:
+        """Differs where the tokens would."""
+        settings = [type(self).__name__, "1", sorted(self.columns.items()), self.max_length]
+        return json.dumps([*settings, tokenizer_identity(self.tokenizer)])
+
+    def _column(self, batch: Columns, name: str) -> list[Any]:
+        column = batch[self.columns.get(name, name)]
+        for value in column:
+            if not isinstance(value, self.fields[name]):
+                raise MisconfigurationException(
+                    f"Column {self.columns.get(name, name)!r} must hold {self.fields[name].__name__}, but holds"
+                    f" {value!r:.60}. Leave such records out of the data."
+                )
+        return column
+
+    def __call__(self, batch: Columns) -> Columns:
+        """Tokens of a batch of records; fewer than there are records, where some are left out."""
+        found: Columns = {"input_ids": [], "labels": []}
+        for ids, labels in self._examples(batch):
+            if self.max_length is None or len(ids) <= self.max_length:
+                found["input_ids"].append(ids)
+                found["labels"].append(labels)
+        return found
+
+    def _examples(self, batch: Columns) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
+        raise NotImplementedError
+
+
+class TextEncoder(Encoder):
+    """Whole documents, each with the tokenizer's start token, if it sets one, and its end token. All of it is learned.
+
+    Columns ``begins`` and ``ends``, where they are, say which pieces of text are the first and the last of a document.
+    """
+
+    fields: ClassVar[dict[str, type]] = {"text": str}
+
+    def __call__(self, batch: Columns) -> Columns:
+        texts = self._column(batch, "text")
+        whole = [True] * len(texts)
+        begins, ends = batch.get("begins", whole), batch.get("ends", whole)
+        start, end = prompt_ids(self.tokenizer, ""), self.tokenizer.eos_token_id
+        behind = [] if end is None else [end]
+        if is_bytes(self.tokenizer):
+            tokens = [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3 for text in texts]
+        else:
+            tokens = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+        pieces = zip(begins, tokens, ends, strict=True)
+        return {
+            "input_ids": [
+                np.concatenate([start if first else [], ids, behind if last else []]).astype(np.int32)
+                for first, ids, last in pieces
+            ]
+        }
+
+
+class PairEncoder(Encoder):
+    """Prompts with completions; the loss is on the completion and the end token."""
+
+    fields: ClassVar[dict[str, type]] = {"prompt": str, "completion": str}
+    has_labels = True
+
+    def _examples(self, batch: Columns) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
+        found = []
+        for prompt, completion in zip(self._column(batch, "prompt"), self._column(batch, "completion"), strict=True):
+            example = encode_example(self.tokenizer, 0, prompt, completion)
+            found.append((example.input_ids, example.labels))
+        return found
+
+
+class ChatEncoder(Encoder):
+    """Chats in the form of the tokenizer's chat template; the loss is on what the assistant says."""
+
+    fields: ClassVar[dict[str, type]] = {"messages": list}
+    has_labels = True
+
+    def _examples(self, batch: Columns) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
+        return [encode_chat(self.tokenizer, messages) for messages in self._column(batch, "messages")]
+
+
+def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """Tokens of a chat, and labels: those of the assistant's turns, with what the template puts behind them.
+
+    A turn that the template writes otherwise once more turns follow it, as one whose reasoning is left out later, is
+    not learned.
+
+    Args:
+        tokenizer: A Hugging Face tokenizer with a chat template.
+        messages: Turns with ``role`` and ``content``.
+
+    Raises:
+        MisconfigurationException: If there is no template, the chat is malformed, or nothing of it could be learned.
+    """
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise MisconfigurationException(
+            f"The tokenizer {tokenizer.name_or_path!r} has no chat template, so it is not known how a chat is written."
+            " Take one of a chat model, or give columns `prompt` and `completion`."
+        )
+    from jinja2 import TemplateError
+
+    def ids_of(turns: Sequence[dict[str, Any]], open_turn: bool) -> list[int]:
+        found = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=open_turn, return_dict=False)
+        return list(found)
+
+    try:
+        whole = ids_of(messages, False)
+        labels = [IGNORED] * len(whole)
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before, upto = ids_of(messages[:number], True) if number else [], ids_of(messages[: number + 1], False)
+            if whole[: len(upto)] == upto and upto[: len(before)] == before:
+                labels[len(before) : len(upto)] = upto[len(before) :]
+    except (TemplateError, KeyError, TypeError) as error:
+        raise MisconfigurationException(
+            f"A chat does not fit the template of the tokenizer: {error}. Messages are"
+            ' `[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]`; this one is'
+            f" {messages!r:.200}."
+        ) from None
+    if all(label == IGNORED for label in labels):
+        raise MisconfigurationException(
+            "A chat has no turn of the assistant that its tokenizer's template keeps as it was said, so nothing of it"
+            f" could be learned: {messages!r:.200}."
+        )
+    return whole, labels
+
+
+def is_bytes(tokenizer: Any) -> bool:
+    """Whether it is the tokenizer that ``tokenizer: bytes`` makes."""
+    return type(tokenizer).__name__ == "ByT5Tokenizer" and bool(tokenizer.split_special_tokens)
+
+
+def tokenizer_identity(tokenizer: Any) -> str:
+    """A digest that differs where two tokenizers would give other tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    core = json.dumps(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    more = [type(tokenizer).__name__, str(tokenizer.special_tokens_map), str(getattr(tokenizer, "chat_template", ""))]
+    return hashlib.blake2b("\n".join([core, *more]).encode(), digest_size=16).hexdigest()
+
+
+def encode_table(records: Any, encoder: Encoder, num_proc: int | None, what: str) -> Any:
+    """A `datasets.Dataset` of tokens, from its cache where it was made before.
+
+    Args:
+        records: A `datasets.Dataset` of records.
+        encoder: Makes the tokens.
+        num_proc: Processes.
+        what: The data, for messages.
+
+    Raises:
+        MisconfigurationException: If no example is left.
+    """
+    from datasets import Features, List, Value
+
+    names = ("input_ids", "labels") if encoder.has_labels else ("input_ids",)
+    identity = hashlib.blake2b(f"{records._fingerprint} {encoder.identity}".encode(), digest_size=8).hexdigest()
+    table = records.map(
+        encoder,
+        batched=True,
+        num_proc=num_proc,
+        remove_columns=records.column_names,
+        features=Features({name: List(Value("int32")) for name in names}),
+        new_fingerprint=identity,
+        desc=f"Tokenising {what}",
+    )
+    left_out = len(records) - len(table)
+    if left_out:
+        message = f"{left_out:,} of {len(records):,} examples of {what} are longer than {encoder.max_length} tokens"
+        if not len(table):
+            raise MisconfigurationException(f"{message}, so none is left. Raise `max_length`.")
+        rank_zero_warn(f"{message} and are left out.")
+    return table

@@ -1,0 +1,222 @@
+"""Where text comes from: local files and folders, and data sets of the Hugging Face hub."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from forge_lightning.data.records import DataFileError, iterate_jsonl, iterate_text
+
+_BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".json": "json"}
+_OWN = (".txt", ".md", ".jsonl", ".ndjson")
+
+
+@dataclass
+class Source:
+    """Where documents or examples come from.
+
+    Args:
+        path: A file (``.jsonl``, ``.jsonl.gz``, ``.parquet``, ``.arrow``, ``.csv``, ``.tsv``, ``.json``, or anything
+            else as plain UTF-8 text), a folder of such files or of a data set that ``save_to_disk`` wrote, or the name
+            of a data set on the Hugging Face hub.
+        val_path: Validation data.
+        name: Configuration of a data set on the hub, as in ``wikitext-2-raw-v1``.
+        split: Split to train on, of a folder or of the hub. Slices are possible: ``train[:10%]``.
+        val_split: Split to validate on.
+        weight: How often the source is drawn beside the others, above 0. Without weights every example is drawn once.
+        revision: Branch, tag or commit on the hub.
+        columns: Names of the columns in this source, where they are not the usual ones: ``{text: body}``.
+
+    Raises:
+        ValueError: If ``weight`` is not above 0.
+    """
+
+    path: str
+    val_path: str | None = None
+    name: str | None = None
+    split: str = "train"
+    val_split: str | None = None
+    weight: float | None = None
+    revision: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.weight is not None and not self.weight > 0:
+            raise ValueError(f"`Source(path={self.path!r}, weight={self.weight})` must be above 0.")
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether it names data to validate on."""
+        return self.val_path is not None or self.val_split is not None
+
+    def file_of(self, split: str) -> str | None:
+        """The local file or folder that a split is read from; ``None`` on the hub. Tests are made of validation."""
+        path = self._place(split)[0]
+        return path if is_local(path) else None
+
+    def open(self, split: str, fields: dict[str, type], streaming: bool) -> Any:
+        """Records of a split, as a `datasets.Dataset`, or an `IterableDataset` if streamed.
+
+        Args:
+            split: "train" or "val".
+            fields: Columns that are needed, by their usual names, with the type of their values.
+            streaming: Read while training, in place of a cached table.
+
+        Raises:
+            MisconfigurationException: If it cannot be had, or a column is missing.
+            DataFileError: If a file is malformed.
+        """
+        path, part = self._place(split)
+        wanted = {self.columns.get(name, name): kind for name, kind in fields.items()}
+        found = _own_file(path, wanted, streaming) if is_local(path) else None
+        if found is None:
+            found = self._of_datasets(path, part, streaming)
+        columns = found.column_names
+        missing = [name for name in wanted if columns is not None and name not in columns]
+        if missing:
+            raise MisconfigurationException(
+                f"The data of `path={path}` has no column {missing[0]!r}, but {sorted(columns)}. Say which is meant by"
+                f" `columns` of the source: `sources: [{{path: {path}, columns: {{{next(iter(fields))}:"
+                f" {sorted(columns)[0]}}}}}]`."
+            )
+        return found
+
+    def columns_of(self, split: str) -> list[str] | None:
+        """Names of the columns, where they are known without reading the data."""
+        path, part = self._place(split)
+        if is_local(path) and _reads_itself(Path(path)):
+            return _first_fields(Path(path))
+        names: list[str] | None = self._of_datasets(path, part, streaming=True).column_names
+        return names
+
+    def _place(self, split: str) -> tuple[str, str]:
+        """Path and split to read."""
+        if split == "train" or not self.has_validation:
+            return self.path, self.split
+        return self.val_path or self.path, self.val_split or (self.split if self.val_path else "validation")
+
+    def _of_datasets(self, path: str, part: str, streaming: bool) -> Any:
+        import datasets
+
+        place = Path(path)
+        try:
+            if is_local(path):
+                if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
+                    found = datasets.load_from_disk(path)
+                    found = found[part] if isinstance(found, datasets.DatasetDict) else found
+                    return found.to_iterable_dataset() if streaming else found
+                if place.is_file():
+                    options = {"delimiter": "\t"} if place.suffix == ".tsv" else {}
+                    builder = _BUILDERS[place.suffixes[-1] if place.suffix != ".gz" else place.suffixes[-2]]
+                    return datasets.load_dataset(
+                        builder, data_files={part.split("[")[0]: path}, split=part, streaming=streaming, **options
+                    )
+            return datasets.load_dataset(path, self.name, split=part, revision=self.revision, streaming=streaming)
+        except DataFileError:
+            raise
+        except (OSError, ValueError, KeyError, datasets.exceptions.DatasetsError) as error:
+            cause = error.__cause__ or error
+            reason = str(cause).splitlines()[0] if str(cause) else type(cause).__name__
+            where = f"The data of `path={path}`" + (f", split {part!r}," if part != "train" else "")
+            hint = "" if is_local(path) else " It is no local file or folder, so it was looked for on the hub."
+            raise MisconfigurationException(f"{where} cannot be read: {reason}.{hint}") from None
+
+
+def is_local(path: str) -> bool:
+    """Whether a path means this machine, not the hub: it is there, or is spelled like a file."""
+    place = Path(path)
+    return (
+        place.exists()
+        or path.startswith((".", "/", "~"))
+        or path.count("/") > 1
+        or place.suffix in (*_BUILDERS, *_OWN, ".gz")
+    )
+
+
+def refuse_absent_file(option: str, path: str) -> None:
+    """Raise if a local file or folder is not there.
+
+    Raises:
+        MisconfigurationException: As said.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise MisconfigurationException(f"Cannot read the data file `{option}={path}`: no such file.")
+    if place.is_dir() and not any(place.iterdir()):
+        raise MisconfigurationException(f"Cannot read the data of `{option}={path}`: the folder is empty.")
+
+
+def _reads_itself(place: Path) -> bool:
+    """Whether the file is one that this package reads: text, or JSON by lines, whose errors name the line."""
+    return place.is_file() and not set(place.suffixes) & set(_BUILDERS)
+
+
+def _is_jsonl(place: Path) -> bool:
+    return bool({".jsonl", ".ndjson"} & set(place.suffixes))
+
+
+def _first_fields(place: Path) -> list[str]:
+    if not _is_jsonl(place):
+        return ["text"]
+    return sorted(next(iterate_jsonl(place, {})))
+
+
+def _own_file(path: str, fields: dict[str, type], streaming: bool) -> Any:
+    """The records of a file that this package reads itself; ``None`` for another kind."""
+    from datasets import Dataset, Features, IterableDataset, Value
+    from datasets.exceptions import DatasetGenerationError
+
+    place = Path(path)
+    refuse_absent_file("path", path)
+    if place.is_dir():
+        files = [file for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith(".")]
+        if not files or any(file.suffix not in (".txt", ".md") for file in files):
+            return None
+    else:
+        files = [place]
+    if not place.is_dir() and not _reads_itself(place):
+        return None
+    if _is_jsonl(place) and list in fields.values():
+        features = None  # of chats: found by `datasets`
+    elif _is_jsonl(place):
+        features = Features({name: Value("string") for name in fields})
+    elif set(fields) != {"text"}:
+        raise MisconfigurationException(f"`path={path}` is plain text, which has no column {sorted(fields)[0]!r}.")
+    else:
+        features = Features({"text": Value("string"), "begins": Value("bool"), "ends": Value("bool")})
+    read = _Records([str(file) for file in files], dict(fields))
+    if streaming:
+        # One shard, so that every rank takes documents, not files.
+        return IterableDataset.from_generator(read, features=features)
+    stamp = hashlib.blake2b(digest_size=8)
+    for file in files:
+        stat = file.stat()
+        stamp.update(f"2 {file.resolve()} {stat.st_size} {stat.st_mtime_ns} {sorted(fields)}".encode())
+    try:
+        return Dataset.from_generator(read, features=features, fingerprint=stamp.hexdigest())
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, DataFileError | MisconfigurationException):
+            raise error.__cause__ from None
+        raise
+    except ValueError as error:  # `datasets` says so of a generator that yields nothing
+        if "empty" in str(error).lower() or "instruction" in str(error).lower():
+            raise DataFileError(f"{path}: holds no record.") from None
+        raise
+
+
+class _Records:
+    """Records of files, as a generator function that `datasets` can copy to its workers."""
+
+    def __init__(self, files: list[str], fields: dict[str, type]) -> None:
+        self.files, self.fields = files, fields
+
+    def __call__(self) -> Iterator[dict[str, Any]]:
+        for file in self.files:
+            if _is_jsonl(Path(file)):
+                for record in iterate_jsonl(file, self.fields, of_texts=False):
+                    yield {name: record[name] for name in self.fields}
+            else:
+                yield from iterate_text(file)
