@@ -1,12 +1,11 @@
 """What every callback says of itself: one source for the command line, the README and the pages of `docs`."""
 
-import inspect
+import ast
 import re
 import sys
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-
-from forge_lightning import callbacks
 
 ORDER = (
     "EdgeController",
@@ -54,7 +53,7 @@ def card(name: str) -> Card:
     """
     if name not in ORDER:
         raise KeyError(f"There is no callback {name!r}. There are {list(ORDER)}.")
-    text = inspect.cleandoc(getattr(callbacks, name).__doc__)
+    text = _docstring(name)
     text = re.split(r"\n(?:Args|Raises|References):\n", text)[0].rstrip()
     labels = "|".join(FIELDS)
     parts = re.split(rf"^({labels}): ", text, flags=re.MULTILINE)
@@ -62,6 +61,21 @@ def card(name: str) -> Card:
         label: " ".join(part.split("\n\n")[0].split()) for label, part in zip(parts[1::2], parts[2::2], strict=True)
     }
     return Card(name, " ".join(text.split("\n\n")[0].split()), text, fields)
+
+
+@cache
+def _docstring(name: str) -> str:
+    """A callback's docstring, read from its file: importing it would import Lightning, which takes seconds."""
+    package = Path(__file__).parent
+    catalogue = ast.parse((package / "callbacks" / "__init__.py").read_text())
+    module = next(
+        line.module
+        for line in catalogue.body
+        if isinstance(line, ast.ImportFrom) and line.module and any(found.name == name for found in line.names)
+    )
+    source = ast.parse((package.parent / Path(*module.split("."))).with_suffix(".py").read_text())
+    found = next(part for part in source.body if isinstance(part, ast.ClassDef) and part.name == name)
+    return ast.get_docstring(found) or ""
 
 
 def table() -> str:

@@ -1,90 +1,40 @@
-"""The commands of `forge-fit` beside those of the Trainer."""
+"""The commands of `forge-fit` beside those of the Trainer. What needs Lightning is imported where it is needed."""
 
 import argparse
+import inspect
+import json
+import os
+import shutil
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
-from lightning.fabric.utilities.exceptions import MisconfigurationException
-
-from forge_lightning import cards, data, models
-from forge_lightning.cli.checks import (
-    builds_network,
-    refuse_absent,
-    refuse_cut_off,
-    refuse_missing_files,
-    refuse_optimizer,
-    refuse_trainer,
-)
-from forge_lightning.cli.configs import (
-    config_of_run,
-    newest_checkpoint,
-    refuse_doubled_keys,
-    resolve_configs,
-    shipped_configs,
-)
-from forge_lightning.cli.forge_cli import CheckCLI
-from forge_lightning.core.callback import ForgeCallback
-from forge_lightning.data.tokens import TokenDataModule
-from forge_lightning.models.forge_module import refuse_config
+from forge_lightning import cards
+from forge_lightning.cli.configs import grouped_configs, shipped_configs
+from forge_lightning.core.mistakes import UsageError
 
 
 def check(argv: Sequence[str]) -> int:
-    """Types and ranges of a config, its wiring, and whether what it names is there; no data read, no weights made."""
+    """Refuse a config that cannot train: types, ranges, wiring, and whether what it names is there.
+
+    No data is read, and no weights are made.
+    """
     if not argv or argv[0] in ("-h", "--help"):
-        print("usage: forge-fit check CONFIG [--config CONFIG ...] [arguments as for fit]\n\n" + (check.__doc__ or ""))
-        return 0 if argv else 2
-    named = argv[0].split("=")[0] in ("--config", "-c")  # as `fit` takes it
-    refuse_doubled_keys(["check", *argv])
-    cli = CheckCLI(["fit", *resolve_configs([*(() if named else ("--config",)), *argv])])
-    trainer = cli.config_init["fit"]["trainer"]
-    if isinstance(cli.datamodule, data.CodeTasks):
-        cli.datamodule.refuse_training()
-    refuse_missing_files(cli.datamodule, "train", "val", "test")
-    refuse_optimizer(cli.model)
-    refuse_absent(cli.model, cli.datamodule)
-    if builds_network(cli.model) and cli.model.pretrained is not None and isinstance(cli.datamodule, TokenDataModule):
-        cli.model.refuse_other_tokenizer(cli.datamodule.tokenizer)
-    cli.refuse_checkpoint()
-    made = True
-    if builds_network(cli.model) and cli.model.config is not None:
-        made = refuse_config(cli.model.config, getattr(cli.datamodule, "tokenizer", None))
-    found = trainer.get("callbacks") or []
-    found = found if isinstance(found, list) else [found]
-    refuse_trainer(trainer, [c for c in found if isinstance(c, pl.callbacks.Checkpoint)])
-    keys = [callback.state_key for callback in found if _is_stateful(callback)]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
-    if twice:
-        raise MisconfigurationException(
-            f"`trainer.callbacks` holds {', '.join(twice)} twice, and their states would collide in a checkpoint."
-            " Give one of them a `name`, or drop it."
+        print(
+            "usage: forge-fit check CONFIG [--config CONFIG ...] [arguments as for fit]\n\n"
+            + inspect.cleandoc(check.__doc__ or "")
         )
-    for callback in found:
-        if isinstance(callback, ForgeCallback):
-            callback.preflight(cli.model, cli.datamodule)
-    names = ", ".join(type(callback).__name__ for callback in found) or "none"
-    config = argv[0] if not named else argv[0].partition("=")[2] or argv[1]
-    print(f"{config}: valid. {type(cli.model).__name__} on {type(cli.datamodule).__name__}; callbacks: {names}.")
-    if not made:
-        print("Whether its model can be made is not known: it cannot be without memory for its weights.")
-    if isinstance(cli.datamodule, data.CodeTasks):
-        for split, what in (("train", "Its data comes"), ("test", "Its test data comes")):
-            if (unset := cli.datamodule.from_hub(split)) is not None:
-                print(f"{what} from the Hugging Face hub, since neither {unset} names a file.")
-                break
-    return 0
+        return 0 if argv else 2
+    from forge_lightning.cli.check import check as run
 
-
-def _is_stateful(callback: pl.Callback) -> bool:
-    return type(callback).state_dict is not pl.Callback.state_dict
+    return run(argv)
 
 
 def list_configs(argv: Sequence[str]) -> int:
-    """Every shipped config with its one-line description; or the callbacks, and what one of them says of itself."""
-    parser = argparse.ArgumentParser("forge-fit list", description=list_configs.__doc__)
+    """List the shipped configs, or the callbacks, with a line about each. One callback is shown whole."""
+    parser = _parser("list", list_configs)
     every = sorted(cards.ORDER)
     spelled = {name.lower(): name for name in every}
     parser.add_argument(
@@ -96,91 +46,216 @@ def list_configs(argv: Sequence[str]) -> int:
         choices=["all", *every],
         help=f"of {', '.join(every)}",
     )
-    wanted = parser.parse_args(argv).callbacks
-    if wanted in every:
-        print(cards.card(wanted).text)
-        print(f"\nIts arguments: forge-fit fit --trainer.callbacks.help={wanted}")
-        return 0
-    rows = shipped_configs()
-    if wanted == "all":
-        rows = [(name, cards.card(name).summary) for name in cards.ORDER]
-    width = max(len(name) for name, _ in rows)
-    for name, about in rows:
-        print(f"{name:{width}}  {about}")
+    parser.add_argument("--names", action="store_true", help="names of configs alone, for scripts")
+    args = parser.parse_args(argv)
+    if args.names:
+        print("\n".join(name for name, _ in shipped_configs()))
+    elif args.callbacks in every:
+        print(cards.card(args.callbacks).text)
+        print(f"\nIts arguments: forge-fit fit --trainer.callbacks.help={args.callbacks}")
+    elif args.callbacks == "all":
+        _print_table([(name, cards.card(name).summary) for name in cards.ORDER])
+    else:
+        for group, rows in grouped_configs().items():
+            print(f"{group}:")
+            _print_table(rows, indent="  ")
+            print()
+        print("Run one: `forge-fit fit --config NAME`. Add-ons and loggers go behind it:")
+        print("`forge-fit fit --config NAME --config callbacks/telemetry`.")
     return 0
 
 
-def _load_run(run: Path, ckpt_path: Path | None) -> tuple[Any, Any]:
-    """The module and datamodule of a run directory, with the weights of a checkpoint."""
-    config = config_of_run(run)
-    ckpt_path = newest_checkpoint(run) if ckpt_path is None else ckpt_path
-    cli = CheckCLI(["fit", "--config", str(config)])
-    module, datamodule = cli.model, cli.datamodule
-    if not isinstance(module, models.ForgeModule):
-        raise MisconfigurationException(
-            f"`--run {run}` trained {type(module).__name__}, which does not continue text: only ForgeModule does."
-        )
-    if isinstance(datamodule, TokenDataModule):
-        datamodule.serve(module)
-    module.build(datamodule.tokenizer)
-    refuse_cut_off(ckpt_path)
-    checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=True)
-    print(f"Weights: {ckpt_path}, of step {checkpoint['global_step']:,}", file=sys.stderr)
-    # Without modules that callbacks added for training.
-    parts = {name for name, part in module.named_children() if not getattr(part, "is_auxiliary", False)}
-    weights = {name: weight for name, weight in checkpoint["state_dict"].items() if name.split(".")[0] in parts}
-    module.load_state_dict(weights)
-    module.on_load_checkpoint(checkpoint)
-    return module.eval(), datamodule
+def _print_table(rows: Sequence[tuple[str, str]], indent: str = "") -> None:
+    """Names and texts in two columns, as wide as the terminal."""
+    width = max(40, min(120, shutil.get_terminal_size().columns))
+    first = len(indent) + max(len(name) for name, _ in rows) + 2
+    for name, about in rows:
+        lines = textwrap.wrap(about.replace("`", ""), width - first) or [""]
+        print(f"{indent}{name}".ljust(first) + lines[0])
+        for line in lines[1:]:
+            print(" " * first + line)
+
+
+def init(argv: Sequence[str]) -> int:
+    """Write a commented config for a goal: fine-tune, pretrain, observe my project, grok."""
+    from forge_lightning.cli.init import GOALS, starter
+
+    parser = _parser("init", init)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "goals:\n" + "\n".join(f"  {goal:9} {about}" for goal, about in GOALS.items())
+    parser.add_argument("goal", choices=list(GOALS), metavar="GOAL", help=", ".join(GOALS))
+    parser.add_argument("--model", help="hub name or folder of the pretrained model; for observe: your module's class")
+    parser.add_argument(
+        "--data",
+        help="file, folder or data set on the hub, whose columns choose its kind; for observe: your datamodule",
+    )
+    parser.add_argument("--lora", action="store_true", help="fine-tune adapters in place of all weights")
+    parser.add_argument("--output", type=Path, help="file to write (default: GOAL.yaml)")
+    args = parser.parse_args(argv)
+    output: Path = args.output or Path(f"{args.goal}.yaml")
+    if output.exists():
+        raise UsageError(f"`--output {output}` exists already. Name another file, or remove it.")
+    text = starter(args.goal, args.model, args.data, output.stem, args.lora)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(text)
+    print(f"Wrote {output}. Read it, change what is marked, then:")
+    print(f"  forge-fit check {output}\n  forge-fit fit --config {output}")
+    return 0
+
+
+def completion(argv: Sequence[str]) -> int:
+    """Complete commands and configs in a shell: `eval "$(forge-fit completion bash)"`."""
+    parser = _parser("completion", completion)
+    parser.add_argument("shell", choices=["bash", "zsh"], help="bash or zsh")
+    shell = parser.parse_args(argv).shell
+    commands = " ".join(sorted([*COMMANDS, "fit", "validate", "test", "predict", "resume"]))
+    configs = " ".join(name.removesuffix(".yaml") for name, _ in shipped_configs())
+    begin = "autoload -U +X bashcompinit && bashcompinit\n" if shell == "zsh" else ""
+    print(begin + _COMPLETION.replace("@COMMANDS@", commands).replace("@CONFIGS@", configs), end="")
+    return 0
+
+
+_COMPLETION = """\
+_forge_fit() {
+    local word="${COMP_WORDS[COMP_CWORD]}" before="${COMP_WORDS[COMP_CWORD-1]}" command="${COMP_WORDS[1]}"
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        COMPREPLY=($(compgen -W "@COMMANDS@ --help --version" -- "$word"))
+    elif [ "$before" = "--config" ] || { [ "$command" = "check" ] && [ "$COMP_CWORD" -eq 2 ]; }; then
+        COMPREPLY=($(compgen -W "@CONFIGS@" -- "$word") $(compgen -f -X '!*.yaml' -- "$word"))
+    elif [ "$command" = "init" ] && [ "$COMP_CWORD" -eq 2 ]; then
+        COMPREPLY=($(compgen -W "finetune pretrain observe grok" -- "$word"))
+    elif [[ "$word" = -* ]]; then
+        COMPREPLY=($(compgen -W "--config --help" -- "$word"))
+    else
+        COMPREPLY=($(compgen -f -- "$word"))
+    fi
+}
+complete -o filenames -F _forge_fit forge-fit
+"""
 
 
 def generate(argv: Sequence[str]) -> int:
-    """Continue a prompt with the model of a run."""
-    parser = argparse.ArgumentParser("forge-fit generate", description=generate.__doc__)
+    """Continue prompts with the model of a run."""
+    parser = _parser("generate", generate)
     parser.add_argument("--run", type=Path, required=True, help="run directory, as the summary of a fit prints it")
-    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
+    parser.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="file of prompts: one a line, or .jsonl with a field `prompt`; \\n in a line is a new line",
+    )
     parser.add_argument("--ckpt_path", type=Path, help="checkpoint; default: the run's newest")
-    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to add at most")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token each time")
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling")
+    parser.add_argument("--max_new_tokens", type=int, default=128, help="tokens to add at most (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=float, default=0.0, help="0 takes the likeliest token each time (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens that add up to this probability (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    parser.add_argument("--jsonl", action="store_true", help="print a JSON object a prompt: prompt and completion")
     args = parser.parse_args(argv)
-    module, _ = _load_run(args.run, args.ckpt_path)
-    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "seed": args.seed}
-    print(module.complete([args.prompt], **options)[0])
+    prompts = [*args.prompt, *([] if args.prompts is None else _prompts_of(args.prompts))]
+    if not prompts:
+        parser.error("give a --prompt, or --prompts FILE")
+    from forge_lightning.cli.runs import load_run
+
+    module, _ = load_run(args.run, args.ckpt_path)
+    options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
+    if args.jsonl:
+        for prompt, completion in zip(prompts, module.complete(prompts, **options), strict=True):
+            print(json.dumps({"prompt": prompt, "completion": completion}, ensure_ascii=False))
+        return 0
+    if sys.stdout.isatty():
+        texts = (
+            _shown_live(module, prompt, {**options, "seed": args.seed + earlier})
+            for prompt, earlier in _numbered(prompts)
+        )
+    else:
+        texts = iter(module.complete(prompts, **options))
+    for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        if sys.stdout.isatty():
+            print()
+        else:
+            print(("\n" if number else "") + prompt + text)
+        if not text.strip():
+            print(
+                f"({len(text)} characters of blank space, or an end at once, is all that the model has for this prompt:"
+                " it may have trained too little.)",
+                file=sys.stderr,
+            )
     return 0
 
 
+def _numbered(prompts: Sequence[str]) -> Iterator[tuple[str, int]]:
+    """Each prompt with the number of equal ones before it."""
+    for place, prompt in enumerate(prompts):
+        yield prompt, prompts[:place].count(prompt)
+
+
+def _shown_live(module: Any, prompt: str, options: dict[str, Any]) -> str:
+    """Print a prompt, and what follows as it is made."""
+    bold, plain = ("\033[1m", "\033[0m") if "NO_COLOR" not in os.environ else ("", "")
+    print(f"{bold}{prompt}{plain}", end="", flush=True)
+    text: str = module.complete([prompt], **options, on_text=lambda piece: print(piece, end="", flush=True))[0]
+    return text
+
+
+def _prompts_of(path: Path) -> list[str]:
+    if ".jsonl" in path.suffixes:
+        from forge_lightning.data.records import read_jsonl
+
+        return [record["prompt"] for record in read_jsonl(path, {"prompt": str})]
+    return [line.replace("\\n", "\n") for line in path.read_text().splitlines() if line.strip()]
+
+
 def export(argv: Sequence[str]) -> int:
-    """Write the model and tokenizer of a run as a Hugging Face folder."""
-    parser = argparse.ArgumentParser("forge-fit export", description=export.__doc__)
+    """Write a run's model as a Hugging Face folder. Its tokenizer and a model card come with it."""
+    parser = _parser("export", export)
     parser.add_argument("--run", type=Path, required=True, help="run directory, as the summary of a fit prints it")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--ckpt_path", type=Path, help="checkpoint; default: the run's newest")
+    parser.add_argument(
+        "--adapter",
+        action="store_true",
+        help="of a model with adapters write these alone (default: added into the weights)",
+    )
     args = parser.parse_args(argv)
-    if (args.output / "config.json").exists():
-        raise MisconfigurationException(f"`--output {args.output}` holds a model already. Name another, or remove it.")
-    module, _ = _load_run(args.run, args.ckpt_path)
-    module.export(args.output)
+    if any((args.output / name).exists() for name in ("config.json", "adapter_config.json")):
+        raise UsageError(f"`--output {args.output}` holds a model already. Name another, or remove it.")
+    from forge_lightning.cli.runs import load_run
+    from forge_lightning.models.model_card import model_card, run_files
+
+    module, _ = load_run(args.run, args.ckpt_path)
+    module.export(args.output, adapter=args.adapter)
+    config, summary = run_files(args.run)
+    num_params = sum(param.numel() for param in module.model.parameters())
+    (args.output / "README.md").write_text(model_card(args.output.name, num_params, config, summary, args.adapter))
     print(
-        f"Wrote {args.output}: load it with AutoModelForCausalLM.from_pretrained and AutoTokenizer.from_pretrained of"
-        " transformers. A prompt to continue takes tokenizer(prompt, add_special_tokens=False): byte tokenizers put an"
-        " end token behind it otherwise."
+        f"Wrote {args.output}, with a model card, README.md: load it with AutoModelForCausalLM.from_pretrained and"
+        " AutoTokenizer.from_pretrained of transformers. A prompt to continue takes tokenizer(prompt,"
+        " add_special_tokens=False): byte tokenizers put an end token behind it otherwise."
     )
     return 0
 
 
-def analyze(argv: Sequence[str]) -> int:
-    """Draw and sum up what runs recorded: one page, its pictures, and a JSON of the same numbers."""
-    from forge_lightning.reports.analysis import analyze as report
-    from forge_lightning.reports.analysis import analyze_checkpoint
+def _parser(name: str, command: Callable[..., int]) -> argparse.ArgumentParser:
+    return argparse.ArgumentParser(f"forge-fit {name}", description=command.__doc__)
 
-    parser = argparse.ArgumentParser("forge-fit analyze", description=analyze.__doc__)
+
+def analyze(argv: Sequence[str]) -> int:
+    """Draw what a run recorded: a page, its pictures, and a JSON of the same numbers. Several runs are compared."""
+    parser = _parser("analyze", analyze)
     parser.add_argument(
         "runs",
         type=Path,
         nargs="*",
         metavar="RUN",
-        help="run directory, or its trace.jsonl; several are compared, those with one parent directory as one group,"
+        help="run directory, or its trace.jsonl; several are compared, those that differ by seeds alone as one group,"
         " a run that was resumed as one with its beginning",
     )
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="a checkpoint alone, in place of runs")
@@ -188,25 +263,72 @@ def analyze(argv: Sequence[str]) -> int:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="where to write; default: `analysis` in the run,"
-        " beside the checkpoint, or for several runs in the working directory",
+        help="where to write (default: `analysis` in the run or beside the checkpoint; for several runs a folder of"
+        " their names in `comparisons`)",
     )
     args = parser.parse_args(argv)
     if bool(args.runs) == bool(args.checkpoint):
         parser.error("name one or more runs, or a checkpoint with --checkpoint")
-    if args.checkpoint:
-        if not args.checkpoint.is_file():
-            raise MisconfigurationException(f"`--checkpoint {args.checkpoint}`: no such file.")
-        output = args.output or args.checkpoint.parent / f"{args.checkpoint.stem}_analysis"
-        page = analyze_checkpoint(args.checkpoint, output)
-    else:
-        for run in args.runs:
-            if not run.exists():
-                raise MisconfigurationException(f"`forge-fit analyze {run}`: no such file or directory.")
-        first = args.runs[0] if args.runs[0].is_dir() else args.runs[0].parent
-        page = report(args.runs, args.output or (first if len(args.runs) == 1 else Path()) / "analysis")
+    _refuse_absent("analyze", args.runs)
+    if args.checkpoint and not args.checkpoint.is_file():
+        raise UsageError(f"`--checkpoint {args.checkpoint}`: no such file.")
+    from forge_lightning.reports import analysis
+
+    try:
+        if args.checkpoint:
+            output = args.output or args.checkpoint.parent / f"{args.checkpoint.stem}_analysis"
+            page = analysis.analyze_checkpoint(args.checkpoint, output)
+        else:
+            page = analysis.analyze(args.runs, args.output or analysis.default_output(args.runs))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     print(f"Wrote {page}")
     return 0
 
 
-COMMANDS = {"list": list_configs, "check": check, "analyze": analyze, "generate": generate, "export": export}
+def compare(argv: Sequence[str]) -> int:
+    """Compare runs: a table of losses here, and a page with the curves and the settings that differ."""
+    parser = _parser("compare", compare)
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run directories, two or more")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="where to write (default: in `comparisons`)")
+    args = parser.parse_args(argv)
+    if len(args.runs) < 2:
+        parser.error("name two runs or more")
+    _refuse_absent("compare", args.runs)
+    from forge_lightning.reports import analysis
+
+    try:
+        header, rows = analysis.summary_table(args.runs)
+        page = analysis.analyze(args.runs, args.output or analysis.default_output(args.runs))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table()
+    for column, name in enumerate(header):
+        shown.add_column(Text(name), overflow="fold", justify="left" if column == 0 else "right")
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    Console().print(shown)
+    print(f"Wrote {page}")
+    return 0
+
+
+def _refuse_absent(command: str, runs: Sequence[Path]) -> None:
+    for run in runs:
+        if not run.exists():
+            raise UsageError(f"`forge-fit {command} {run}`: no such file or directory.")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
+    "init": init,
+    "list": list_configs,
+    "check": check,
+    "analyze": analyze,
+    "compare": compare,
+    "generate": generate,
+    "export": export,
+    "completion": completion,
+}

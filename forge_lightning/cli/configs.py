@@ -7,7 +7,8 @@ from difflib import get_close_matches
 from pathlib import Path
 
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from forge_lightning.core.mistakes import UsageError
 
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -23,7 +24,7 @@ def find_config(name: str) -> Path:
     """The config file of that name, with or without suffix.
 
     Raises:
-        MisconfigurationException: If there is none, naming those that exist, and close ones.
+        UsageError: If there is none, naming those that exist, and close ones.
     """
     for folder in config_folders():
         for candidate in (folder / name, folder / f"{name}.yaml"):
@@ -31,7 +32,7 @@ def find_config(name: str) -> Path:
                 return candidate
     shipped = [shown for shown, _ in shipped_configs()]
     close = get_close_matches(name.removesuffix(".yaml"), shipped, n=3, cutoff=0.4)
-    raise MisconfigurationException(
+    raise UsageError(
         f"`--config {name}`: no such file in the working directory, in its `configs`, or among those shipped."
         + (f" Close: {close}." if close else "")
         + f" Shipped: {', '.join(shipped)}."
@@ -46,6 +47,24 @@ def shipped_configs() -> list[tuple[str, str]]:
         first = path.read_text().split("\n", 1)[0]
         found.append((str(path.relative_to(folder)), first.removeprefix("#").strip()))
     return found
+
+
+def grouped_configs() -> dict[str, list[tuple[str, str]]]:
+    """`shipped_configs`, by what they are for."""
+    folder = config_folders()[-1]
+    groups: dict[str, list[tuple[str, str]]] = {
+        name: [] for name in ("Language models", "Algorithmic tasks", "Add-ons", "Loggers")
+    }
+    for name, about in shipped_configs():
+        kind = name.split("/")[0]
+        if kind in ("callbacks", "loggers"):
+            group = "Add-ons" if kind == "callbacks" else "Loggers"
+        else:
+            is_language = "class_path: ForgeModule" in (folder / name).read_text()
+            group = "Language models" if is_language else "Algorithmic tasks"
+        about = about.removeprefix("Add-on: ").removeprefix("Add-on, ")
+        groups[group].append((name.removesuffix(".yaml"), about[:1].upper() + about[1:]))
+    return groups
 
 
 def resolve_configs(argv: Sequence[str]) -> list[str]:
@@ -86,7 +105,7 @@ def config_files(argv: Sequence[str]) -> list[Path]:
     """The config files that a command line names."""
     files = []
     for name in named_configs(argv):
-        with suppress(MisconfigurationException, OSError):  # none of that name; inline YAML
+        with suppress(UsageError, OSError):  # none of that name; inline YAML
             files.append(find_config(name))
     return files
 
@@ -95,10 +114,10 @@ def resume_arguments(argv: Sequence[str]) -> list[str]:
     """The arguments of `forge-fit fit` that go on with a run, for those of `forge-fit resume RUN`.
 
     Raises:
-        MisconfigurationException: If there is no run, or it has no checkpoint.
+        UsageError: If there is no run, or it has no checkpoint.
     """
     if not argv or argv[0].startswith("-"):
-        raise MisconfigurationException(
+        raise UsageError(
             "`forge-fit resume RUN [arguments as for fit]`: name the run's directory, as its summary prints it."
         )
     run = Path(argv[0])
@@ -109,13 +128,13 @@ def config_of_run(run: Path) -> Path:
     """The whole config that a run has saved.
 
     Raises:
-        MisconfigurationException: If it is missing, naming runs below the directory.
+        UsageError: If it is missing, naming runs below the directory.
     """
     config = run / "config.yaml"
     if config.is_file():
         return config
     below = [str(path.parent) for path in sorted(run.glob("**/config.yaml"))[:3]] if run.is_dir() else []
-    raise MisconfigurationException(
+    raise UsageError(
         f"`{run}` holds no config.yaml: no run of `forge-fit fit` has begun to train there."
         + (f" There are {below} below it." if below else " The summary that ends a run prints its directory.")
     )
@@ -125,11 +144,11 @@ def newest_checkpoint(run: Path) -> Path:
     """The checkpoint of a run that was written last; a folder where weights are sharded.
 
     Raises:
-        MisconfigurationException: If the run has no checkpoint.
+        UsageError: If the run has no checkpoint.
     """
     found = sorted((run / "checkpoints").glob("*.ckpt"), key=lambda path: path.stat().st_mtime)
     if not found:
-        raise MisconfigurationException(f"`{run}` holds no checkpoint. Name one with `--ckpt_path`.")
+        raise UsageError(f"`{run}` holds no checkpoint. Name one with `--ckpt_path`.")
     return found[-1]
 
 
@@ -148,7 +167,7 @@ def refuse_doubled_keys(argv: Sequence[str]) -> None:
             if not is_inline(name):
                 path, name = str(find_config(name)), find_config(name).read_text()
             node = yaml.compose(name, Loader=yaml.SafeLoader)
-        except (MisconfigurationException, OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
+        except (UsageError, OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError):
             continue  # which is explained where it is read
         waiting, seen = [node], set()
         while waiting:
@@ -166,7 +185,7 @@ def refuse_doubled_keys(argv: Sequence[str]) -> None:
                         continue
                     line, said = key.start_mark.line + 1, (key.tag, key.value)
                     if said in first:
-                        raise MisconfigurationException(
+                        raise UsageError(
                             f"{path}, line {line}: `{key.value}` was set in line {first[said]} already. Keep one of"
                             " the two."
                         )

@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import os
+import pickle
 import re
 import traceback
 from collections.abc import Sequence
@@ -12,14 +13,54 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 from jsonargparse import ArgumentError, ArgumentParser
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from forge_lightning import callbacks, data, models
+from forge_lightning.cli.commands import COMMANDS
 from forge_lightning.cli.configs import config_files
+from forge_lightning.data.records import DataFileError
 
 _WORDLESS = re.compile(  # what jsonargparse says beside the reason
     r"(- )?Does not validate against any|Subtypes: |Errors:$|- Not a valid subclass|Subclass types expect"
     r"|- a (class path|dict) |- Expected a <class '(NoneType|lightning)|Given value type"
 )
+
+
+def explanation(error: Exception, argv: Sequence[str]) -> str | None:
+    """One message for what the user can mend, ``None`` for a fault of ours.
+
+    Args:
+        error: What a command has raised.
+        argv: The command line.
+    """
+    if isinstance(error, ArgumentError):
+        return parser_error(str(error), argv)
+    if isinstance(error, MisconfigurationException | DataFileError):
+        return with_place(str(error), argv)
+    if isinstance(error, EOFError):
+        return "A file that was to be read is empty or cut off: the checkpoint, perhaps."
+    if isinstance(error, pickle.UnpicklingError):
+        return "The file given as checkpoint is none, or holds more than weights and plain settings."
+    if isinstance(error, ValueError):
+        return str(error) if argv[0] in COMMANDS or is_of_trainer(error) else None
+    return _of_runtime(error) if isinstance(error, RuntimeError) else None
+
+
+def _of_runtime(error: RuntimeError) -> str | None:
+    if isinstance(error, RecursionError) and is_of_parser(error):
+        return "The config is nested too deep, or a part of it holds itself."
+    if "more than one stateful callback" in str(error):
+        return f"{error} (`forge-fit check` says which.)"
+    if "PytorchStreamReader" in str(error):
+        return f"A checkpoint is cut off, or none: {str(error).splitlines()[0]}"
+    if is_of_trainer(error):
+        return str(error)
+    if "loading state_dict" not in str(error):
+        return None
+    return (
+        "The checkpoint does not fit the model of this config. A callback that adds weights to the model, as"
+        f" `SelfModel` does, belongs in both runs, or in neither.\n{error}"
+    )
 
 
 def parser_error(message: str, argv: Sequence[str] = ()) -> str:

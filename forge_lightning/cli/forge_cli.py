@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from forge_lightning import callbacks, components, data, models, optim  # also so that short names are known
 from forge_lightning.cli.checks import load_data, quiet, refuse_absent, refuse_cut_off, refuse_optimizer
+from forge_lightning.cli.configs import resolve_configs
 
 
 class _SaveConfig(SaveConfigCallback):
@@ -147,6 +149,12 @@ class ForgeCLI(LightningCLI):
         # What the checkpoint's hyperparameters changed, the YAML or the command line may have said otherwise.
         explicit = self.parser.parse_args(self._args, defaults=False, _skip_validation=True)
         self.config.update(explicit)
+
+
+def run_trainer(argv: Sequence[str]) -> None:
+    """Run one of the Trainer's commands. ``sys.argv`` gets its arguments: launchers run that again as other ranks."""
+    sys.argv[1:] = resolve_configs(argv)
+    ForgeCLI()
 
 
 class CheckCLI(ForgeCLI):

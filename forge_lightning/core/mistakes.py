@@ -1,4 +1,4 @@
-"""Mistakes of a user, told in one message. Without Lightning, so that they are told at once."""
+"""Mistakes of a user, each explained by one message. Without Lightning, so that it comes at once."""
 
 
 class UsageError(Exception):

@@ -1,8 +1,6 @@
 """The report of one or several runs: a page that needs no network, its pictures, and its numbers."""
 
-import base64
-import html
-import io
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -12,25 +10,22 @@ from typing import Any
 
 import torch
 
-from forge_lightning.core.metric_names import VAL_LOSS
+from forge_lightning.core.extras import require_extra
 from forge_lightning.core.trace import number
 from forge_lightning.reports import comparison, dream, figures, self_knowledge
-from forge_lightning.reports.trace import SUCCESS, RunTrace, join_resumed, read_run, stage_spans
+from forge_lightning.reports.facts import best, first_step, headline, last, makeup, middle, outcome, steps_of
+from forge_lightning.reports.page import Pictures, details, document, slug, table, words
+from forge_lightning.reports.trace import (
+    SUCCESS,
+    RunTrace,
+    config_text,
+    differences,
+    group_names,
+    join_resumed,
+    read_run,
+    stage_spans,
+)
 from forge_lightning.telemetry.step_timer import CATEGORIES
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --line: #d9d9d9; --soft: #f4f5f7; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e6e6e6; --paper: #16181d; --line: #3a3f4a; --soft: #20242c; } }
-body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
-  margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; border-bottom: 1px solid var(--line); }
-h3 { font-size: 1rem; margin-bottom: 0.3rem; }
-img { max-width: 100%; height: auto; } figure { margin: 0.8rem 0; } figcaption { font-size: 0.9rem; opacity: 0.8; }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; font-size: 0.9rem; }
-td, th { border-bottom: 1px solid var(--line); padding: 0.25rem 0.7rem 0.25rem 0; text-align: left;
-  vertical-align: top; }
-ul.remarks { background: var(--soft); padding: 0.7rem 1rem 0.7rem 2rem; border-radius: 0.3rem; }
-"""
 
 _FIGURES: dict[str, tuple[Callable[[RunTrace], Any], str]] = {
     "overview": (
@@ -69,7 +64,8 @@ def analyze(paths: Sequence[Path], output: Path) -> Path:
 
     Args:
         paths: One run, or several to compare. Runs of one directory that differ by seeds alone are one group.
-        output: Folder for ``report.html``, ``analysis.json`` and the pictures.
+        output: Folder for ``report.html``, ``analysis.json`` and the pictures. Pictures that an earlier report has left
+            there go.
 
     Returns:
         The page.
@@ -79,28 +75,80 @@ def analyze(paths: Sequence[Path], output: Path) -> Path:
     """
     runs = [read_run(path) for path in paths]
     output.mkdir(parents=True, exist_ok=True)
+    pictures = Pictures(output, _written_before(output))
     page: list[str] = []
     whole = join_resumed(runs)
     if len(runs) > 1:
-        page.append("<h2>Comparison</h2>")
-        pictures = _draw(output, "comparison", lambda _: comparison.comparison(whole), runs[0])
-        caption = "Median of each group, with the band from its least to its largest run."
-        caption += " Runs of one directory that differ by more than a seed are groups of their own."
-        if len(whole) < len(runs):
-            caption += " A run that was resumed is one with its beginning."
-        page += [
-            _figure(pictures, caption) if pictures else "<p>The runs share no series.</p>",
-            _comparison_table(whole),
-        ]
-    for index, run in enumerate(runs):
-        prefix = "" if len(runs) == 1 else f"{index:02d}_"
-        page.append(_section(run, output, prefix))
+        page += _comparison(whole, pictures, len(whole) < len(runs))
+    labels = _labels(runs)
+    for run, label in zip(runs, labels, strict=True):
+        page.append(_section(run, pictures, label if len(runs) > 1 else ""))
     numbers: dict[str, Any] = {"runs": [numbers_of(run) for run in runs]}
     if len(runs) > 1:
-        numbers["comparison"] = {"groups": _groups(whole), "series": _bands(whole)}
+        numbers["comparison"] = {
+            "groups": _groups(whole),
+            "series": _bands(whole),
+            "differences": differences(whole),
+        }
+    pictures.sweep()
+    numbers["files"] = pictures.names
     (output / "analysis.json").write_text(json.dumps(_json(numbers), indent=2, allow_nan=False) + "\n")
-    title = runs[0].name if len(runs) == 1 else f"{len(whole)} run{'s' * (len(whole) > 1)}"
-    return _write(output, title, page)
+    return _write(output, runs[0].name if len(runs) == 1 else " and ".join(_few(labels)), page)
+
+
+def show(run: RunTrace | str | Path) -> Any:
+    """A run as a notebook shows it: its numbers and pictures.
+
+    Args:
+        run: From `read_run`, or its directory.
+
+    Returns:
+        What IPython displays.
+
+    Raises:
+        MissingExtraError: If IPython is not installed.
+    """
+    display = require_extra("IPython.display", "notebooks", "`show`")
+    run = run if isinstance(run, RunTrace) else read_run(run)
+    return display.HTML(
+        f"<style>figure img {{ max-width: 100%; }}</style><h2>{run.name}</h2>{_section(run, Pictures(None), '')}"
+    )
+
+
+def summary_table(paths: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the comparison of runs by group, as text."""
+    return _comparison_rows(join_resumed([read_run(path) for path in paths]))
+
+
+def _written_before(output: Path) -> list[str]:
+    """Pictures that the last report here has written, by its own list."""
+    try:
+        found = json.loads((output / "analysis.json").read_text()).get("files")
+    except (OSError, ValueError, AttributeError):
+        return []
+    return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
+
+
+def _labels(runs: Sequence[RunTrace]) -> list[str]:
+    """Names of runs, each its own: with as much of its path as that takes."""
+    names = [run.name for run in runs]
+    for depth in range(3, max(len(run.path.parts) for run in runs)):
+        alike = {name for name in names if names.count(name) > 1}
+        names = ["/".join(r.path.parts[-depth:]) if n in alike else n for r, n in zip(runs, names, strict=True)]
+    return names
+
+
+def _few(names: Sequence[str], most: int = 3) -> list[str]:
+    return list(names) if len(names) <= most else [*names[: most - 1], f"{len(names) - most + 1} more"]
+
+
+def default_output(paths: Sequence[Path]) -> Path:
+    """Where a report goes: into its one run, or into a folder of the comparison's own."""
+    folders = [path if path.is_dir() else path.parent for path in paths]
+    if len(folders) == 1:
+        return folders[0] / "analysis"
+    names = [slug("-".join(folder.resolve().parts[-2:])) for folder in folders]
+    return Path("comparisons") / "_vs_".join(_few(names))[:150]
 
 
 def analyze_checkpoint(path: Path, output: Path) -> Path:
@@ -126,21 +174,18 @@ def analyze_checkpoint(path: Path, output: Path) -> Path:
         "parameters": sum(t.numel() for t in checkpoint["state_dict"].values() if torch.is_tensor(t)),
         "callbacks": list(dict.fromkeys(key.split("{")[0] for key in found)),
     }
-    page = [_table([(key, _text(value)) for key, value in facts.items()])]
+    page = [table([(key, _text(value)) for key, value in facts.items()])]
     page.append("<h2>Events until then</h2>")
     page.append(_events(events) if events else "<p>None: no callback in the checkpoint had found any.</p>")
     page.append("<h2>Weights</h2>")
-    pictures = _draw(output, "weights", lambda _: figures.weights(matrices), None)
-    if pictures:
-        page.append(
-            _figure(pictures, "Effective rank: the number of directions that share the energy, (Σ σ²)² / Σ σ⁴.")
-        )
+    caption = "Effective rank: the number of directions that share the energy, (Σ σ²)² / Σ σ⁴."
+    page.append(Pictures(output).figure("weights", caption, lambda: figures.weights(matrices)))
     header = ("matrix", "shape", "norm", "effective rank", "largest singular value")
     rows = [
         (m["name"], " × ".join(map(str, m["shape"])), *(f"{m[k]:.4g}" for k in ("norm", "effective_rank", "largest")))
         for m in matrices
     ]
-    page.append(_table(rows, header))
+    page.append(table(rows, header))
     numbers = facts | {"events": events, "weights": matrices}
     (output / "analysis.json").write_text(json.dumps(_json(numbers), indent=2, allow_nan=False) + "\n")
     return _write(output, f"Checkpoint {path.name}", page)
@@ -148,23 +193,24 @@ def analyze_checkpoint(path: Path, output: Path) -> Path:
 
 def numbers_of(run: RunTrace) -> dict[str, Any]:
     """What the report says of a run, as numbers; and the series that its pictures draw."""
-    steps = {part: _median(run, f"forge/telemetry/{part}_seconds") for part in ("step", *CATEGORIES)}
-    steps_done = run.summary.get("steps")  # more than were logged, in a run that was interrupted
-    last = {name: values[-1] for name, (_, values) in run.series.items() if name.startswith(("val", "forge/telemetry"))}
+    steps = {part: middle(run, f"forge/telemetry/{part}_seconds") for part in ("step", *CATEGORIES)}
+    told = {name: series for name, series in run.series.items() if name.startswith(("val", "forge/telemetry"))}
     return {
         "run": str(run.path),
         "group": run.group,
         "last_step": run.last_step,
-        "steps": max(run.last_step, steps_done) if isinstance(steps_done, int) else run.last_step,
+        "steps": steps_of(run),
+        "facts": run.facts,
+        "outcome": outcome(run),
         "status": run.status,
         "remarks": run.remarks,
         "stages": [{"stage": name, "from": since, "to": until} for name, since, until in stage_spans(run)],
         "stages_found_afterwards": run.stages_replayed,
         "stage_changes": run.stages,
         "transitions": run.changes,
-        "steps_to": {str(level): _first_step(run, level) for level in (0.5, 0.95, 0.99)},
-        "best": _best(run),
-        "last": last,
+        "steps_to": {str(level): first_step(run, level) for level in (0.5, 0.95, 0.99)},
+        "best": best(run, SUCCESS, least=False),
+        "last": {name: values[-1] for name, (_, values) in told.items()},
         "calibration": run.calibration,
         "temperature_study": run.temperature_study,
         "median_step_seconds": {key: value for key, value in steps.items() if value is not None},
@@ -181,26 +227,26 @@ def _thinned(steps: list[int], values: list[float]) -> dict[str, Any]:
     return {"steps": [steps[i] for i in places], "values": [values[i] for i in places], "every": stride}
 
 
-def _section(run: RunTrace, output: Path, prefix: str) -> str:
-    numbers = numbers_of(run)
-    facts = [
-        ("run", str(run.path)),
-        ("state", numbers["status"] or "unknown"),
-        ("steps", f"{numbers['steps']:,}"),
-        ("stage at the end", stage_spans(run)[-1][0].replace("_", "-") if stage_spans(run) else "not known"),
-    ]
-    success = run.find(*SUCCESS)
-    if success:
-        facts.append(("last validation success", f"{success[1][-1]:.4g}"))
-        if numbers["best"] is not None:
-            facts.append(("best", f"{numbers['best']['value']:.4g} at step {numbers['best']['step']:,}"))
-        for level, step in numbers["steps_to"].items():
-            facts.append(
-                (f"validation success first ≥ {float(level):g}", "not reached" if step is None else f"{step:,}")
-            )
-    loss = run.find(*VAL_LOSS)
-    if loss:
-        facts.append(("last validation loss", f"{loss[1][-1]:.4g} nats"))
+def _section(run: RunTrace, pictures: Pictures, label: str) -> str:
+    prefix = f"{slug(label)}_" if label else ""
+    parts = [f"<h2>{words(label)}</h2>"] if label else []
+    parts.append(table([*headline(run), *_calibration_facts(run)]))
+    if run.remarks:
+        parts.append("<ul class=remarks>" + "".join(f"<li>{words(remark)}</li>" for remark in run.remarks) + "</ul>")
+    for name, (draw, caption) in _FIGURES.items():
+        parts.append(pictures.figure(prefix + name, caption, functools.partial(draw, run)))
+    if run.stages:
+        parts += ["<h3>Changes of stage</h3>", _events(run.stages)]
+    if run.changes:
+        parts += ["<h3>Transitions of the dimension</h3>", _events(run.changes)]
+    parts += ["<h3>What it was</h3>", table([("run", str(run.path)), *makeup(run)])]
+    if config := config_text(run):
+        parts.append(details("The whole config", config))
+    return "\n".join(part for part in parts if part)
+
+
+def _calibration_facts(run: RunTrace) -> list[tuple[str, str]]:
+    facts = []
     for split, kept in run.calibration.items():
         metrics = kept.get("metrics", {})
         ece = [_text(metrics[name]) for name in ("ece", "ece_fitted") if metrics.get(name) is not None]
@@ -212,51 +258,89 @@ def _section(run: RunTrace, output: Path, prefix: str) -> str:
         )
         if kept.get("fitted") is not None:
             facts.append((f"temperature, as known after {split} data", _text(kept["fitted"])))
-    time = numbers["median_step_seconds"].get("step")
-    if time is not None:
-        facts.append(("time of a step, median", figures.duration(time)))
-    parts = [f"<h2>{html.escape(run.name)}</h2>", _table(facts)]
-    if run.remarks:
-        parts.append("<ul class=remarks>" + "".join(f"<li>{html.escape(r)}</li>" for r in run.remarks) + "</ul>")
-    for name, (draw, caption) in _FIGURES.items():
-        pictures = _draw(output, prefix + name, draw, run)
-        if pictures:
-            parts.append(_figure(pictures, caption))
-    if run.stages:
-        parts += ["<h3>Changes of stage</h3>", _events(run.stages)]
-    if run.changes:
-        parts += ["<h3>Transitions of the dimension</h3>", _events(run.changes)]
-    return "\n".join(parts)
+    return facts
 
 
-def _comparison_table(runs: Sequence[RunTrace]) -> str:
-    header = ("group", "runs", "steps to success 0.5", "to 0.95", "last validation success", "a step")
+def _comparison(runs: Sequence[RunTrace], pictures: Pictures, joined: bool) -> list[str]:
+    """What differs, losses first, and the curves."""
+    header, rows = _comparison_rows(runs)
+    parts = ["<h2>Comparison</h2>", table(rows, header)]
+    found = differences(runs)
+    if found:
+        groups = group_names(runs)
+        values = [[key, *(_setting(value) for value in row)] for key, row in found.items()]
+        names = [f"{group} ({run.path.name})" for run, group in zip(runs, groups, strict=True)]
+        parts += ["<h3>Settings that differ</h3>", table(values, ["setting", *names])]
+    caption = "Median of each group, with the band from its least to its largest run."
+    caption += " Runs of one directory that differ by more than a seed are groups of their own."
+    if joined:
+        caption += " A run that was resumed is one with its beginning."
+    drawn = pictures.figure("comparison", caption, lambda: comparison.comparison(runs))
+    return [*parts, drawn or "<p>The runs share no series.</p>"]
+
+
+def _setting(value: Any) -> str:
+    return "not set" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _comparison_rows(runs: Sequence[RunTrace]) -> tuple[list[str], list[list[str]]]:
+    """A row a group: losses and their distance to the best; successes where any run has one."""
+    groups = _groups(runs)
+    losses = {name: found["best_validation_loss"] for name, found in groups.items()}
+    known = [loss for loss in losses.values() if loss is not None]
+    with_success = any(found["last_validation_success"] for found in groups.values())
+    header = ["group", "runs", "best validation loss", "above the best", "at step", "perplexity"]
+    header += ["steps to success 0.5", "to 0.95", "last validation success"] if with_success else []
+    header += ["tokens a second", "a step"]
     rows = []
-    for group, numbers in _groups(runs).items():
-        success, seconds = numbers["last_validation_success"], numbers["median_step_seconds"]
-        rows.append(
-            (
-                group,
-                str(len(numbers["runs"])),
-                *(_reached(steps) for steps in numbers["steps_to"].values()),
-                "–" if success is None else f"{success:.4g}",
-                "–" if seconds is None else figures.duration(seconds),
-            )
-        )
-    return _table(rows, header)
+    for name, found in groups.items():
+        loss, seconds, speed = losses[name], found["median_step_seconds"], found["tokens_per_second"]
+        row = [name, str(len(found["runs"]))]
+        row += [_spread(found["best_validation_losses"]), "–" if loss is None else f"{loss - min(known):.4g}"]
+        row += [_listed(found["best_steps"]), "–" if found["perplexity"] is None else f"{found['perplexity']:.4g}"]
+        if with_success:
+            row += [_reached(steps) for steps in found["steps_to"].values()]
+            row.append("–" if found["last_validation_success"] is None else f"{found['last_validation_success']:.4g}")
+        row += ["–" if speed is None else f"{speed:,.0f}", "–" if seconds is None else figures.duration(seconds)]
+        rows.append(row)
+    empty = [column for column in range(3, len(header)) if all(row[column] == "–" for row in rows)]
+    kept = [column for column in range(len(header)) if column not in empty]
+    return [header[column] for column in kept], [[row[column] for column in kept] for row in rows]
+
+
+def _spread(values: Sequence[float]) -> str:
+    """Median, and least and largest where there are several."""
+    if not values:
+        return "–"
+    return f"{median(values):.4g}" + (f" ({min(values):.4g} to {max(values):.4g})" if len(values) > 1 else "")
+
+
+def _listed(steps: Sequence[int]) -> str:
+    return ", ".join(f"{step:,}" for step in steps) or "–"
 
 
 def _groups(runs: Sequence[RunTrace]) -> dict[str, dict[str, Any]]:
     """What the comparison says of each group."""
     found = {}
     for group, members in comparison.by_group(runs).items():
-        last = [s[1][-1] for run in members if (s := run.find(*SUCCESS))]
-        times = [t for run in members if (t := _median(run, "forge/telemetry/step_seconds")) is not None]
+        each = [outcome(run) for run in members]
+        losses = [one["best_validation_loss"] for one in each if one["best_validation_loss"] is not None]
+        successes = [value for run in members if (value := last(run, SUCCESS)) is not None]
+
+        def middle_of(key: str, each: list[dict[str, Any]] = each) -> float | None:
+            values = [one[key] for one in each if one[key] is not None]
+            return median(values) if values else None
+
         found[group] = {
             "runs": [str(run.path) for run in members],
-            "steps_to": {str(level): [_first_step(run, level) for run in members] for level in (0.5, 0.95)},
-            "last_validation_success": median(last) if last else None,
-            "median_step_seconds": median(times) if times else None,
+            "best_validation_loss": median(loss["value"] for loss in losses) if losses else None,
+            "best_validation_losses": [loss["value"] for loss in losses],
+            "best_steps": [loss["step"] for loss in losses],
+            "perplexity": middle_of("perplexity"),
+            "steps_to": {str(level): [first_step(run, level) for run in members] for level in (0.5, 0.95)},
+            "last_validation_success": median(successes) if successes else None,
+            "tokens_per_second": middle_of("tokens_per_second"),
+            "median_step_seconds": middle_of("median_step_seconds"),
         }
     return found
 
@@ -279,26 +363,6 @@ def _reached(steps: Sequence[int | None]) -> str:
     ordered = sorted(math.inf if step is None else step for step in steps)
     middle = ordered[(len(ordered) - 1) // 2]
     return f"{middle:,.0f} ({each})" if math.isfinite(middle) else f"not reached ({each})"
-
-
-def _first_step(run: RunTrace, level: float) -> int | None:
-    steps, values = run.find(*SUCCESS) or ([], [])
-    return next((step for step, value in zip(steps, values, strict=True) if value >= level), None)
-
-
-def _best(run: RunTrace) -> dict[str, Any] | None:
-    """The highest validation success, where it was first reached."""
-    steps, values = run.find(*SUCCESS) or ([], [])
-    known = [(value, -step) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
-    if not known:
-        return None
-    value, step = max(known)
-    return {"value": value, "step": -step}
-
-
-def _median(run: RunTrace, name: str) -> float | None:
-    values = [v for v in (run.find(name) or ([], []))[1] if math.isfinite(v)]
-    return median(values) if values else None
 
 
 def _matrices(state: dict[str, Any]) -> list[dict[str, Any]]:
@@ -324,32 +388,9 @@ def _matrices(state: dict[str, Any]) -> list[dict[str, Any]]:
     return found
 
 
-def _draw(output: Path, name: str, draw: Callable[[Any], Any], run: RunTrace | None) -> dict[str, bytes]:
-    """Light and dark, as files and for the page."""
-    pictures: dict[str, bytes] = {}
-    for mode in ("light", "dark"):
-        with figures.theme(dark=mode == "dark"):
-            figure = draw(run)
-            if figure is None:
-                return {}
-            buffer = io.BytesIO()
-            figure.savefig(buffer, format="png", dpi=130)
-        pictures[mode] = buffer.getvalue()
-        (output / f"{name}_{mode}.png").write_bytes(pictures[mode])
-    return pictures
-
-
-def _figure(pictures: dict[str, bytes], caption: str) -> str:
-    light, dark = (f"data:image/png;base64,{base64.b64encode(pictures[mode]).decode()}" for mode in ("light", "dark"))
-    return (
-        f'<figure><picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="{html.escape(caption)}"></picture>'
-        f"<figcaption>{html.escape(caption)}</figcaption></figure>"
-    )
-
-
 def _events(events: Iterable[dict[str, Any]]) -> str:
-    rows = []
+    """One line an event, its evidence folded away."""
+    lines = []
     for event in events:
         if event.get("event", event.get("kind")) == "stage":
             what = f"{event.get('before')} → {event.get('after')}: {event.get('reason', '')}".replace("_", "-")
@@ -358,16 +399,10 @@ def _events(events: Iterable[dict[str, Any]]) -> str:
             detail = ", ".join(f"{key.replace('_', ' ')} {value:.3g}" for key, value in shown.items())
         else:
             what = f"{event.get('layer')} {event.get('direction')}: {event.get('estimator')}"
-            detail = f"{_text(event.get('before'))} → {_text(event.get('after'))}, confidence"
-            detail += f" {_text(event.get('confidence'))}"
-        rows.append((f"{event.get('step', 0):,}", what, detail))
-    return _table(rows, ("step", "what", "evidence"))
-
-
-def _table(rows: Iterable[Sequence[str]], header: Sequence[str] | None = None) -> str:
-    head = "" if header is None else "<tr>" + "".join(f"<th>{html.escape(h)}</th>" for h in header) + "</tr>"
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class=scroll><table>{head}{body}</table></div>"
+            what += f" {_text(event.get('before'))} → {_text(event.get('after'))}"
+            detail = f"confidence {_text(event.get('confidence'))}"
+        lines.append(details(f"step {event.get('step', 0):,}: {what}", detail or "no numbers were recorded"))
+    return "\n".join(lines)
 
 
 def _text(value: Any) -> str:
@@ -390,9 +425,5 @@ def _json(value: Any) -> Any:
 
 def _write(output: Path, title: str, parts: Sequence[str]) -> Path:
     page = output / "report.html"
-    page.write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body><h1>{html.escape(title)}</h1>\n" + "\n".join(parts) + "</body></html>\n"
-    )
+    page.write_text(document(title, parts))
     return page

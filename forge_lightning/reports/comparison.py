@@ -58,10 +58,11 @@ def by_group(runs: Sequence[RunTrace]) -> dict[str, list[RunTrace]]:
 def compared(runs: Sequence[RunTrace]) -> list[tuple[str, str, dict[str, tuple[int, Any]]]]:
     """``(title, label, {group: (number of runs, band)})`` of every series that is compared and that some run has."""
     wanted = [
-        ("Training success", "share right", ("forge/telemetry/success",)),
+        ("Validation loss", "loss (nats)", VAL_LOSS),
         ("Training loss", "loss (nats)", ("forge/telemetry/loss",)),
         ("Validation success", "share right", SUCCESS),
-        ("Validation loss", "loss (nats)", VAL_LOSS),
+        ("Training success", "share right", ("forge/telemetry/success",)),
+        ("Token accuracy in validation", "share right", ("val/token_accuracy",)),
         ("Success of what was drawn", "share right", ("forge/edge/success_rate",)),
         ("Difficulty of what was drawn", "difficulty", ("forge/edge/difficulty",)),
         ("Dimension of the last layer probed", "Levina–Bickel", tuple(_last_layer(runs, "levina_bickel"))),
@@ -74,7 +75,8 @@ def compared(runs: Sequence[RunTrace]) -> list[tuple[str, str, dict[str, tuple[i
             found = [series for run in members if (series := run.find(*names)) is not None]
             if found:
                 bands[group] = (len(found), band(found))
-        if bands:
+        never = label == "share right" and all(not np.any(high > 0) for _, (_, _, _, high) in bands.values())
+        if bands and not never:
             panels.append((title, label, bands))
     return panels
 

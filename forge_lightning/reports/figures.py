@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from forge_lightning.core.metric_names import VAL_LOSS
-from forge_lightning.reports.learning_curves import Series, logarithmic
+from forge_lightning.reports.learning_curves import SPLIT_COLORS, Series, logarithmic
 from forge_lightning.reports.trace import SUCCESS, RunTrace, stage_spans
 from forge_lightning.telemetry.step_timer import CATEGORIES
 
@@ -20,7 +20,7 @@ BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW = (
 _ON_DARK = {BLUE: "#3d9be0", SKY: "#a5dcff"}  # their blue is too dark there
 COLORS = (BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW)
 STAGE_COLORS = {
-    "warm_up": "#999999",
+    "unknown": "#999999",
     "memorisation": ORANGE,
     "onset": YELLOW,
     "generalisation": SKY,
@@ -31,7 +31,7 @@ STAGE_COLORS = {
 _PAPER = "#ffffff"
 _SHORT = {"memorisation": "mem.", "generalisation": "gen.", "consolidation": "cons.", "divergence": "div."}
 """For a stage too short for its name."""
-_SPLIT_COLORS = {"training": ORANGE, "validation": BLUE}
+_SPLIT_COLORS = {"training": SPLIT_COLORS["train"], "validation": SPLIT_COLORS["val"]}
 STEP = "optimizer step"
 MAIN_ESTIMATORS = {
     "levina_bickel": "dimension (Levina–Bickel)",
@@ -99,8 +99,10 @@ def overview(run: RunTrace) -> Any | None:
     tokens = _pairs(run, "train/token_accuracy", ("val/token_accuracy",))
     if tokens and not any(value > 0 for _, values in success.values() for value in values):
         success, of_what = tokens, "Success, by tokens" + (": no sequence was right as a whole" if success else "")
+    if not any(value > 0 for _, values in success.values() for value in values):
+        success = {}  # a line at 0 tells nothing
     loss = _pairs(run, "forge/telemetry/loss", VAL_LOSS)
-    panels = [kind for kind, there in (("success", success), ("loss", loss), ("dimension", estimator)) if there]
+    panels = [kind for kind, there in (("loss", loss), ("success", success), ("dimension", estimator)) if there]
     if not panels:
         return None
     figure = Figure(figsize=(9, 0.7 + 2.3 * len(panels)), layout="constrained")
@@ -124,7 +126,7 @@ def overview(run: RunTrace) -> Any | None:
                 axis.set_ylim(-0.03, 1.03)
             elif _spans_decades(loss.values()):
                 logarithmic(axis, "y")
-            axis.legend(loc="best")
+            legend_above(axis)
     axes[-1].set_xlabel(STEP)
     axes[-1].set_xlim(0, 1.005 * max(1, run.last_step))
     return figure
@@ -164,10 +166,11 @@ def draw_dimension(axis: Any, run: RunTrace, estimator: str) -> None:
             marked = True
     axis.set_ylabel(MAIN_ESTIMATORS.get(estimator, estimator))
     axis.set_title("Dimension of the layers")
-    if len(drawn) > 8:
-        axis.legend(handles=[drawn[0], drawn[-1]], loc="best")
+    if len(drawn) > 3:
+        handles = [drawn[0], drawn[-1]] if len(drawn) > 8 else None
+        axis.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.0, 1.0), borderaxespad=0.2)  # beside it
     elif drawn:
-        axis.legend(loc="best")
+        legend_above(axis)
 
 
 def dimensions(run: RunTrace) -> Any | None:
@@ -196,16 +199,16 @@ def optimizer(run: RunTrace) -> Any | None:
         ("Amplification", "λ", {"λ": run.find("forge/grokfast/lamb")}),
         ("Gradient and slow gradient", "cosine", {"cosine": run.find("forge/grokfast/cosine")}),
         (
-            "Gradient norm",
+            "Gradient norm, before and after filter and clipping",
             "global norm",
             {
-                "before filter and clipping": run.find("forge/telemetry/grad_norm_before"),
+                "before": run.find("forge/telemetry/grad_norm_before"),
                 "after": run.find("forge/telemetry/grad_norm_after"),
             },
         ),
         ("Learning rate", "learning rate", {"lr": run.find("forge/telemetry/lr")}),
     ]
-    return _panels(panels, {"Gradient norm"})
+    return _panels(panels, {panels[2][0]})
 
 
 def edge(run: RunTrace) -> Any | None:
@@ -342,7 +345,7 @@ def _panels(panels: Sequence[tuple[str, str, Mapping[str, Series | None]]], over
         axis.set(xlabel=STEP, ylabel=label)
         axis.set_title(title)
         if len(lines) > 1:
-            axis.legend(loc="best")
+            legend_above(axis)
         finite = {v for _, values in lines.values() for v in values if math.isfinite(v)}
         if label == "learning rate":
             axis.set_ylim(0, 1.1 * max(finite, default=0.0) or None)

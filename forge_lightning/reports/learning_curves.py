@@ -3,13 +3,15 @@
 import csv
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 Series = tuple[list[int], list[float]]
+SPLIT_COLORS = {"train": "#E69F00", "val": "#0072B2"}
+"""Orange and blue of Okabe and Ito, in every picture of this package."""
 
 
 def read_metrics(path: Path) -> dict[str, Series]:
@@ -52,6 +54,8 @@ def _number(text: str) -> float | None:
         return None
 
 
+_LONG = 3000
+"""Steps of a run whose beginning would be too small to see on a linear axis."""
 _SPLIT = re.compile(r"(^|[/_.])(train|training|val|valid|validation|eval)(?=$|[/_.])")
 
 
@@ -97,9 +101,10 @@ def _plot(metrics: Mapping[str, Series], path: Path, title: str, marks: Mapping[
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes[len(quantities) :]:
         axis.set_visible(False)
-    steps_over_decades = _spans_decades([s + 1 for name in named.values() for s in metrics[name][0]])
+    steps = [s + 1 for name in named.values() for s in metrics[name][0]]
+    steps_over_decades = _spans_decades(steps) and max(steps) >= _LONG
     for axis, quantity in zip(axes, quantities, strict=False):
-        for split, color in (("train", "#9a9a9a"), ("val", "#c23b22")):
+        for split, color in SPLIT_COLORS.items():
             steps, values = metrics.get(named.get((split, quantity), ""), ([], []))
             points = [(s + 1, v) for s, v in zip(steps, values, strict=True) if math.isfinite(v)]
             if points:
@@ -116,9 +121,11 @@ def _plot(metrics: Mapping[str, Series], path: Path, title: str, marks: Mapping[
         if lines and steps_over_decades:  # of all panels alike
             logarithmic(axis, "x")
         scale = ", logarithmic" if axis.get_xscale() == "log" else ""
-        axis.set(xlabel=f"optimizer step{scale}", title=quantity.replace("_", " "))
+        axis.set(xlabel=f"optimizer step{scale}", title="")
+        axis.set_title(quantity.replace("_", " "), loc="left")
         axis.grid(alpha=0.25)
-        axis.legend(frameon=False)
+        if lines:
+            axis.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, frameon=False, borderaxespad=0.0)
     figure.suptitle(title)
     figure.savefig(path, dpi=130)
     return True
@@ -145,5 +152,5 @@ def logarithmic(axis: Any, which: str) -> None:
     ticks.set_minor_formatter(NullFormatter())
 
 
-def _spans_decades(values: list[float]) -> bool:
+def _spans_decades(values: Sequence[float]) -> bool:
     return min(values) > 0 and max(values) >= 30 * min(values)

@@ -19,6 +19,8 @@ from forge_lightning.stages.classifier import replay
 _NO_SETTING = re.compile(r"(^|\.)(seed_everything|seed|ckpt_path|default_root_dir|dirpath|logger)(\.|$)")
 """Settings in which runs of one group may differ."""
 _UNSET, _MOST_DIFFERENT = object(), 3
+_MOST_POINTS = 20_000
+"""Points kept of a series that was recorded at steps: more than a picture shows, and bounded however long the run."""
 SUCCESS = (*VAL_SUCCESS, "val/exact_match")
 """Names of validation success."""
 
@@ -46,8 +48,15 @@ class RunTrace:
     """What is missing or odd, for the reader."""
     other_names: dict[str, str] = field(default_factory=dict)
     """What "val/loss" and "val/accuracy" are called in this run, where they have none of the usual names."""
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What `Telemetry` wrote of the run at its beginning: size of the model, versions, hardware."""
     begins: float = math.inf
     """First step of its own: the trace of a run that was resumed holds what came before too, metrics.csv does not."""
+
+    def __repr__(self) -> str:
+        """One line, for notebooks and terminals; `show` draws it."""
+        state = self.status or "state unknown"
+        return f"RunTrace({self.name}: {self.last_step:,} steps, {len(self.series)} series, {state})"
 
     @property
     def name(self) -> str:
@@ -62,7 +71,7 @@ class RunTrace:
     @property
     def status(self) -> str | None:
         """How the run ended; ``None`` where nothing says so."""
-        if self.trained and "RunSummary" in _config_of(self) and not (self.path / "summary.json").exists():
+        if self.trained and "RunSummary" in config_text(self) and not (self.path / "summary.json").exists():
             return f"killed after step {self.last_step:,}, or still under way"
         status = self.summary.get("status")
         return None if status is None else str(status)
@@ -121,7 +130,7 @@ def read_run(path: str | Path) -> RunTrace:
         )
     run.begins = min((steps[0] for steps, _ in (logged or run.series).values() if steps), default=math.inf)
     run.summary = _read_json(run, directory / "summary.json", {})
-    if not run.stages:
+    if not run.stages and any(name.startswith("val") for name in (*run.series, *run.other_names.values())):
         found = replay(read_rows(trace)) if has_trace else replay(_rows_of(run))
         run.stages = [t.as_event() for t in found]
         run.stages_replayed = bool(run.stages)
@@ -156,6 +165,8 @@ def _read_json(run: RunTrace, path: Path | None, empty: Any) -> Any:
 def _take_rows(run: RunTrace, trace: Path) -> bool:
     """Read a trace, row by row; whether it holds any."""
     header: dict[str, Any] = {}
+    strides: dict[str, int] = {}
+    seen: dict[str, int] = {}
     strange = count = 0
     for row in read_rows(trace):
         count += 1
@@ -171,12 +182,22 @@ def _take_rows(run: RunTrace, trace: Path) -> bool:
         metrics = row.get("metrics")
         if not isinstance(metrics, Mapping) or not isinstance(row.get("step"), int):
             continue
+        of_steps = row.get("kind") == "step"
         for name, value in metrics.items():
+            if of_steps:  # of a long run, every second point, then every fourth, ...
+                stride = strides.get(name, 1)
+                seen[name] = seen.get(name, 0) + 1
+                if (seen[name] - 1) % stride:
+                    continue
             steps, values = run.series.setdefault(name, ([], []))
             steps.append(row["step"])
             values.append(number(value))
+            if of_steps and len(steps) >= _MOST_POINTS:
+                del steps[1::2], values[1::2]
+                strides[name] = 2 * stride
     if not count:
         return False
+    run.facts = {key: value for key, value in header.items() if key not in ("kind", "version", "step")}
     if header.get("version") != VERSION:
         run.remarks.append(
             f"The trace is of version {header.get('version', 'unknown')}, this package reads {VERSION}: what it could"
@@ -184,6 +205,11 @@ def _take_rows(run: RunTrace, trace: Path) -> bool:
         )
     with open(trace, "rb") as file:
         lines = sum(1 for _ in file)
+    if strides:
+        run.remarks.append(
+            f"The run is long: of what was recorded at steps, one in {max(strides.values())} is read. Validations are"
+            " read whole."
+        )
     if lines > count:
         run.remarks.append(f"{lines - count} lines of the trace are cut off or broken, and were passed over.")
     if strange:
@@ -199,9 +225,21 @@ def _event(row: dict[str, Any]) -> dict[str, Any] | None:
         if not all(isinstance(row.get(key), str) for key in ("before", "after")):
             return None
         evidence = row.get("evidence")
+        row = row | {key: "unknown" for key in ("before", "after") if row[key] == "warm_up"}  # its earlier name
         return row | {"evidence": dict(evidence) if isinstance(evidence, Mapping) else {}}
     numbers = ("before", "after", "confidence")
     return row | {key: number(row.get(key)) for key in numbers}
+
+
+def differences(runs: Sequence[RunTrace]) -> dict[str, list[Any]]:
+    """Settings that differ between runs, by dotted name, with the value of each run, ``None`` where it is not set."""
+    settings = [_settings_of(run) for run in runs]
+    keys = dict.fromkeys(key for each in settings for key in each)
+    return {
+        key: [each.get(key) for each in settings]
+        for key in keys
+        if len({str(each.get(key, _UNSET)) for each in settings}) > 1
+    }
 
 
 def group_names(runs: Sequence[RunTrace]) -> list[str]:
@@ -225,7 +263,7 @@ def group_names(runs: Sequence[RunTrace]) -> list[str]:
 def _settings_of(run: RunTrace) -> dict[str, Any]:
     """The settings of the config that a run was made with, by dotted name, without seeds and places."""
     try:
-        config = yaml.safe_load(_config_of(run))
+        config = yaml.safe_load(config_text(run))
     except yaml.YAMLError:
         return {}
     found: dict[str, Any] = {}
@@ -295,7 +333,7 @@ def _runs_below(directory: Path) -> list[str]:
     return sorted({str(found.parent) for name in (FILE_NAME, "metrics.csv") for found in directory.glob(f"*/{name}")})
 
 
-def _config_of(run: RunTrace) -> str:
+def config_text(run: RunTrace) -> str:
     """The text of the config that `forge-fit` leaves in a run; empty if it does not exist."""
     try:
         return (run.path / "config.yaml").read_text()
@@ -305,7 +343,7 @@ def _config_of(run: RunTrace) -> str:
 
 def resumed_from(run: RunTrace) -> str | None:
     """The checkpoint that the run's config names."""
-    found = re.search(r"^ckpt_path: (?!null)(.+(?:\n .+)*)$", _config_of(run), re.MULTILINE)
+    found = re.search(r"^ckpt_path: (?!null)(.+(?:\n .+)*)$", config_text(run), re.MULTILINE)
     return found and " ".join(found[1].split()).strip("'\"")
 
 
@@ -385,7 +423,7 @@ def _remark(run: RunTrace) -> None:
     if not run.stages:
         found = run.find("forge/stage/number") is not None
         run.remarks.append(
-            "No change of stage: too few validations, or training stayed in warm-up."
+            "No change of stage: too few validations, or nothing was learned that showed."
             if found
             else "No stages: the run had no `StageClassifier`, and what it recorded did not do to find them afterwards."
         )
@@ -412,7 +450,7 @@ def stage_spans(run: RunTrace) -> list[tuple[str, int, int]]:
     """``(stage, from step, to step)``, without gaps; nothing where no stage is known."""
     if not run.stages and run.find("forge/stage/number") is None:
         return []
-    spans, since, current = [], 0, "warm_up"
+    spans, since, current = [], 0, "unknown"
     for change in run.stages:
         spans.append((current, since, int(change["step"])))
         since, current = int(change["step"]), str(change["after"])

@@ -49,7 +49,7 @@ class StageClassifier(ForgeCallback):
 
     When it does not help: a stage needs at least four validations, and is declared several after it began. The
     thresholds were set on small algorithmic tasks (`benchmarks/stages.md`). Without validation, or where success is
-    unknown and the loss is no cross-entropy, it names only warm-up, plateau and divergence, with a warning. Cosine and
+    unknown and the loss is no cross-entropy, it names only plateau and divergence, with a warning. Cosine and
     gradient norm are kept as evidence, and decide nothing.
 
     Args:
@@ -157,7 +157,7 @@ class StageClassifier(ForgeCallback):
             if not self._machine.cross_entropy:
                 self.warn_once(
                     "no success of both training and validation is known, and a loss that is no cross-entropy does not"
-                    " show how far training is: only warm-up, plateau and divergence are named. Return"
+                    " show how far training is: only plateau and divergence are named. Return"
                     " `example_success` from `training_step` and log `val/accuracy`; or, if the loss is a mean"
                     " cross-entropy in nats, set `cross_entropy=True`.",
                     key="success",
@@ -175,7 +175,7 @@ class StageClassifier(ForgeCallback):
         if trainer.enable_validation:
             return
         self.warn_once(
-            "there is no validation data. Only warm-up, plateau and divergence are named, once an epoch; memorisation"
+            "there is no validation data. Only plateau and divergence are named, once an epoch; memorisation"
             " and generalisation cannot be."
         )
         compute_metrics(trainer)

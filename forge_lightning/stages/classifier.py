@@ -16,8 +16,8 @@ from forge_lightning.core.trace import number
 class TrainingStage(IntEnum):
     """What training is doing. The numbers are those of ``Grokfast(stage_lambs=...)``."""
 
-    WARM_UP = 0
-    """Nothing is learned yet that shows."""
+    UNKNOWN = 0
+    """Not known yet: too few validations, or nothing is learned that shows."""
     MEMORISATION = 1
     """Training data is fitted, validation data is not."""
     ONSET = 2
@@ -162,7 +162,7 @@ class StageClassifier:
         min_dwell: Observations that a stage lasts at least; divergence does not wait.
         solved: Success from which data counts as solved, in (0, 1).
         cross_entropy: Whether losses are mean cross-entropies in nats, whose exponential is a likelihood. Other
-            losses have no known lower end: without successes, only warm-up, plateau and divergence are named. A
+            losses have no known lower end: without successes, only plateau and divergence are named. A
             negative loss is taken for such a loss.
     """
 
@@ -181,7 +181,7 @@ class StageClassifier:
             raise ValueError(f"`solved={solved}` must be in (0, 1).")
         self.window, self.patience, self.min_dwell, self.solved = window, patience, min_dwell, solved
         self.cross_entropy = cross_entropy
-        self.stage = TrainingStage.WARM_UP
+        self.stage = TrainingStage.UNKNOWN
         self.evidence: dict[str, float] = {}
         self._series: dict[str, deque[float]] = {key: deque(maxlen=4 * window) for key in _SERIES}
         self._kept = _Kept()
@@ -241,7 +241,7 @@ class StageClassifier:
         if self._kept.lost >= 2 * self.window:
             return TrainingStage.DIVERGENCE, "training success has left what it had reached", {}
         if self._kept.count <= self.patience:
-            return TrainingStage.WARM_UP, "the first observations", {}
+            return TrainingStage.UNKNOWN, "the first observations", {}
         of_train, of_val, of_success, of_fit = (self._trend(key) for key in ("train_loss", "val_loss", "val", "train"))
         trends = {"train_trend": of_train.change, "train_trend_se": of_train.error}
         trends |= {"val_trend": of_val.change, "val_trend_se": of_val.error}
@@ -252,7 +252,7 @@ class StageClassifier:
         val_improves, val_worsens, rises = of_val.falls(0.02), of_val.rises(0.02), of_success.rises(0.02)
         if blind:
             if train_improves or val_improves or still:
-                stage = TrainingStage.PLATEAU if still and not val_improves else TrainingStage.WARM_UP
+                stage = TrainingStage.PLATEAU if still and not val_improves else TrainingStage.UNKNOWN
                 what = "no success is known" if now.val_loss is not None else "no validation"
                 return stage, f"{what}; the loss {'stands still' if stage else 'improves'}", trends
             return self.stage, "no clear trend", trends
@@ -276,7 +276,7 @@ class StageClassifier:
         if train_improves and train > self._kept.first_train + 0.1 and not rises:
             return TrainingStage.MEMORISATION, "training improves and validation does not", trends
         if train_improves or val_improves:
-            return TrainingStage.WARM_UP, "little is learned yet", trends
+            return TrainingStage.UNKNOWN, "little is learned yet", trends
         if still:
             return TrainingStage.PLATEAU, "neither training nor validation moves", trends
         return self.stage, "no clear trend", trends
@@ -315,7 +315,7 @@ class StageClassifier:
             return None
         transition = Transition(now.step, self.stage, candidate, reason, dict(evidence))
         self.stage, self._kept.dwell = candidate, 0
-        if candidate in (TrainingStage.WARM_UP, TrainingStage.PLATEAU):
+        if candidate in (TrainingStage.UNKNOWN, TrainingStage.PLATEAU):
             self._kept.memorised, self._kept.fell = False, False
         return transition
 

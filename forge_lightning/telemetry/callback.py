@@ -31,6 +31,7 @@ from forge_lightning.core.callback import (
 from forge_lightning.core.distributed import full_tensor, sum_over_ranks
 from forge_lightning.core.protocols import SupportsEvents, SupportsStage
 from forge_lightning.core.trace import FILE_NAME, TraceWriter
+from forge_lightning.telemetry.facts import run_facts
 from forge_lightning.telemetry.step_timer import StepTimer
 
 _OPTIONAL = ("loss", "success", "tokens", "examples")  # which a module or a batch may lack
@@ -130,7 +131,7 @@ class Telemetry(ForgeCallback):
         if self.trace and directory is not None and trainer.is_global_zero:
             path = directory / (FILE_NAME if self.name is None else f"trace_{self.name}.jsonl")
             earlier = self._earlier if self._earlier is not None and self._earlier.is_file() else path
-            header = {"module": type(pl_module).__name__, "world_size": trainer.world_size}
+            header = run_facts(trainer, pl_module)
             known = (self._offered, self._num_rows)
             self._writer = TraceWriter(
                 path, trainer.global_step, earlier, header, self.max_rows, *known, on_failure=self._lost

@@ -57,13 +57,23 @@ def test_every_shipped_config_has_a_description():
 
 def test_list_prints_them(capsys):
     assert main(["list"]) == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in SHIPPED)
+    lines = capsys.readouterr().out.splitlines()
+    assert {name.removesuffix(".yaml") for name in SHIPPED} <= {line.split()[0] for line in lines if line.split()}
+    assert max(map(len, lines)) <= 80
+    groups = [line for line in lines if line.endswith(":") and not line.startswith((" ", "Run"))]
+    assert groups == ["Language models:", "Algorithmic tasks:", "Add-ons:", "Loggers:"]
+    assert main(["list", "--names"]) == 0
+    assert capsys.readouterr().out.split() == SHIPPED
 
 
 def test_list_tells_of_callbacks_what_they_tell_of_themselves(capsys):
     assert main(["list", "--callbacks"]) == 0
-    shown = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    shown, name = {}, ""
+    for line in lines:
+        name = name if line.startswith(" ") else line.split()[0]
+        shown[name] = " ".join([*shown.get(name, "").split(), *line.removeprefix(name).split()])
     assert shown["Grokfast"] == callbacks.Grokfast.__doc__.split("\n")[0]
     assert set(shown) == {name for name in callbacks.__all__ if issubclass(getattr(callbacks, name), Callback)}
     assert main(["list", "--callbacks", "DreamReplay"]) == 0

@@ -37,7 +37,7 @@ def test_a_run_that_groks(tmp_path):
     numbers, text = written(tmp_path / "out")
     (found,) = numbers["runs"]
     assert [stage["stage"] for stage in found["stages"]] == [
-        "warm_up", "memorisation", "onset", "generalisation", "consolidation",
+        "unknown", "memorisation", "onset", "generalisation", "consolidation",
     ]  # fmt: skip
     assert found["stages_found_afterwards"]
     assert found["steps_to"]["0.5"] == 1248
@@ -61,8 +61,8 @@ def test_axes_are_labelled_and_show_what_was_recorded(tmp_path):
     run = read_run(recorded(tmp_path / "run", "grok_add_0"))
     figure = figures.overview(run)
     assert {"optimizer step", "share right", "loss (nats)", "dimension (Levina–Bickel)"} <= drawn(figure)
-    stages, success, _, dimension = figure.axes
-    assert [t.get_text() for t in stages.texts][:3] == ["warm-up", "memorisation", "onset"]
+    stages, _, success, dimension = figure.axes
+    assert [t.get_text() for t in stages.texts][:3] == ["unknown", "memorisation", "onset"]
     validation = next(line for line in success.get_lines() if line.get_label() == "validation")
     assert list(validation.get_ydata()) == run.series["val/accuracy"][1]
     (line, *_) = dimension.get_lines()
@@ -132,7 +132,7 @@ def of_rows(folder, rows):
 def test_validation_has_one_colour_whether_or_not_training_is_known(tmp_path):
     rows = [{"kind": "validation", "step": s, "metrics": {"val/accuracy": s / 9, "val/loss": 1.0}} for s in range(1, 9)]
     rows += [{"kind": "step", "step": s, "metrics": {"forge/telemetry/loss": 1 / s}} for s in range(1, 9)]
-    success, loss = figures.overview(of_rows(tmp_path, rows)).axes[1:]
+    loss, success = figures.overview(of_rows(tmp_path, rows)).axes[1:]
     (of_success,) = (line.get_color() for line in success.get_lines())
     colors = {line.get_label(): line.get_color() for line in loss.get_lines()}
     assert of_success == colors["validation"] != colors["training"]
@@ -174,10 +174,10 @@ def test_what_an_axis_does_not_show_is_said(tmp_path):
 
 
 def test_a_stage_that_begins_at_the_last_step_is_that_at_the_end(tmp_path):
-    change = {"kind": "event", "event": "stage", "before": "warm_up", "after": "generalisation", "reason": "it does"}
+    change = {"kind": "event", "event": "stage", "before": "unknown", "after": "generalisation", "reason": "it does"}
     rows = [{"kind": "validation", "step": s, "metrics": {"val/loss": 1.0}} for s in (4, 8)]
     run = of_rows(tmp_path / "one" / "run", [*rows, {**change, "step": 8, "evidence": {}}])
-    assert stage_spans(run) == [("warm_up", 0, 8), ("generalisation", 8, 8)]
+    assert stage_spans(run) == [("unknown", 0, 8), ("generalisation", 8, 8)]
     assert figures.overview(run).axes[0].get_title() == "one/run"
     assert analyze([str(run.path)], tmp_path / "out").exists()
     assert "<td>stage at the end</td><td>generalisation</td>" in (tmp_path / "out" / "report.html").read_text()
@@ -201,7 +201,7 @@ def test_metrics_of_other_names_are_found(tmp_path):
     run = of_rows(tmp_path / "one", rows)
     assert run.other_names == {"val/loss": "loss/val", "val/accuracy": "acc/val"}
     assert not any("No validation" in remark for remark in run.remarks)
-    assert [axis.get_title() for axis in figures.overview(run).axes[1:]] == ["Success", "Loss"]
+    assert [axis.get_title() for axis in figures.overview(run).axes[1:]] == ["Loss", "Success"]
     metrics["second_loss/val"] = 2.0
     assert "val/loss" not in of_rows(tmp_path / "two", rows).other_names  # which of the two?
 
@@ -229,16 +229,20 @@ def test_legends_of_a_comparison_cover_no_panel(tmp_path):
     figure = comparison.comparison(runs)
     assert all(axis.get_legend() is None for axis in figure.axes)
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["one (2 runs)", "two (2 runs)"]
-    assert [axis.get_title() for axis in figure.axes] == ["Validation success", "Validation loss\ntwo: 1 of 2"]
+    assert [axis.get_title() for axis in figure.axes] == ["Validation loss\ntwo: 1 of 2", "Validation success"]
 
 
 def test_panels_of_learning_curves_have_steps_in_one_scale(tmp_path, monkeypatch):
     shown = []
     monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **kwargs: shown.append(figure))
-    metrics = {"train/loss": (list(range(100)), [2.0] * 100), "val/loss": ([90, 99], [2.0, 1.0])}
-    plot_learning_curves(metrics | {"val/accuracy": ([90, 99], [0.1, 0.2])}, tmp_path / "curves.png")
-    assert [axis.get_xscale() for axis in shown[0].axes] == ["log", "log"]
-    assert {axis.get_xlabel() for axis in shown[0].axes} == {"optimizer step, logarithmic"}
+    for last in (300, 5000):  # of a fine-tuning, and of a run whose beginning would not be seen
+        metrics = {"train/loss": (list(range(last)), [2.0] * last), "val/loss": ([90, last], [2.0, 1.0])}
+        plot_learning_curves(metrics | {"val/accuracy": ([90, last], [0.1, 0.2])}, tmp_path / "curves.png")
+    assert [axis.get_xscale() for axis in shown[0].axes] == ["linear", "linear"]
+    assert [axis.get_xscale() for axis in shown[1].axes] == ["log", "log"]
+    assert {axis.get_xlabel() for axis in shown[1].axes} == {"optimizer step, logarithmic"}
+    colors = {line.get_label(): line.get_color() for axis in shown[0].axes for line in axis.get_lines()}
+    assert colors == {"train": figures.ORANGE, "val": figures.BLUE}
 
 
 def test_values_of_other_callbacks_get_a_panel(tmp_path):
@@ -283,7 +287,7 @@ def test_without_geometry_or_trace_it_says_what_is_missing(tmp_path):
     fit([RunSummary(monitor="val/loss")], Plain, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=2)
     analyze([tmp_path], tmp_path / "analysis")
     _, text = written(tmp_path / "analysis")
-    for missing in ("There is no trace, only metrics.csv", "No dimensions: add `GeometryProbe`"):
+    for missing in ("There is no trace, only metrics.csv", "No dimensions: add <code>GeometryProbe</code>"):
         assert missing in text
     assert (tmp_path / "analysis" / "overview_light.png").exists()
 
@@ -304,7 +308,7 @@ def test_stages_are_found_in_metrics_alone(tmp_path):
             lines.append(",".join(cells))
     (tmp_path / "metrics.csv").write_text("\n".join([*lines, ""]))
     stages = [name for name, *_ in stage_spans(read_run(tmp_path))]
-    assert stages == ["warm_up", "memorisation", "onset", "generalisation", "consolidation"]
+    assert stages == ["unknown", "memorisation", "onset", "generalisation", "consolidation"]
 
 
 def test_names_of_other_projects_are_known(tmp_path):
@@ -341,7 +345,7 @@ def part_of_a_run(folder, first, last, checkpoint=None):
     steps = range(first, last + 1)
     rows = [{"kind": "step", "step": s, "metrics": {"forge/telemetry/loss": 1 / s}} for s in steps]
     rows += [{"kind": "validation", "step": s, "metrics": {"val/accuracy": s / 10}} for s in steps]
-    rows += [{"kind": "event", "event": "stage", "step": last, "before": "warm_up", "after": "onset", "evidence": {}}]
+    rows += [{"kind": "event", "event": "stage", "step": last, "before": "unknown", "after": "onset", "evidence": {}}]
     (folder / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "config.yaml").write_text(f"ckpt_path: {checkpoint or 'null'}\ntrainer: [class_path: RunSummary]\n")
     return folder
@@ -421,7 +425,7 @@ def test_a_summary_that_cannot_be_read_is_no_kill(tmp_path):
 
 
 def test_stages_have_names_as_far_as_there_is_room(tmp_path):
-    stages = [("warm_up", "memorisation", 4), ("memorisation", "generalisation", 8), ("generalisation", "onset", 9)]
+    stages = [("unknown", "memorisation", 4), ("memorisation", "generalisation", 8), ("generalisation", "onset", 9)]
     rows = [{"kind": "step", "step": s, "metrics": {"forge/telemetry/loss": 1.0}} for s in (1, 100)]
     rows += [
         {"kind": "event", "event": "stage", "step": 10 * s, "before": a, "after": b, "evidence": {}}
@@ -429,7 +433,7 @@ def test_stages_have_names_as_far_as_there_is_room(tmp_path):
     ]
     (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
     names = [text.get_text() for text in figures.overview(read_run(tmp_path)).axes[0].texts]
-    assert names == ["warm-up", "memorisation", "gen.", "onset"]
+    assert names == ["unknown", "memorisation", "gen.", "onset"]
 
 
 @pytest.mark.parametrize(
@@ -452,7 +456,7 @@ def test_logarithmic_axes_have_few_and_plain_numbers(low, high, expected):
 
 
 def test_events_of_another_form_are_passed_over(tmp_path):
-    stage = {"kind": "event", "event": "stage", "step": 2, "before": "warm_up", "after": "onset", "evidence": [1]}
+    stage = {"kind": "event", "event": "stage", "step": 2, "before": "unknown", "after": "onset", "evidence": [1]}
     rows = [{"kind": "step", "step": 2, "metrics": {"forge/telemetry/loss": 1.0}}, stage]
     rows += [stage | {"step": None}, stage | {"after": None}, stage | {"step": 3, "evidence": {"gap": "?"}}]
     rows += [{"kind": "event", "event": "geometry", "step": 3, "layer": "a", "before": "much"}, {"kind": "event"}]
@@ -468,7 +472,11 @@ def test_instances_with_names_are_reported(tmp_path):
     fit(callbacks, Plain, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=1, max_epochs=2)
     run = read_run(tmp_path)
     titles = {axis.get_title() for axis in figures.optimizer(run).axes}
-    assert {"Amplification", "Gradient and slow gradient", "Gradient norm"} <= titles
+    assert {
+        "Amplification",
+        "Gradient and slow gradient",
+        "Gradient norm, before and after filter and clipping",
+    } <= titles
     assert figures.step_time(run) is not None
     assert not any("no trace" in remark for remark in run.remarks)
 
@@ -526,7 +534,8 @@ def test_directories_of_one_name_are_groups_of_their_own(tmp_path):
     analyze(paths, tmp_path / "out")
     numbers, text = written(tmp_path / "out")
     assert list(numbers["comparison"]["groups"]) == ["a/run", "b/run"]
-    assert "<td>a/run</td><td>1</td><td>1,248 (1,248)" in text
+    assert "<td>a/run</td><td class=n>1</td>" in text
+    assert "<td>1,248 (1,248)</td>" in text
 
 
 def test_series_that_do_not_meet_are_not_made_to():

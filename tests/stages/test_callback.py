@@ -50,7 +50,7 @@ def test_the_stages_of_a_run_are_named_and_published():
     assert after == ["memorisation", "onset", "generalisation", "consolidation"]
     assert classifier.current is TrainingStage.CONSOLIDATION
     assert classifier.stage == "consolidation"
-    assert seen[0] == TrainingStage.WARM_UP
+    assert seen[0] == TrainingStage.UNKNOWN
     assert sorted(set(seen)) == [0, 1, 2, 3, 4]
     assert seen == sorted(seen)
 
@@ -123,7 +123,7 @@ def test_a_module_that_returns_no_loss_is_told_so():
     classifier = StageClassifier()
     with pytest.warns(UserWarning, match="`training_step` has returned no loss since the last validation"):
         run([classifier], TwoOptimizers, max_epochs=3)
-    assert classifier.stage == "warm_up"
+    assert classifier.stage == "unknown"
 
 
 @pytest.mark.parametrize("every", [20, 100, 203])
@@ -207,7 +207,7 @@ def test_a_logged_training_accuracy_is_success():
 
 
 def test_a_loss_of_unknown_kind_says_what_it_leaves_out():
-    with pytest.warns(UserWarning, match="only warm-up, plateau and divergence are named. Return") as told:
+    with pytest.warns(UserWarning, match="only plateau and divergence are named. Return") as told:
         _, trainer = fit([StageClassifier()], Plain, max_epochs=4, limit_val_batches=8)
     assert sum("no success of both" in str(w.message) for w in told) == 1
     assert trainer.callback_metrics["forge/stage/gap"].isnan()
@@ -241,7 +241,7 @@ def test_no_validation_is_said_once():
     with pytest.warns(UserWarning, match="there is no validation data") as caught:
         fit([classifier], Stateful, max_epochs=20, limit_val_batches=0)
     assert sum("no validation data" in str(w.message) for w in caught) == 1
-    assert {event["after"] for event in classifier.events} <= {"plateau", "warm_up"}
+    assert {event["after"] for event in classifier.events} <= {"plateau", "unknown"}
 
 
 def test_validation_every_few_epochs_is_validation():

@@ -138,7 +138,7 @@ def test_noise_of_validation_is_no_memorisation(train, val, noise):
 
 def test_without_validation_only_training_is_judged():
     falling = [(5 * math.exp(-0.05 * t),) for t in range(30)]
-    assert run(falling)[0].stage is TrainingStage.WARM_UP
+    assert run(falling)[0].stage is TrainingStage.UNKNOWN
     assert run(falling + [(0.8,)] * 30)[0].stage is TrainingStage.PLATEAU
 
 
@@ -155,7 +155,7 @@ def test_the_evidence_says_what_it_rests_on():
     assert transition.evidence["gap"] == pytest.approx(0.98)
     assert (transition.evidence["cosine"], transition.evidence["grad_norm"]) == (0.3, 1.5)
     event = transition.as_event()
-    assert (event["kind"], event["before"], event["after"]) == ("stage", "warm_up", "memorisation")
+    assert (event["kind"], event["before"], event["after"]) == ("stage", "unknown", "memorisation")
     json.dumps(event)
 
 
@@ -193,7 +193,7 @@ def test_noise_around_constants_is_a_plateau_and_no_other_stage(levels):
         found = run(points)[1]
         names |= {t.after.label for t in found}
         changes += len(found)
-    assert names <= {"plateau", "warm_up"}
+    assert names <= {"plateau", "unknown"}
     assert changes <= 26  # one each, and at most six by chance
 
 
@@ -204,7 +204,7 @@ def test_noise_around_successes_is_a_plateau_too():
         points = [(*loss, 0.6 + 0.02 * rng.normal(), 0.58 + 0.01 * rng.normal()) for loss in losses]
         classifier, found = run(points, cross_entropy=False)
         changes += len(found)
-        assert classifier.stage in (TrainingStage.PLATEAU, TrainingStage.WARM_UP)
+        assert classifier.stage in (TrainingStage.PLATEAU, TrainingStage.UNKNOWN)
     assert changes <= 26
 
 
@@ -221,11 +221,11 @@ OTHER_LOSSES = {
 def test_a_loss_without_a_known_floor_names_no_success(loss):
     points = list(zip(*OTHER_LOSSES[loss], strict=True))
     classifier, found = run(points, cross_entropy=False)
-    assert {t.after.label for t in found} <= {"plateau", "warm_up"}
+    assert {t.after.label for t in found} <= {"plateau", "unknown"}
     assert not {"train_likelihood", "val_likelihood", "gap"} & classifier.evidence.keys()
 
 
 def test_a_negative_loss_is_no_cross_entropy():
     classifier, found = run(zip(*OTHER_LOSSES["a Gaussian likelihood"], strict=True))
-    assert {t.after.label for t in found} <= {"plateau", "warm_up"}
+    assert {t.after.label for t in found} <= {"plateau", "unknown"}
     assert not classifier.cross_entropy
