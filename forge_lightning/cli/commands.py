@@ -316,6 +316,22 @@ def compare(argv: Sequence[str]) -> int:
     return 0
 
 
+def watch(argv: Sequence[str]) -> int:
+    """Show a run on the terminal as it goes: curves, stage, speed, time left, warnings."""
+    parser = _parser("watch", watch)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory of a fit with `Telemetry`")
+    parser.add_argument("--every", type=float, default=2.0, help="seconds between two looks (default: %(default)s)")
+    parser.add_argument("--once", action="store_true", help="show it once, and end")
+    args = parser.parse_args(argv)
+    _refuse_absent("watch", [args.run])
+    if not args.every > 0:
+        parser.error("--every must be above 0")
+    from forge_lightning.reports.watch import watch as show
+
+    show(args.run, args.every, args.once)
+    return 0
+
+
 def _refuse_absent(command: str, runs: Sequence[Path]) -> None:
     for run in runs:
         if not run.exists():
@@ -328,6 +344,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "check": check,
     "analyze": analyze,
     "compare": compare,
+    "watch": watch,
     "generate": generate,
     "export": export,
     "completion": completion,

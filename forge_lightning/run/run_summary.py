@@ -21,7 +21,7 @@ class RunSummary(ForgeCallback):
 
     Hook: the end of every validation, and of the fit; also of one that failed or was interrupted. The picture is drawn
     from what Lightning's ``CSVLogger`` wrote, and is missing without one; that of a resumed run begins where it was
-    resumed, and says so. In ``fast_dev_run``, and where a run failed before training began, nothing is written.
+    resumed, and says so. W&B and TensorBoard get picture and summary too. In ``fast_dev_run``, and where a run failed before training began, nothing is written.
 
     Reads: every logged metric; ``monitor`` after each validation.
     Changes: nothing.
@@ -139,6 +139,8 @@ class RunSummary(ForgeCallback):
             metrics_path = directory / "metrics.csv"
             if metrics_path.exists():
                 self._draw(summary, directory, metrics_path)
+            with self.reporting("the summary in loggers"):
+                _hand_on(loggers, summary, directory / "learning_curves.png")
         self._print(summary)
         self._began_at = None
 
@@ -216,6 +218,24 @@ class RunSummary(ForgeCallback):
         if summary["run"]:
             table.add_row("run", Text(summary["run"]))
         Console().print(table)
+
+
+def _hand_on(loggers: list[Any], summary: Mapping[str, Any], picture: Path) -> None:
+    """Give the picture and the table to W&B and TensorBoard, where a run has them."""
+    rows = [(summary["monitor"], summary["metrics"].get(summary["monitor"])), ("best", summary["best"])]
+    rows += [("best step", summary["best_step"]), ("steps", summary["steps"]), ("status", summary["status"])]
+    for logger in loggers:
+        if is_a(logger, "WandbLogger"):
+            logger.experiment.summary.update({f"summary/{name.replace('/', '_')}": value for name, value in rows})
+            if picture.exists():
+                logger.log_image("learning_curves", [str(picture)])
+        elif is_a(logger, "TensorBoardLogger"):
+            lines = ["| | |", "| --- | --- |", *(f"| {name} | {value} |" for name, value in rows)]
+            logger.experiment.add_text("summary", "\n".join(lines), summary["steps"])
+            if picture.exists():
+                from matplotlib.image import imread
+
+                logger.experiment.add_image("learning_curves", imread(picture), summary["steps"], dataformats="HWC")
 
 
 def _json_number(value: float) -> float | str:

@@ -28,7 +28,14 @@ def run_facts(trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
         "strategy": type(trainer.strategy).__name__,
         "precision": str(trainer.precision),
         "versions": _versions(),
+        "total_steps": _total_steps(trainer),
     }
+
+
+def _total_steps(trainer: "Trainer") -> int | None:
+    """Optimizer steps of the whole run, where that is known. Once the loaders exist, asking changes nothing."""
+    steps = trainer.estimated_stepping_batches
+    return int(steps) if 0 <= steps < float("inf") else None
 
 
 def _versions() -> dict[str, str]:

@@ -4,6 +4,7 @@ import base64
 import gzip
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest

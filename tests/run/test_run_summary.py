@@ -7,7 +7,7 @@ from lightning.pytorch.loggers import CSVLogger
 from forge_lightning.callbacks import RunSummary
 from forge_lightning.reports.learning_curves import read_metrics, split_of
 from forge_lightning.run import run_summary
-from tests.contract.modules import LossOnly, RaisesAtStep
+from tests.contract.modules import LossOnly, Plain, RaisesAtStep
 from tests.contract.rows import fit
 
 
@@ -217,3 +217,53 @@ def test_the_best_checkpoint_is_that_of_what_is_monitored(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert summary["best_checkpoint"] == str(tmp_path / "best" / "epoch=0.ckpt")
     assert summary["last_checkpoint"] == str(tmp_path / "last" / "last.ckpt")
+
+
+def test_tensorboard_gets_the_picture_and_the_summary(tmp_path):
+    pytest.importorskip("tensorboard")
+    from lightning.pytorch.loggers import TensorBoardLogger
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loggers = [CSVLogger(tmp_path, name="", version=""), TensorBoardLogger(tmp_path, name="board", version="")]
+    fit([RunSummary(monitor="val/loss", mode="min")], Plain, logger=loggers, log_every_n_steps=1, max_epochs=2)
+    loggers[1].experiment.close()
+    found = EventAccumulator(str(tmp_path / "board"))
+    found.Reload()
+    assert found.Tags()["images"] == ["learning_curves"]
+    (image,) = found.Images("learning_curves")
+    assert image.step == 16
+    assert image.width > 300
+    (text,) = found.Tensors("summary/text_summary")
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert f"| best | {summary['best']} |" in text.tensor_proto.string_val[0].decode()
+
+
+class WandbLogger(CSVLogger):
+    """Of the name of Lightning's, without the service."""
+
+    def __init__(self, folder):
+        super().__init__(folder, name="", version="")
+        self.images, self.summary = {}, {}
+        self.writer = super().experiment
+
+    @property
+    def experiment(self):
+        return type("Run", (), {"summary": self.summary, "metrics": self.writer.metrics})
+
+    def log_metrics(self, metrics, step=None):
+        self.writer.log_metrics(metrics, step)
+
+    def save(self):
+        self.writer.save()
+
+    def log_image(self, key, images):
+        self.images[key] = images
+
+
+def test_wandb_gets_the_picture_and_the_summary(tmp_path):
+    logger = WandbLogger(tmp_path)
+    fit([RunSummary(monitor="val/loss", mode="min")], Plain, logger=logger, log_every_n_steps=1, max_epochs=2)
+    assert logger.images == {"learning_curves": [str(tmp_path / "learning_curves.png")]}
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert logger.summary["summary/best"] == summary["best"]
+    assert logger.summary["summary/status"] == "finished"
