@@ -59,7 +59,7 @@ soak-full: $(VENV)/.test  ## 100,000 steps, half an hour
 
 $(VENV)/.demo: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(INSTALL) .
+	$(INSTALL) '.[all]'
 	touch $@
 
 $(VENV)/.test: pyproject.toml $(CONSTRAINTS)

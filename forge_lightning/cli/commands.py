@@ -243,6 +243,43 @@ def export(argv: Sequence[str]) -> int:
     return 0
 
 
+def evaluate(argv: Sequence[str]) -> int:
+    """Run benchmarks of lm-eval on the model of a run, or on an exported one."""
+    parser = _parser("evaluate", evaluate)
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, help="run directory, as the summary of a fit prints it")
+    which.add_argument("--model", type=Path, help="folder of an exported model")
+    parser.add_argument(
+        "--tasks", required=True, help="tasks of lm-eval, with commas between: hellaswag,arc_easy; or YAML files"
+    )
+    parser.add_argument("--ckpt_path", type=Path, help="checkpoint; default: the run's newest")
+    parser.add_argument("--include_path", type=Path, metavar="FOLDER", help="folder with tasks of your own")
+    parser.add_argument("--limit", type=float, help="examples of each task; below 1 their share (default: all)")
+    parser.add_argument("--num_fewshot", type=int, help="examples in front of each question (default: the task's)")
+    parser.add_argument("--batch_size", type=int, default=8, help="(default: %(default)s)")
+    parser.add_argument("--device", help="cuda, cpu, ... (default: a GPU where there is one)")
+    parser.add_argument("--output", type=Path, help="JSON to write (default: evaluation.json in the run or model)")
+    args = parser.parse_args(argv)
+    from forge_lightning.cli.evaluate import evaluate as run
+    from forge_lightning.cli.evaluate import rows, write
+
+    options = {name: getattr(args, name) for name in ("limit", "num_fewshot", "batch_size", "device")}
+    tasks = [task.strip() for task in args.tasks.split(",") if task.strip()]
+    results = run(args.model, args.run, args.ckpt_path, tasks, args.include_path, options)
+    output = args.output or (args.run or args.model) / "evaluation.json"
+    write(results, output)
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table("task", "metric", "value", "standard error")
+    for row in rows(results):
+        shown.add_row(*map(Text, row))
+    Console().print(shown)
+    print(f"Wrote {output}")
+    return 0
+
+
 def _parser(name: str, command: Callable[..., int]) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(f"forge-fit {name}", description=command.__doc__)
 
@@ -346,6 +383,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "compare": compare,
     "watch": watch,
     "generate": generate,
+    "evaluate": evaluate,
     "export": export,
     "completion": completion,
 }

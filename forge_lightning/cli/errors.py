@@ -8,6 +8,7 @@ import re
 import traceback
 from collections.abc import Sequence
 from difflib import get_close_matches
+from importlib.util import find_spec
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -33,6 +34,8 @@ def explanation(error: Exception, argv: Sequence[str]) -> str | None:
         error: What a command has raised.
         argv: The command line.
     """
+    if isinstance(error, ModuleNotFoundError):
+        return _missing_package(error)
     if isinstance(error, ArgumentError):
         return parser_error(str(error), argv)
     if isinstance(error, MisconfigurationException | DataFileError):
@@ -44,6 +47,19 @@ def explanation(error: Exception, argv: Sequence[str]) -> str | None:
     if isinstance(error, ValueError):
         return str(error) if argv[0] in COMMANDS or is_of_trainer(error) else None
     return _of_runtime(error) if isinstance(error, RuntimeError) else None
+
+
+def _missing_package(error: ModuleNotFoundError) -> str | None:
+    """The extra that brings a package which Lightning or a config asked for."""
+    extras = {"wandb": "wandb", "tensorboard": "tensorboard", "tensorboardX": "tensorboard", "peft": "peft"}
+    found = next((package for package in extras if package == error.name or package in str(error)), None)
+    if found is None:
+        return None
+    return _install(found, extras[found])
+
+
+def _install(package: str, extra: str) -> str:
+    return f"The package `{package}` is not installed: pip install 'forge-lightning[{extra}]'."
 
 
 def _of_runtime(error: RuntimeError) -> str | None:
@@ -70,6 +86,9 @@ def parser_error(message: str, argv: Sequence[str] = ()) -> str:
         message: The message of jsonargparse's error.
         argv: The command line, whose config files are looked into.
     """
+    for logger, package in (("WandbLogger", "wandb"), ("TensorBoardLogger", "tensorboard")):
+        if f"loggers.{logger}" in message and find_spec(package) is None:
+            return _install(package, package)
     lines = [line for line in message.splitlines() if line.strip() and not _WORDLESS.match(line.strip())]
     if any("Expected a <class" in line for line in lines):  # a number, say, may also be named by where it is defined
         lines = [line for line in lines if not re.search(r"Expected a (dot import )?path", line)]

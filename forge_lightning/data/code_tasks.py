@@ -13,6 +13,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from forge_lightning.core.extras import require_extra
 from forge_lightning.core.stateful_loader import StatefulDataLoader
 from forge_lightning.core.tokens import pad_id
 from forge_lightning.data.records import read_jsonl
@@ -405,6 +406,7 @@ def _load(dataset: Benchmark, path: str | None) -> list[dict[str, Any]]:
     path = _file(dataset, path)
     if path:
         return read_jsonl(path, _FIELDS[dataset])
+    require_extra("datasets", "hf", "`CodeTasks` without a file")
     from datasets import concatenate_datasets, load_dataset
 
     try:

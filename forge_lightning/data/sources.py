@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+from forge_lightning.core.extras import require_extra
 from forge_lightning.data.records import DataFileError, iterate_jsonl, iterate_text
 
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".json": "json"}
@@ -69,6 +70,7 @@ class Source:
             MisconfigurationException: If it cannot be had, or a column is missing.
             DataFileError: If a file is malformed.
         """
+        require_extra("datasets", "hf", f"Data of `path={self.path}`")
         path, part = self._place(split)
         wanted = {self.columns.get(name, name): kind for name, kind in fields.items()}
         found = _own_file(path, wanted, streaming) if is_local(path) else None

@@ -11,6 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from forge_lightning.core.extras import require_extra
 from forge_lightning.core.protocols import SupportsPretrained
 from forge_lightning.core.stateful_loader import StatefulDataLoader
 from forge_lightning.core.tokens import IGNORED, completion_ids, has_vocabulary, pad_id, prompt_ids
@@ -26,6 +27,7 @@ def build_tokenizer(name: str, **options: Any) -> Any:
     Raises:
         MisconfigurationException: If it cannot be had, saying what can.
     """
+    require_extra("transformers", "hf", "A tokenizer")
     if name == "bytes":
         from transformers import ByT5Tokenizer
 

@@ -7,6 +7,7 @@ from difflib import get_close_matches
 import torch
 from torch import Tensor
 
+from forge_lightning.core.extras import require_extra
 from forge_lightning.geometry.functional import (
     DimensionEstimate,
     correlation_dimension,
@@ -39,9 +40,8 @@ def check_estimators(names: Sequence[str]) -> None:
     known = [*_OURS, "gride"]
     for name in names:
         if name.startswith(_BACKEND):
-            import skdim.id
-
-            theirs = [_BACKEND + n for n in dir(skdim.id) if isinstance(getattr(skdim.id, n), type)]
+            skdim = require_extra("skdim.id", "geometry", f"`GeometryProbe(estimators=[{name!r}])`")
+            theirs = [_BACKEND + n for n in dir(skdim) if isinstance(getattr(skdim, n), type)]
             if name not in theirs:
                 raise ValueError(f"No estimator is called {name!r}. scikit-dimension's are {theirs}.")
         elif name not in known:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from forge_lightning.core.extras import require_extra
 from forge_lightning.core.layers import block_list
 from forge_lightning.core.protocols import SupportsTokenizer
 from forge_lightning.core.token_loss import token_loss
@@ -97,6 +98,7 @@ class ForgeModule(LightningModule):
         self_model: SelfModelHead | None = None,
     ) -> None:
         super().__init__()
+        require_extra("transformers", "hf", f"`{type(self).__name__}`")
         if peft is not None:
             adapter_config(peft)
         self.peft = peft

@@ -38,10 +38,11 @@ def model_card(
         "pipeline_tag": "text-generation",
         "tags": ["forge-lightning", *(["lora"] if model.get("peft") else [])],
     }
-    if base:
+    local = base is not None and Path(str(base)).exists()
+    if base and not local:
         head["base_model"] = str(base)
     front = yaml.safe_dump(head, sort_keys=False).strip()
-    what = f"fine-tuned from `{base}`" if base else "trained from random weights"
+    what = f"fine-tuned from `{Path(str(base)).name if local else base}`" if base else "trained from random weights"
     lines = [f"---\n{front}\n---", f"# {name}", f"A causal language model of {num_params:,} weights, {what}."]
     metrics = {
         key: value
@@ -62,7 +63,7 @@ def model_card(
             "seed_everything": config.get("seed_everything"),
             "precision": (config.get("trainer") or {}).get("precision"),
         }
-        written = yaml.safe_dump({key: value for key, value in told.items() if value is not None}, sort_keys=False)
+        written = yaml.safe_dump(_set(told), sort_keys=False)
         lines += [f"## Training\n\n```yaml\n{written.strip()}\n```"]
         if data.get("path"):
             lines[-1] += "\n\nSay here what the data is, where it comes from, and under which licence."
@@ -79,6 +80,13 @@ def model_card(
         f"Trained with forge-lightning {__version__}.",
     ]
     return "\n\n".join(lines) + "\n"
+
+
+def _set(value: Any) -> Any:
+    """Settings without those that are not set."""
+    if not isinstance(value, Mapping):
+        return value
+    return {key: _set(inner) for key, inner in value.items() if inner is not None and inner is not False}
 
 
 def run_files(run: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:

@@ -21,7 +21,8 @@ class RunSummary(ForgeCallback):
 
     Hook: the end of every validation, and of the fit; also of one that failed or was interrupted. The picture is drawn
     from what Lightning's ``CSVLogger`` wrote, and is missing without one; that of a resumed run begins where it was
-    resumed, and says so. W&B and TensorBoard get picture and summary too. In ``fast_dev_run``, and where a run failed before training began, nothing is written.
+    resumed, and says so. W&B and TensorBoard get picture and summary too.
+    In ``fast_dev_run``, and where a run failed before training began, nothing is written.
 
     Reads: every logged metric; ``monitor`` after each validation.
     Changes: nothing.
