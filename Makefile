@@ -6,7 +6,11 @@ BIN := $(VENV)/bin
 GPU_TESTS := $(addprefix tests/,calibration dream edge geometry grokfast muon self_model stages telemetry temperature)
 INSTALL := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint $(CONSTRAINTS) --editable
 
-.PHONY: demo test test-gpu test-full test-oldest check docs format clean claims claims-quick soak soak-full mutants
+.DEFAULT_GOAL := help
+.PHONY: help notebooks demo test test-gpu test-full test-oldest check docs format clean claims claims-quick soak soak-full mutants
+
+help:  ## what there is to make
+	@grep -hE '^[a-z%_-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([^:]+):.*## */\1\t/' | expand -t 18
 
 demo: $(VENV)/.demo  ## train until it generalises; a quarter of a minute on a CPU
 	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/forge-fit fit --config grokking_fast.yaml
@@ -33,7 +37,7 @@ check: $(VENV)/.test  ## format, lint, types, import rules
 docs: $(VENV)/.test  ## the pages of docs, with the API, into docs/_build; a warning is an error
 	$(BIN)/sphinx-build -q -W --keep-going -b html docs docs/_build
 
-format: $(VENV)/.test
+format: $(VENV)/.test  ## mend format and simple lint
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
@@ -67,5 +71,8 @@ $(VENV)/.test: pyproject.toml $(CONSTRAINTS)
 	$(INSTALL) '.[$(EXTRAS)]'
 	touch $(VENV)/.demo $@
 
-clean:
+notebooks: $(VENV)/.test  ## run the notebooks, and keep their outputs and pictures; minutes
+	$(BIN)/python .ci/notebooks.py
+
+clean:  ## remove environments, caches and built pages
 	rm -rf $(VENV) .venv-oldest docs/_build build dist .mypy_cache .ruff_cache .pytest_cache

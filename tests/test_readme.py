@@ -173,11 +173,13 @@ def test_every_callback_has_a_card():
 @pytest.mark.parametrize(
     ("name", "long", "short", "leaves"),
     [
-        ("grokfast", "steps = 200", "steps = 4", "learning_curves.png"),
+        ("grokfast", "steps = 1000", "steps = 40", "learning_curves.png"),
         ("01_grokking", "steps = 2400", "steps = 48", "grokking.png"),
         ("02_edge", "steps = 1500", "steps = 40", "edge.png"),
         ("03_self_model_and_temperature", "steps = 400", "steps = 40", "self_model.png"),
         ("04_dream", "steps = 800", "steps = 40", "dream.png"),
+        ("05_fine_tuning", "steps = 400", "steps = 20", "fine_tuning.png"),
+        ("06_your_module", "steps = 300", "steps = 40", "your_module.png"),
     ],
 )
 def test_notebook(tmp_path, name, long, short, leaves):
@@ -187,6 +189,18 @@ def test_notebook(tmp_path, name, long, short, leaves):
     code = [source.replace(long, short) for source in code if "IPython" not in source]
     run([sys.executable, "-W", "ignore", "-c", "\n".join(code)], cwd=tmp_path)
     assert (tmp_path / leaves).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("notebooks/*.ipynb")), ids=lambda path: path.stem)
+def test_notebooks_are_stored_with_what_they_show(path):
+    """To mend it: ``make notebooks``."""
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert all(cell["execution_count"] for cell in cells), "a cell was changed and not run"
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert any("image/png" in output.get("data", {}) for output in outputs)
+    assert any("text" in output or "text/plain" in output.get("data", {}) for output in outputs)
+    assert not [output for output in outputs if output["output_type"] == "error" or output.get("name") == "stderr"]
+    assert len(path.read_text()) < 1_500_000
 
 
 def test_the_file_map_names_what_exists():

@@ -3,8 +3,9 @@
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from statistics import median
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -73,8 +74,8 @@ class GeometryProbe(ForgeCallback):
         labels: Key or position of the labels.
         tokens: Key or position of the token numbers, for ``unique_tokens``.
         output: Key of the activation, if a layer returns a mapping.
-        max_overhead: Largest share of training time; a costlier probe comes less often, with a warning. ``None`` for no
-            limit.
+        max_overhead: Largest share of training time. A costlier probe takes fewer points, down to 128, and comes less
+            often, with a warning. ``None`` for no limit.
         change_estimator: The estimator whose transitions are reported; ``None`` for no transitions. Default:
             "levina_bickel" if it is among ``estimators``, otherwise the first.
         relative_change: Share by which a dimension must fall (or the rise that undoes it), in (0, 1).
@@ -149,6 +150,7 @@ class GeometryProbe(ForgeCallback):
         self._taps_batches = source in ("auto", "batch")
         self._resumed_taps: tuple[bool, int] | None = None
         self._steps_short = 0  # steps in a row that had too few points
+        self._points = num_points  # fewer where probes are costly
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -271,11 +273,13 @@ class GeometryProbe(ForgeCallback):
         super().reset()
         self._pace = ProbePace(self.every_n_steps, self.max_overhead)
         self._detectors, self._health, self._events = {}, LossHealth(), []
+        self._points = self.num_points
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "next_due": self._pace.next_due,
             "interval": self._pace.interval,
+            "points": self._points,
             "taps_batches": self._taps_batches,
             "steps_short": self._steps_short,
             "health": self._health.state_dict(),
@@ -285,6 +289,7 @@ class GeometryProbe(ForgeCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._pace.next_due, self._pace.interval = state_dict["next_due"], state_dict["interval"]
+        self._points = min(self.num_points, state_dict.get("points", self.num_points))
         self._resumed_taps = (state_dict["taps_batches"], state_dict["steps_short"])
         self._health.load_state_dict(state_dict["health"])
         self._detectors = {}
@@ -306,7 +311,7 @@ class GeometryProbe(ForgeCallback):
 
     def _share(self, trainer: Trainer) -> int:
         """Number of points from this rank."""
-        return math.ceil(self.num_points / trainer.world_size)
+        return math.ceil(self._points / trainer.world_size)
 
     def _seed_of(self, trainer: Trainer, batch_idx: int) -> int:
         parts = (self.seed, trainer.global_step, batch_idx, trainer.global_rank)
@@ -331,10 +336,27 @@ class GeometryProbe(ForgeCallback):
         metrics = self._read(estimates)
         metrics |= self._look_for_changes(trainer, metrics, float(loss))
         self._pace.probe_seconds.append(copied + time.perf_counter() - start)
-        if warning := self._pace.plan_next(trainer.global_step, partial(broadcast_from_rank_zero, trainer)):
+        broadcast = partial(broadcast_from_rank_zero, trainer)
+        overhead = broadcast(self._pace.overhead())
+        self._thin_points(broadcast)
+        if warning := self._pace.plan_next(trainer.global_step, broadcast):
             rank_zero_warn(warning)
-        self.log_metrics(trainer, metrics | {"overhead": broadcast_from_rank_zero(trainer, self._pace.overhead())})
+        self.log_metrics(trainer, metrics | {"overhead": overhead})
         self._pace.end_probe()
+
+    def _thin_points(self, broadcast: Callable[[float], float]) -> None:
+        """Take fewer points from here on, once, where probes would hardly ever come otherwise."""
+        points = self._points if self._points < self.num_points else self._pace.fewer_points(self._points, broadcast)
+        if points == self._points:
+            return
+        rank_zero_warn(
+            f"GeometryProbe: a probe takes {1000 * min(self._pace.probe_seconds):.3g} ms, too long for steps of"
+            f" {1000 * median(self._pace.step_seconds):.3g} ms and `max_overhead={self.max_overhead}`. It takes"
+            f" {points} points from here on, not {self._points}. Estimates compare only at the same number."
+        )
+        self._points = points
+        self._detectors = {}  # which compare levels
+        self._pace.forget_probes()
 
     def _read(self, table: Tensor) -> dict[str, float]:
         metrics: dict[str, float] = {}

@@ -6,6 +6,10 @@ from collections import deque
 from collections.abc import Callable
 from statistics import median
 
+_MOST_STRETCH = 4
+"""How many times less often than was asked for a probe may come before it takes fewer points."""
+_FEWEST = 128
+
 
 class ProbePace:
     """Plans the next probe from the times of steps and probes.
@@ -44,6 +48,27 @@ class ProbePace:
         if not self.step_seconds:
             return math.nan
         return min(self.probe_seconds) / ((interval or self.interval) * median(self.step_seconds))
+
+    def fewer_points(self, points: int, broadcast: Callable[[float], float]) -> int:
+        """Points that a probe should take, where with these it would come far less often than was asked for.
+
+        Their cost grows with their square. Not below 128, of which a dimension can still be told.
+
+        Args:
+            points: Points of the probes that were timed.
+            broadcast: Returns rank 0's number on all ranks.
+        """
+        if self.max_overhead is None or len(self.probe_seconds) < 2 or not self.step_seconds:
+            return points
+        stretch = broadcast(self.overhead(self.every_n_steps)) / self.max_overhead
+        if stretch <= _MOST_STRETCH:
+            return points
+        return min(points, max(_FEWEST, math.floor(points * math.sqrt(_MOST_STRETCH / stretch))))
+
+    def forget_probes(self) -> None:
+        """Drop the times of probes, and come as often as was asked for until new ones are known."""
+        self.probe_seconds.clear()
+        self.interval = self.every_n_steps
 
     def plan_next(self, step: int, broadcast: Callable[[float], float]) -> str:
         """Set the next step to probe at: a multiple of ``every_n_steps``, which a costly probe stretches.

@@ -582,3 +582,21 @@ def test_a_layer_that_cannot_be_tapped_is_refused():
 
     with pytest.raises(MisconfigurationException, match=r"`GeometryProbe`: Layer 'net.0' returns \(64,\)"):
         probed(Odd, layers=["net.0"])
+
+
+@pytest.mark.filterwarnings("ignore:GeometryProbe. a probe takes .* It comes every:UserWarning")
+def test_a_costly_probe_takes_fewer_points_and_keeps_them_over_a_resume(monkeypatch):
+    monkeypatch.setattr("forge_lightning.geometry.pace._FEWEST", 8)
+    monkeypatch.setattr("forge_lightning.geometry.pace.ProbePace.overhead", lambda self, interval=None: 0.32)
+    with pytest.warns(UserWarning, match="It takes 16 points from here on, not 32"):
+        logged, probe, _ = probed(
+            with_batches_of(32), max_overhead=0.02, estimators=("two_nn",), trainer={"max_epochs": 8}
+        )
+    counts = [values["forge/geometry/net.0/num_points"] for values in logged.values()]
+    assert counts[:2] == [32, 32]
+    assert set(counts[2:]) == {16}
+    again = GeometryProbe(num_points=32)
+    again.load_state_dict(probe.state_dict())
+    assert again._points == 16
+    again.reset()
+    assert again._points == 32

@@ -79,3 +79,17 @@ def test_steps_are_timed_from_the_end_of_the_one_before_or_of_a_probe(monkeypatc
     made.start_fit()
     made.end_step()
     assert not made.step_seconds
+
+
+def test_points_are_thinned_before_probes_all_but_stop():
+    made = timed(10, 0.1, [1.0] * 10, [8.0, 8.0])  # eight times as long as it may: every 80 steps
+    assert made.fewer_points(512, same) == int(512 * math.sqrt(4 / 8))
+    assert made.fewer_points(150, same) == 128
+    assert made.fewer_points(64, same) == 64
+    assert timed(10, 0.1, [1.0] * 10, [4.0, 4.0]).fewer_points(512, same) == 512  # every 40 steps is often enough
+    assert timed(10, None, [1.0] * 10, [8.0, 8.0]).fewer_points(512, same) == 512
+    assert timed(10, 0.1, [1.0] * 10, [8.0]).fewer_points(512, same) == 512
+    assert "every 80 steps" in made.plan_next(10, same)
+    made.forget_probes()
+    assert not made.plan_next(20, same)
+    assert (made.interval, made.next_due) == (10, 30)
