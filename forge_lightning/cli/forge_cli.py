@@ -3,14 +3,14 @@
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import CSVLogger
 
@@ -32,6 +32,16 @@ class _SaveConfig(SaveConfigCallback):
         for logger in trainer.loggers:
             if not isinstance(logger, CSVLogger):  # config.yaml lies beside its files
                 logger.log_hyperparams({"config": config})
+
+
+def _without_last_epoch(bar: RichProgressBar) -> None:
+    """Let a progress bar say "Epoch 2", where Lightning says "Epoch 2/-2" of a run that `max_steps` ends."""
+    described: Callable[[int], str] = bar._get_train_description
+
+    def shorter(epoch: int) -> str:
+        return re.sub(r"/-\d+", "", described(epoch))
+
+    bar._get_train_description = shorter  # type: ignore[method-assign, assignment]
 
 
 class _Parser(LightningArgumentParser):
@@ -102,7 +112,10 @@ class ForgeCLI(LightningCLI):
         settings = self.config_init[self.subcommand]["trainer"]
         if settings.get("enable_progress_bar") is False and isinstance(settings.get("callbacks"), list):
             settings["callbacks"] = [c for c in settings["callbacks"] if not isinstance(c, ProgressBar)]
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        for bar in (found for found in trainer.callbacks if isinstance(found, RichProgressBar)):  # type: ignore[attr-defined]
+            _without_last_epoch(bar)
+        return trainer
 
     def before_fit(self) -> None:
         """Before the run has a directory: what cannot train is refused, and data is fetched."""

@@ -2,12 +2,14 @@
 
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from forge_lightning import __version__
+from forge_lightning.cli import forge_cli
 from forge_lightning.cli.main import main
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's, of the averaging in the recipe
@@ -85,3 +87,16 @@ def test_a_schedule_from_yaml_lasts_as_long_as_the_run(tmp_path, monkeypatch):
     (schedule,) = saved["lr_schedulers"]
     assert (schedule["total_steps"], schedule["last_epoch"]) == (10, 10)
     assert schedule["_last_lr"] == pytest.approx([0.5 * rate for rate in schedule["base_lrs"]])
+
+
+@pytest.mark.parametrize(("max_epochs", "shown"), [(-1, "Epoch 3"), (8, "Epoch 3/7")])
+def test_a_progress_bar_names_no_negative_epoch(tmp_path, monkeypatch, max_epochs, shown):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["forge-fit"])
+    bars = []
+    mended = forge_cli._without_last_epoch
+    monkeypatch.setattr(forge_cli, "_without_last_epoch", lambda bar: (bars.append(bar), mended(bar)))
+    fit = ["fit", "--config", "grokfast_modular", "--data.modulus=11", "--model.dim=16", "--model.num_heads=2"]
+    assert main([*fit, "--trainer.fast_dev_run=1", "--trainer.callbacks=RichProgressBar"]) == 0
+    bars[0]._trainer = SimpleNamespace(max_epochs=max_epochs)
+    assert bars[0]._get_train_description(3).strip() == shown
