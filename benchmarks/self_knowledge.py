@@ -192,7 +192,10 @@ def train_text(variant, options, base, seed):
         data.setup()
         batches = {}
         for split in ("val", "test"):
-            ids = torch.tensor([example.input_ids for example in data._blocks(str(paths[split]))])
+            held_out = TextData(str(paths["train"]), str(paths[split]), block_size=BLOCK)
+            held_out.setup()
+            rows = held_out.val_dataloader().dataset
+            ids = torch.stack([torch.as_tensor(rows[i].input_ids).long() for i in range(len(rows))])
             batches[split] = [(part, part[:, 1:].flatten()) for part in ids.split(64)]
         shape = {"model_type": "gpt2", "n_layer": 2, "n_embd": 96, "n_head": 4, "n_positions": BLOCK}
         shape |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), base["dropout"])

@@ -85,4 +85,6 @@ def test_every_dependency_has_its_licence_written_down():
     page = (ROOT / "LICENSES.md").read_text()
     for requirement in requires("forge-lightning"):
         name = re.match(r"[\w.-]+", requirement)[0]
+        if name == "forge-lightning":  # an extra that is made of others
+            continue
         assert re.search(rf"^\| {re.escape(name)} \| [^|]+ \|", page, re.MULTILINE), name

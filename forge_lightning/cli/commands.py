@@ -33,7 +33,7 @@ def check(argv: Sequence[str]) -> int:
 
 
 def list_configs(argv: Sequence[str]) -> int:
-    """List the shipped configs, or the callbacks, with a line about each. One callback is shown whole."""
+    """List the shipped configs or the callbacks. One callback is shown whole."""
     parser = _parser("list", list_configs)
     every = sorted(cards.ORDER)
     spelled = {name.lower(): name for name in every}
@@ -244,7 +244,7 @@ def export(argv: Sequence[str]) -> int:
 
 
 def evaluate(argv: Sequence[str]) -> int:
-    """Run benchmarks of lm-eval on the model of a run, or on an exported one."""
+    """Run benchmarks of lm-eval on a run, or on an exported model."""
     parser = _parser("evaluate", evaluate)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--run", type=Path, help="run directory, as the summary of a fit prints it")
