@@ -161,9 +161,9 @@ def callback_cost(steps: int) -> list[list[str]]:
     """Median step of a Lightning fit of the paper's model, with and without the callback, in alternating fits."""
     made: dict[str, Callable[[], list[pl.Callback]]] = {
         "no callback": list,
-        "Grokfast(filter='ema')": lambda: [Grokfast()],
-        "Grokfast(filter='ma', window_size=100)": lambda: [Grokfast(filter="ma")],
-        "Grokfast(filter='projection')": lambda: [Grokfast(filter="projection")],
+        "Grokfast(filter='ema')": lambda: [Grokfast(schedule="constant")],
+        "Grokfast(filter='ma', window_size=100)": lambda: [Grokfast(filter="ma", schedule="constant")],
+        "Grokfast(filter='projection')": lambda: [Grokfast(filter="projection", schedule="constant")],
     }
     times: dict[str, list[float]] = {name: [] for name in made}
     for _ in range(5):

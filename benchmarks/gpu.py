@@ -76,7 +76,7 @@ def cheap() -> list[Callback]:
     return [
         forge.EdgeController(signal="loss", loss_threshold=5.0, policy="bandit"),
         forge.StageClassifier(),
-        forge.Grokfast(),
+        forge.Grokfast(schedule="constant"),
         forge.InterruptCheckpoint(),
         forge.Telemetry(),
         forge.GeometryProbe(layers="all", every_n_steps=50),
@@ -88,9 +88,9 @@ def replay(**options: Any) -> list[Callback]:
 
 
 BUILD: dict[str, Callable[[], list[Callback]]] = {
-    "Grokfast": lambda: [forge.Grokfast()],
-    "Grokfast(compile=True)": lambda: [forge.Grokfast(compile=True)],
-    "Grokfast(filter='projection')": lambda: [forge.Grokfast(filter="projection")],
+    "Grokfast": lambda: [forge.Grokfast(schedule="constant")],
+    "Grokfast(compile=True)": lambda: [forge.Grokfast(compile=True, schedule="constant")],
+    "Grokfast(filter='projection')": lambda: [forge.Grokfast(filter="projection", schedule="constant")],
     "Telemetry": lambda: [forge.Telemetry()],
     "EdgeController": lambda: cheap()[:1],
     "GeometryProbe, all layers, every 50": lambda: cheap()[-1:],
@@ -235,9 +235,9 @@ def optimizers(size: Size) -> str:
     made = {
         "AdamW(fused=True)": lambda: torch.optim.AdamW(params, lr=1e-6, fused=True),
         "AdamW(foreach=True)": lambda: torch.optim.AdamW(params, lr=1e-6, foreach=True),
-        "GrokfastAdamW(fused=True)": lambda: GrokfastAdamW(params, lr=1e-6, lamb=1e-6, fused=True),
+        "GrokfastAdamW(fused=True)": lambda: GrokfastAdamW(params, lr=1e-6, lamb=1e-6, fused=True, schedule="constant"),
         "GrokfastAdamW(fused=True, compile=True)": lambda: GrokfastAdamW(
-            params, lr=1e-6, lamb=1e-6, fused=True, compile=True
+            params, lr=1e-6, lamb=1e-6, fused=True, compile=True, schedule="constant"
         ),
         "MuonAdamW": lambda: MuonAdamW(params, lr=1e-6),
     }

@@ -149,7 +149,7 @@ def between(size: Size) -> dict[str, float]:
     built = [
         forge.EdgeController(signal="loss", loss_threshold=5.0, policy="bandit"),
         forge.StageClassifier(),
-        forge.Grokfast(),
+        forge.Grokfast(schedule="constant"),
         forge.InterruptCheckpoint(),
         forge.Telemetry(),
     ]

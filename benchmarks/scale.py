@@ -64,16 +64,19 @@ class Part(NamedTuple):
 PARTS = {
     "Grokfast(filter='ema')": Part(forge.Grokfast, lambda s: 4 * s.parameters, "4 bytes a parameter", "numbers"),
     "Grokfast(filter='projection')": Part(
-        lambda: forge.Grokfast(filter="projection"), lambda s: 4 * s.parameters, "4 bytes a parameter", "numbers"
+        lambda: forge.Grokfast(filter="projection", schedule="constant"),
+        lambda s: 4 * s.parameters,
+        "4 bytes a parameter",
+        "numbers",
     ),
     "Grokfast(filter='ma', window_size=2)": Part(
-        lambda: forge.Grokfast(filter="ma", window_size=2),
+        lambda: forge.Grokfast(filter="ma", window_size=2, schedule="constant"),
         lambda s: 4 * (2 + 1) * s.parameters,
         "4 × (window_size + 1) bytes a parameter",
         "numbers",
     ),
     "Grokfast(filter='ma', window_size=2, ring_dtype='bfloat16')": Part(
-        lambda: forge.Grokfast(filter="ma", window_size=2, ring_dtype="bfloat16"),
+        lambda: forge.Grokfast(filter="ma", window_size=2, ring_dtype="bfloat16", schedule="constant"),
         lambda s: (2 * 2 + 4) * s.parameters,
         "2 × window_size + 4 bytes a parameter",
         "numbers",

@@ -36,8 +36,8 @@ class Grokfast(ForgeCallback):
     ``forge/grokfast/grad_norm_before``, ``forge/grokfast/grad_norm_after``, ``forge/grokfast/skipped_steps``
     (non-finite so far).
 
-    Cost: one fp32 copy of the gradients ("ma": ``window_size + 1`` copies), and 1.3 % of a GPT-2-small step, 3 % of
-    one of the paper's model.
+    Cost: one fp32 copy of the gradients ("ma": ``window_size + 1`` copies), and with a constant λ 1.3 % of a GPT-2-small
+    step, 3 % of one of the paper's model; by "cosine_similarity" 1.7 times that.
 
     When to use: a model that has memorised and does not generalise, under an optimizer without weight decay to speak
     of, as in the paper; elsewhere, measure it against a higher learning rate.
@@ -53,8 +53,9 @@ class Grokfast(ForgeCallback):
         lamb: Largest λ, at least 0; 0 turns the callback off. Default: 2 for "ema", 5 for "ma" (the paper's), 0.25 for
             "projection".
         window_size: Gradients that "ma" averages; it acts from step ``window_size`` on.
-        schedule: "constant" (always ``lamb``), "linear_warmup", "cosine_similarity" (λ grows with the smoothed cosine
-            of gradient and slow gradient, and is 0 where they do not agree) or "by_stage".
+        schedule: "cosine_similarity" (λ grows with the smoothed cosine of gradient and slow gradient, and is 0 where
+            they do not agree, as under most tuned optimizers), "constant" (always ``lamb``, as in the paper),
+            "linear_warmup" or "by_stage".
         lamb_init: Smallest λ while a schedule is on. Default: 0, for "projection" 0.05.
         warmup_steps: Optimizer steps that "linear_warmup" takes.
         cosine_decay: Decay of the EMA that smooths the cosine of "cosine_similarity", in [0, 1).
@@ -90,7 +91,7 @@ class Grokfast(ForgeCallback):
         alpha: float = 0.98,
         lamb: float | None = None,
         window_size: int = 100,
-        schedule: ScheduleName = "constant",
+        schedule: ScheduleName = "cosine_similarity",
         lamb_init: float | None = None,
         warmup_steps: int = 100,
         cosine_decay: float = 0.9,

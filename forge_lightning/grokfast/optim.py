@@ -59,7 +59,7 @@ class GrokfastAdamW(_Grokfast, AdamW):
         alpha: EMA decay, in [0, 1).
         lamb: Largest λ; 0 turns the filter off. Default: 2 for "ema", 5 for "ma", 0.25 for "projection".
         window_size: Gradients that "ma" averages.
-        schedule: "constant", "linear_warmup" or "cosine_similarity".
+        schedule: "cosine_similarity", "constant" (the paper's) or "linear_warmup".
         keep_norm: Rescale the filtered gradient to the norm it had.
         compile: On a GPU, let `torch.compile` fuse the filter's passes over the gradients.
         **kwargs: `torch.optim.AdamW`'s own: ``betas``, ``eps``, ``weight_decay``, ``amsgrad``, ``foreach``, ...
@@ -69,7 +69,7 @@ class GrokfastAdamW(_Grokfast, AdamW):
 
     Example:
         >>> weight = torch.nn.Parameter(torch.ones(2))
-        >>> optimizer = GrokfastAdamW([weight], lr=0.1, lamb=2.0)
+        >>> optimizer = GrokfastAdamW([weight], lr=0.1, lamb=2.0, schedule="constant")
         >>> weight.sum().backward()
         >>> optimizer.step()
         >>> weight.grad
@@ -85,7 +85,7 @@ class GrokfastAdamW(_Grokfast, AdamW):
         alpha: float = 0.98,
         lamb: float | None = None,
         window_size: int = 100,
-        schedule: ScheduleName = "constant",
+        schedule: ScheduleName = "cosine_similarity",
         keep_norm: bool = False,
         compile: bool = False,
         **kwargs: Any,
@@ -109,7 +109,7 @@ class GrokfastSGD(_Grokfast, SGD):
         alpha: EMA decay, in [0, 1).
         lamb: Largest λ; 0 turns the filter off. Default: 2 for "ema", 5 for "ma", 0.25 for "projection".
         window_size: Gradients that "ma" averages.
-        schedule: "constant", "linear_warmup" or "cosine_similarity".
+        schedule: "cosine_similarity", "constant" (the paper's) or "linear_warmup".
         keep_norm: Rescale the filtered gradient to the norm it had.
         compile: On a GPU, let `torch.compile` fuse the filter's passes over the gradients.
         **kwargs: `torch.optim.SGD`'s own: ``momentum``, ``weight_decay``, ``nesterov``, ``foreach``, ...
@@ -127,7 +127,7 @@ class GrokfastSGD(_Grokfast, SGD):
         alpha: float = 0.98,
         lamb: float | None = None,
         window_size: int = 100,
-        schedule: ScheduleName = "constant",
+        schedule: ScheduleName = "cosine_similarity",
         keep_norm: bool = False,
         compile: bool = False,
         **kwargs: Any,

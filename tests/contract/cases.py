@@ -43,7 +43,7 @@ def grokfast(id: str, exempt=(), **kwargs) -> Case:
         twin=lambda: callbacks.Grokfast(**kwargs, name="second"),
         logs=GROKFAST_LOGS,
         constant_logs=frozenset({"forge/grokfast/skipped_steps"})
-        | (frozenset({"forge/grokfast/lamb"}) if "schedule" not in kwargs else frozenset()),
+        | (frozenset({"forge/grokfast/lamb"}) if kwargs.get("schedule") == "constant" else frozenset()),
     )
 
 
@@ -211,8 +211,8 @@ CASES = [
         logs=CALIBRATION_LOGS,
         constant_logs=frozenset({"forge/calibration/accuracy"}),  # of eight examples
     ),
-    grokfast("grokfast-ema", alpha=0.9, lamb=2.0),
-    grokfast("grokfast-ma", filter="ma", window_size=3, lamb=2.0),
+    grokfast("grokfast-ema", alpha=0.9, lamb=2.0, schedule="constant"),
+    grokfast("grokfast-ma", filter="ma", window_size=3, lamb=2.0, schedule="constant"),
     grokfast(
         "grokfast-projection",
         exempt={"foreign_modules: LowRank": "gradient and slow gradient never agree in its 8 steps, and λ stays 0"},

@@ -48,7 +48,12 @@ def probe():
 
 
 TOGETHER = {
-    "observers": lambda: [callbacks.Grokfast(), callbacks.StageClassifier(), callbacks.Calibration(), probe()],
+    "observers": lambda: [
+        callbacks.Grokfast(schedule="constant"),
+        callbacks.StageClassifier(),
+        callbacks.Calibration(),
+        probe(),
+    ],
     "loss terms": lambda: [callbacks.SelfModel(), callbacks.TemperatureCurriculum(weight=0.3)],
     "mix": lambda: [dream_replay(mode="mix", fraction=0.25, distillation=0.5)],
 }

@@ -17,7 +17,11 @@ from tests.contract.rows import fit, weights
 OBSERVERS = ("Calibration", "GeometryProbe", "InterruptCheckpoint", "RNGState", "RunSummary", "StageClassifier")
 ACT = ("DreamReplay", "Grokfast", "SelfModel", "TemperatureCurriculum")
 REFUSE = {"CodeEvaluation": "no method `complete", "EdgeController": "no loader has a `DifficultySampler`"}
-NEEDS = {"DreamReplay": {"schedule": Mix(every_n_steps=2)}, "TemperatureCurriculum": {"warmup_steps": 0}}
+NEEDS = {
+    "DreamReplay": {"schedule": Mix(every_n_steps=2)},
+    "Grokfast": {"schedule": "constant"},
+    "TemperatureCurriculum": {"warmup_steps": 0},
+}
 
 
 class NoLength(BoringModel):

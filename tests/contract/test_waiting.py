@@ -153,8 +153,11 @@ def batches(count=12):
     "made",
     [
         lambda: [],
-        lambda: [callbacks.Grokfast(), callbacks.StageClassifier(), callbacks.InterruptCheckpoint()],
-        lambda: [callbacks.Grokfast(filter="ma", window_size=3, keep_norm=True), callbacks.Telemetry()],
+        lambda: [callbacks.Grokfast(schedule="constant"), callbacks.StageClassifier(), callbacks.InterruptCheckpoint()],
+        lambda: [
+            callbacks.Grokfast(filter="ma", window_size=3, keep_norm=True, schedule="constant"),
+            callbacks.Telemetry(),
+        ],
         lambda: [callbacks.SelfModel(watch_every_n_steps=100), callbacks.TemperatureCurriculum(weight=0.3)],
         lambda: [callbacks.SelfModel(form="next_latent", watch_every_n_steps=100), callbacks.Calibration()],
         lambda: [callbacks.TemperatureCurriculum(weight=0.3, fraction=0.5), callbacks.GeometryProbe(every_n_steps=100)],

@@ -26,7 +26,7 @@ OBSERVERS = {
 }
 ACT = {
     "DreamReplay": lambda: callbacks.DreamReplay(schedule=callbacks.Mix(0.5)),
-    "Grokfast": lambda: callbacks.Grokfast(),
+    "Grokfast": lambda: callbacks.Grokfast(schedule="constant"),
     "SelfModel": lambda: callbacks.SelfModel(warmup_steps=0),
     "TemperatureCurriculum": lambda: callbacks.TemperatureCurriculum(warmup_steps=0),
 }

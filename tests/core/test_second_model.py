@@ -63,7 +63,7 @@ def test_a_second_model_is_fitted_as_with_a_new_callback(name):
 
 
 def test_the_same_model_goes_on():
-    callback = Grokfast()
+    callback = Grokfast(schedule="constant")
     model, _ = fit([callback], LossOnly)
     fit([callback], model)
     assert callback._filters[0].steps == 16

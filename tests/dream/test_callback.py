@@ -153,7 +153,7 @@ def test_what_is_logged_is_of_the_loop_alone(tmp_path):
 
 @pytest.mark.parametrize("with_callbacks", [False, True])
 def test_whether_a_gradient_filter_sees_dreams_is_a_choice(with_callbacks):
-    grokfast = Grokfast(alpha=0.9, lamb=2.0)
+    grokfast = Grokfast(alpha=0.9, lamb=2.0, schedule="constant")
     calls = []
 
     class Counting(Grokfast):
@@ -180,7 +180,12 @@ def test_a_run_stopped_in_the_middle_of_a_sleep_goes_on_bit_by_bit(strategy, cal
     """In the first sleep, or the second; Grokfast comes after in the list of callbacks."""
 
     def made(*more):
-        return [dream_replay(**SLEEPS, strategy=strategy, lr_scale=0.5), Grokfast(alpha=0.9), RNGState(), *more]
+        return [
+            dream_replay(**SLEEPS, strategy=strategy, lr_scale=0.5),
+            Grokfast(alpha=0.9, schedule="constant"),
+            RNGState(),
+            *more,
+        ]
 
     straight, _ = fit(made(), Stateful, max_epochs=2)
     path = tmp_path / "asleep.ckpt"

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -19,7 +21,7 @@ from tests.contract.waiting import no_free_reads
 def test_equals_a_loop_written_by_hand(accumulate, clip):
     """Backward over the window, filter, clip, step: what a reader of the paper would write."""
     model, _ = fit(
-        [Grokfast(alpha=0.9, lamb=2.0)],
+        [Grokfast(alpha=0.9, lamb=2.0, schedule="constant")],
         Plain,
         max_epochs=2,
         accumulate_grad_batches=accumulate,
@@ -64,7 +66,7 @@ def test_names_survive_compilation():
             super().__init__()
             self.net = torch.compile(self.net, backend="eager")
 
-    callback = Grokfast()
+    callback = Grokfast(schedule="constant")
     fit([callback], Compiled, fast_dev_run=1)
     assert "net.0.weight" in callback.state_dict()["filters"][0]["buffers"]
 
@@ -110,7 +112,7 @@ def test_lbfgs_is_refused():
             return torch.optim.LBFGS(self.parameters())
 
     with pytest.raises(MisconfigurationException, match=r"`Grokfast` cannot work with LBFGS.*first-order"):
-        fit([Grokfast()], Newton)
+        fit([Grokfast(schedule="constant")], Newton)
 
 
 def test_a_fused_optimizer_under_a_scaler_is_refused_and_without_one_is_not():
@@ -120,13 +122,13 @@ def test_a_fused_optimizer_under_a_scaler_is_refused_and_without_one_is_not():
 
     plugin = MixedPrecision("16-mixed", "cpu", scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(MisconfigurationException, match=r"fused optimizer in 16-mixed.*`fused=False`"):
-        fit([Grokfast()], Fused, plugins=[plugin])
-    fit([Grokfast()], Fused)
+        fit([Grokfast(schedule="constant")], Fused, plugins=[plugin])
+    fit([Grokfast(schedule="constant")], Fused)
 
 
 @pytest.mark.parametrize("strategy", [DeepSpeedStrategy, FSDPStrategy])
 def test_strategies_without_usable_gradients_are_refused(strategy):
-    callback = Grokfast()
+    callback = Grokfast(schedule="constant")
 
     class FakeTrainer:
         pass
@@ -160,14 +162,14 @@ def test_on_an_accelerator_skipped_steps_are_told_where_steps_are_logged(saves):
             if saves and batch_idx == 4:
                 callback.state_dict()
 
-    callback = Grokfast()
+    callback = Grokfast(schedule="constant")
     with no_free_reads(), pytest.warns(UserWarning, match="not finite at or before step 5"):
         fit([callback, Saves()], Poisoned, log_every_n_steps=6)
     assert callback.skipped_steps == 2
 
 
 def test_skipped_steps_are_counted_and_logged():
-    callback = Grokfast()
+    callback = Grokfast(schedule="constant")
     with pytest.warns(UserWarning, match="not finite at step 2"):
         _, trainer = fit([callback], Poisoned, log_every_n_steps=1)
     assert callback.skipped_steps == 2
@@ -175,14 +177,14 @@ def test_skipped_steps_are_counted_and_logged():
 
 
 def test_state_can_be_left_out_of_checkpoints():
-    callback = Grokfast(save_state=False)
+    callback = Grokfast(save_state=False, schedule="constant")
     fit([callback])
     assert callback.state_dict() == {}
 
 
 def test_a_name_tells_the_metrics_of_two_instances_apart():
-    callback = Grokfast(name="head", include=["net.3.*"])
-    _, trainer = fit([Grokfast(exclude=["net.3.*"]), callback], log_every_n_steps=1)
+    callback = Grokfast(name="head", include=["net.3.*"], schedule="constant")
+    _, trainer = fit([Grokfast(exclude=["net.3.*"], schedule="constant"), callback], log_every_n_steps=1)
     assert {"forge/grokfast/lamb", "forge/grokfast/head/lamb"} <= set(trainer.callback_metrics)
 
 
@@ -203,16 +205,16 @@ def test_optimizers_that_lightning_does_not_see_are_refused():
 
     for module in (Own, Raw):
         with pytest.raises(MisconfigurationException, match=r"stepped past Lightning.*step `self.optimizers\(\)`"):
-            fit([Grokfast()], module)
+            fit([Grokfast(schedule="constant")], module)
 
 
 def test_an_optimizer_with_the_filter_built_in_is_refused():
     class Twice(LossOnly):
         def configure_optimizers(self):
-            return GrokfastAdamW(self.parameters())
+            return GrokfastAdamW(self.parameters(), schedule="constant")
 
     with pytest.raises(MisconfigurationException, match=r"cannot work with GrokfastAdamW: .* filtered twice"):
-        fit([Grokfast()], Twice)
+        fit([Grokfast(schedule="constant")], Twice)
     fit((), Twice)
 
 
@@ -239,7 +241,7 @@ class SteppedElsewhere(LossOnly):
 
 def test_an_optimizer_without_a_gradient_is_refused_after_an_epoch():
     with pytest.raises(MisconfigurationException, match="no parameter that they step and it filters had a gradient"):
-        fit([Grokfast()], SteppedElsewhere)
+        fit([Grokfast(schedule="constant")], SteppedElsewhere)
 
 
 def test_frozen_parameters_are_waited_for():
@@ -247,7 +249,7 @@ def test_frozen_parameters_are_waited_for():
         def on_train_epoch_start(self):
             self.net[0].weight.requires_grad_(self.current_epoch > 0)
 
-    callback = Grokfast(include=["net.0.weight"])
+    callback = Grokfast(include=["net.0.weight"], schedule="constant")
     fit([callback], Frozen, max_epochs=2)
     assert callback._filters[0].steps == 8
 
@@ -274,8 +276,26 @@ def test_norms_are_those_of_all_optimizers_of_a_step():
         def configure_optimizers(self):
             return [torch.optim.SGD(net.parameters(), lr=1e-3) for net in (self.net, self.other)]
 
-    for callbacks in ([Grokfast()], [Grokfast(include=["net.0.weight"]), Telemetry()], [Grokfast(), Telemetry()]):
+    for callbacks in (
+        [Grokfast(schedule="constant")],
+        [Grokfast(include=["net.0.weight"], schedule="constant"), Telemetry()],
+        [Grokfast(schedule="constant"), Telemetry()],
+    ):
         model, trainer = fit(callbacks, Two, log_every_n_steps=1)
         who = "telemetry" if len(callbacks) > 1 else "grokfast"
         logged = last_logged(trainer, f"forge/{who}/grad_norm_before")
         assert logged == pytest.approx(model.norms[-1], rel=1e-4)
+
+
+@pytest.mark.parametrize("build", [Grokfast, partial(GrokfastAdamW, [torch.nn.Parameter(torch.ones(2))])])
+def test_by_default_the_filter_turns_itself_off_where_gradients_do_not_agree(build):
+    """The paper's constant λ is asked for by name."""
+    made = build()
+    kept = made._new_filter() if isinstance(made, Grokfast) else made._filter
+    assert kept.schedule == "cosine_similarity"
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):  # noise, of which nothing is slow
+        grads = {"w": torch.randn(400, generator=generator)}
+        given = grads["w"].clone()
+        kept(grads)
+        assert (grads["w"] - given).norm() < 0.05 * given.norm()

@@ -60,7 +60,7 @@ def test_equals_filtering_by_hand():
     from forge_lightning.functional import ema_filter
 
     a, b = net(), net()
-    ours = train(a, GrokfastSGD(a.parameters(), lr=0.1, alpha=0.9, lamb=2.0), 10)
+    ours = train(a, GrokfastSGD(a.parameters(), lr=0.1, alpha=0.9, lamb=2.0, schedule="constant"), 10)
     plain, emas = torch.optim.SGD(b.parameters(), lr=0.1), [None] * 4
     for step in range(10):
         plain.zero_grad()
@@ -94,7 +94,7 @@ def test_the_state_of_a_plain_optimizer_loads():
     a = net()
     plain = torch.optim.AdamW(a.parameters(), lr=0.01)
     train(a, plain, 5)
-    ours = GrokfastAdamW(a.parameters(), lr=0.01)
+    ours = GrokfastAdamW(a.parameters(), lr=0.01, schedule="constant")
     ours.load_state_dict(plain.state_dict())
     assert set(ours.state_dict()) == {"state", "param_groups", "grokfast"}
     train(a, ours, 5, start=5)
@@ -123,12 +123,12 @@ def test_a_fused_step_comes_to_the_same_also_under_a_scaler(kind, scaled):
 
 def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match=r"`GrokfastSGD\(alpha=2\)` must be in"):
-        GrokfastSGD(net().parameters(), alpha=2)
+        GrokfastSGD(net().parameters(), alpha=2, schedule="constant")
 
 
 def test_parameters_added_later_are_filtered():
     model, late = net(), nn.Parameter(torch.ones(3))
-    optimizer = GrokfastSGD(model.parameters(), lr=0.1, lamb=2.0)
+    optimizer = GrokfastSGD(model.parameters(), lr=0.1, lamb=2.0, schedule="constant")
     train(model, optimizer, 3)
     optimizer.add_param_group({"params": [late]})
     late.grad = torch.ones(3)
@@ -138,7 +138,7 @@ def test_parameters_added_later_are_filtered():
 
 def test_learning_rate_schedulers_work():
     model = net()
-    optimizer = GrokfastAdamW(model.parameters(), lr=0.1)
+    optimizer = GrokfastAdamW(model.parameters(), lr=0.1, schedule="constant")
     scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, start_factor=0.5, total_iters=2)
     train(model, optimizer, 1)
     scheduler.step()

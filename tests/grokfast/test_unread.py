@@ -114,7 +114,7 @@ def test_an_optimizer_with_the_filter_built_in_reads_nothing(on_an_accelerator):
     for accelerator in (False, True):
         on_an_accelerator(accelerator)
         weight = torch.nn.Parameter(torch.ones(4))
-        optimizer = GrokfastSGD([weight], lr=0.1, alpha=0.9)
+        optimizer = GrokfastSGD([weight], lr=0.1, alpha=0.9, schedule="constant")
         for step in steps(6):
             weight.grad = step["1"][:4].clone()
             optimizer.step()

@@ -136,7 +136,7 @@ def test_other_kinds(folder, kind):
 
 def test_callbacks_work_on_adapters(folder):
     module = build(folder)
-    callbacks = [SelfModel(), TemperatureCurriculum(weight=0.1), Grokfast(lamb=0.5), Telemetry()]
+    callbacks = [SelfModel(), TemperatureCurriculum(weight=0.1), Grokfast(lamb=0.5, schedule="constant"), Telemetry()]
     trainer = fit(folder, module, 4, callbacks, gradient_clip_val=1.0, accumulate_grad_batches=2, log_every_n_steps=1)
     assert trainer.callback_metrics["train/loss"].isfinite()
 

@@ -98,7 +98,7 @@ def fitted(tmp_path):
         every_n_steps=6, num_points=8, estimators=("two_nn", "participation_ratio"), max_overhead=None
     )
     callbacks = [
-        probe, Grokfast(alpha=0.9), StageClassifier(), RunSummary(monitor="val/loss"), Telemetry(),
+        probe, Grokfast(alpha=0.9, schedule="constant"), StageClassifier(), RunSummary(monitor="val/loss"), Telemetry(),
         ModelCheckpoint(folder / "checkpoints", filename="last"),
     ]  # fmt: skip
     logger = CSVLogger(tmp_path, name="mine", version="version_0")
@@ -468,7 +468,7 @@ def test_events_of_another_form_are_passed_over(tmp_path):
 
 
 def test_instances_with_names_are_reported(tmp_path):
-    callbacks = [Grokfast(name="x", alpha=0.9), StageClassifier(), Telemetry(name="y")]
+    callbacks = [Grokfast(name="x", alpha=0.9, schedule="constant"), StageClassifier(), Telemetry(name="y")]
     fit(callbacks, Plain, logger=CSVLogger(tmp_path, name="", version=""), log_every_n_steps=1, max_epochs=2)
     run = read_run(tmp_path)
     titles = {axis.get_title() for axis in figures.optimizer(run).axes}

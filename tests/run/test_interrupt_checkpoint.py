@@ -29,11 +29,11 @@ class Signals(Callback):
 )
 def test_an_interrupted_run_resumes_bit_by_bit(tmp_path, number, error):
     kwargs = {"max_epochs": 2, "accumulate_grad_batches": 3}
-    straight, _ = fit([Grokfast(), RNGState()], Stateful, **kwargs)
+    straight, _ = fit([Grokfast(schedule="constant"), RNGState()], Stateful, **kwargs)
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     with pytest.raises(error):
         fit(
-            [InterruptCheckpoint(str(tmp_path)), Grokfast(), RNGState(), Signals(number)],
+            [InterruptCheckpoint(str(tmp_path)), Grokfast(schedule="constant"), RNGState(), Signals(number)],
             Stateful,
             **kwargs,
         )
@@ -41,7 +41,9 @@ def test_an_interrupted_run_resumes_bit_by_bit(tmp_path, number, error):
     assert signal.getsignal(signal.SIGTERM) == before[1]
     checkpoint = torch.load(tmp_path / "interrupted.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2, "the step that was running was finished, and no other begun"
-    resumed, _ = fit([Grokfast(), RNGState()], Stateful, ckpt_path=tmp_path / "interrupted.ckpt", **kwargs)
+    resumed, _ = fit(
+        [Grokfast(schedule="constant"), RNGState()], Stateful, ckpt_path=tmp_path / "interrupted.ckpt", **kwargs
+    )
     assert torch.equal(weights(straight), weights(resumed))
 
 

@@ -69,7 +69,7 @@ class Chosen(OneCycle):
     ("module", "callbacks"),
     [
         (OneCycle, lambda: [RNGState()]),
-        (OneCycle, lambda: [RNGState(), Grokfast(), RunSummary()]),
+        (OneCycle, lambda: [RNGState(), Grokfast(schedule="constant"), RunSummary()]),
         (Chosen, lambda: [RNGState(), EdgeController(policy="skill")]),
     ],
 )

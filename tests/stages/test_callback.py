@@ -63,7 +63,7 @@ def test_named_grokfast_is_evidence_as_the_unnamed_one_is(name):
             return outputs | {"loss": outputs["loss"] + 1e-6 * self.loss(batch)}
 
     classifier = StageClassifier()
-    run([Grokfast(name=name), classifier], Moves, log_every_n_steps=1)
+    run([Grokfast(name=name, schedule="constant"), classifier], Moves, log_every_n_steps=1)
     evidence = [event["evidence"] for event in classifier.events]
     assert evidence
     assert all(math.isfinite(each["cosine"]) and math.isfinite(each["grad_norm"]) for each in evidence)

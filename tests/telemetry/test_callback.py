@@ -125,7 +125,7 @@ def test_norms_before_and_after_clipping(tmp_path):
 def test_norms_before_and_after_the_filter(tmp_path, order):
     """Whether it stands before or behind `Telemetry`."""
     logger = CSVLogger(tmp_path, name="", version="")
-    pair = [Grokfast(alpha=0.5, lamb=2.0), Telemetry()]
+    pair = [Grokfast(alpha=0.5, lamb=2.0, schedule="constant"), Telemetry()]
     fit([pair[i] for i in order], Plain, logger=logger, log_every_n_steps=1, gradient_clip_val=1e9)
     rows = list(read_rows(tmp_path / "trace.jsonl"))
     inner = [row["metrics"] for row in rows if row["kind"] == "step"]
@@ -140,7 +140,9 @@ def test_the_filter_is_measured_where_telemetry_records(tmp_path, every, log_eve
     """Also between the steps of ``log_every_n_steps``, and no longer once the fit is over."""
     logger = CSVLogger(tmp_path, name="", version="")
     options = {"logger": logger, "log_every_n_steps": log_every}
-    _, trainer = fit([Grokfast(alpha=0.5, lamb=5.0), Telemetry(every_n_steps=every)], Plain, **options)
+    _, trainer = fit(
+        [Grokfast(alpha=0.5, lamb=5.0, schedule="constant"), Telemetry(every_n_steps=every)], Plain, **options
+    )
     rows = [r["metrics"] for r in read_rows(tmp_path / "trace.jsonl") if r["kind"] == "step"]
     recorded = [metrics for metrics in rows if "forge/telemetry/loss" in metrics]
     assert len(recorded) == 8 // every
