@@ -36,8 +36,8 @@ class Grokfast(ForgeCallback):
     ``forge/grokfast/grad_norm_before``, ``forge/grokfast/grad_norm_after``, ``forge/grokfast/skipped_steps``
     (non-finite so far).
 
-    Cost: one fp32 copy of the gradients ("ma": ``window_size + 1`` copies), and with a constant λ 1.3 % of a GPT-2-small
-    step, 3 % of one of the paper's model; by "cosine_similarity" 1.7 times that.
+    Cost: one fp32 copy of the gradients ("ma": ``window_size + 1`` copies), and with a constant λ 1.3 % of a
+    GPT-2-small step, 3 % of one of the paper's model; by "cosine_similarity" 1.7 times that.
 
     When to use: a model that has memorised and does not generalise, under an optimizer without weight decay to speak
     of, as in the paper; elsewhere, measure it against a higher learning rate.
