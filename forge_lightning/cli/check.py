@@ -1,6 +1,7 @@
 """`forge-fit check`."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -16,8 +17,9 @@ from forge_lightning.cli.checks import (
 from forge_lightning.cli.configs import refuse_doubled_keys, resolve_configs
 from forge_lightning.cli.forge_cli import CheckCLI
 from forge_lightning.core.callback import ForgeCallback
+from forge_lightning.data.text import SourceData
 from forge_lightning.data.tokens import TokenDataModule
-from forge_lightning.models.forge_module import refuse_config
+from forge_lightning.models.forge_module import hugging_face_config, refuse_config
 
 
 def check(argv: Sequence[str]) -> int:
@@ -37,6 +39,7 @@ def check(argv: Sequence[str]) -> int:
     made = True
     if builds_network(cli.model) and cli.model.config is not None:
         made = refuse_config(cli.model.config, getattr(cli.datamodule, "tokenizer", None))
+    _refuse_long_rows(cli.model, cli.datamodule)
     found = trainer.get("callbacks") or []
     found = found if isinstance(found, list) else [found]
     refuse_trainer(trainer, [c for c in found if isinstance(c, pl.callbacks.Checkpoint)])
@@ -61,6 +64,28 @@ def check(argv: Sequence[str]) -> int:
                 print(f"{what} from the Hugging Face hub, since neither {unset} names a file.")
                 break
     return 0
+
+
+def _refuse_long_rows(model: Any, datamodule: Any) -> None:
+    """Raise if rows of text are longer than the model has positions."""
+    if not builds_network(model) or not isinstance(datamodule, SourceData) or not datamodule.packing:
+        return
+    from transformers import AutoConfig
+
+    if model.config is not None:
+        config = hugging_face_config({"vocab_size": 2, **model.config})
+    else:
+        name, _ = model.pretrained_tokenizer
+        try:
+            config = AutoConfig.from_pretrained(name)
+        except (OSError, ValueError):  # of an adapter, say
+            return
+    positions = getattr(config, "max_position_embeddings", None)
+    if isinstance(positions, int) and datamodule.length > positions:
+        raise MisconfigurationException(
+            f"Rows of {type(datamodule).__name__} have {datamodule.length} tokens, but the model has only {positions}"
+            " positions. Lower `block_size` or `max_length`, or give the model more positions."
+        )
 
 
 def _is_stateful(callback: pl.Callback) -> bool:

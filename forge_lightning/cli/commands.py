@@ -164,7 +164,7 @@ def generate(argv: Sequence[str]) -> int:
         parser.error("give a --prompt, or --prompts FILE")
     from forge_lightning.cli.runs import load_run
 
-    module, _ = load_run(args.run, args.ckpt_path)
+    module, *_ = load_run(args.run, args.ckpt_path)
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     if args.jsonl:
         for prompt, completion in zip(prompts, module.complete(prompts, **options), strict=True):
@@ -230,10 +230,13 @@ def export(argv: Sequence[str]) -> int:
     from forge_lightning.cli.runs import load_run
     from forge_lightning.models.model_card import model_card, run_files
 
-    module, _ = load_run(args.run, args.ckpt_path)
+    module, _, step = load_run(args.run, args.ckpt_path)
     module.export(args.output, adapter=args.adapter)
     config, summary = run_files(args.run)
-    num_params = sum(param.numel() for param in module.model.parameters())
+    if summary is not None and summary.get("steps") != step:
+        summary = None  # its results are of other weights
+    parts = [param for param in module.model.parameters() if module.peft is None or param.requires_grad == args.adapter]
+    num_params = sum(param.numel() for param in parts)
     (args.output / "README.md").write_text(model_card(args.output.name, num_params, config, summary, args.adapter))
     print(
         f"Wrote {args.output}, with a model card, README.md: load it with AutoModelForCausalLM.from_pretrained and"

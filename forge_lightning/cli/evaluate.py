@@ -50,7 +50,7 @@ def evaluate(
             from forge_lightning.cli.runs import load_run
 
             assert run is not None
-            module, _ = load_run(run, ckpt_path)
+            module, *_ = load_run(run, ckpt_path)
             module.export(folder)
             model = Path(folder)
         found = lm_eval.simple_evaluate(

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from forge_lightning.core.mistakes import UsageError
 
 GOALS = {
@@ -91,7 +93,7 @@ def starter(goal: str, model: str | None, data: str | None, name: str, lora: boo
         "DATACLASS": _quoted(data or "mymodule.MyData"),
         "MONITOR": "val/accuracy" if goal == "grok" else "val/loss",
         "MODE": "max" if goal == "grok" else "min",
-        "NAME": name,
+        "NAME": _quoted(name),
         "FILE": f"{name}.yaml",
     }
     for key, value in filled.items():
@@ -126,7 +128,7 @@ def _columns(path: str | None) -> list[str]:
     if path is None or not place.is_file():
         return []
     try:
-        with open(place, encoding="utf-8") as file:
+        with open(place, encoding="utf-8-sig") as file:
             first = next((line for line in file if line.strip()), "")
     except UnicodeDecodeError:
         return []
@@ -143,12 +145,12 @@ def _context(model: str | None) -> int:
     """Positions that a local model has, by its config; 1,024 where that is not known."""
     try:
         config: dict[str, Any] = json.loads((Path(model or "") / "config.json").read_text())
-    except (OSError, ValueError):
+        return int(config.get("max_position_embeddings") or config.get("n_positions") or 1024)
+    except (OSError, ValueError, TypeError, AttributeError):
         return 1024
-    return int(config.get("max_position_embeddings") or config.get("n_positions") or 1024)
 
 
 def _quoted(value: str) -> str:
-    """A text as YAML writes it."""
-    plain = value.replace("/", "").replace("-", "").replace("_", "").replace(".", "")
-    return value if plain.isalnum() and not plain.isdigit() else json.dumps(value, ensure_ascii=False)
+    """A text as YAML writes it, so that it stays a text."""
+    written: str = yaml.safe_dump(value, allow_unicode=True, width=10_000)
+    return written.removesuffix("...\n").strip()

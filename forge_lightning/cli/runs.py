@@ -14,8 +14,8 @@ from forge_lightning.core.mistakes import UsageError
 from forge_lightning.data.tokens import TokenDataModule
 
 
-def load_run(run: Path, ckpt_path: Path | None) -> tuple[Any, Any]:
-    """The module, in evaluation mode, and datamodule of a run directory, with the weights of a checkpoint.
+def load_run(run: Path, ckpt_path: Path | None) -> tuple[Any, Any, int]:
+    """The module of a run directory, in evaluation mode with the weights of a checkpoint; its data; and the step.
 
     Args:
         run: Run directory.
@@ -45,4 +45,4 @@ def load_run(run: Path, ckpt_path: Path | None) -> tuple[Any, Any]:
     checkpoint["state_dict"] = weights
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
-    return module.eval(), datamodule
+    return module.eval(), datamodule, int(checkpoint["global_step"])

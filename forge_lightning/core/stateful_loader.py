@@ -66,6 +66,10 @@ class ResumableSampler(DistributedSampler[Any]):
         self.bind()
         return self.num_samples
 
+    def shape(self) -> dict[str, Any]:
+        """What the batches of an epoch depend on beside length, seed and shuffling, by names for an error."""
+        return {}
+
     def state_dict(self, delivered: int | None = None) -> dict[str, Any]:
         """What the order depends on beyond epoch and place; nothing here."""
         return {}
@@ -159,6 +163,7 @@ class StatefulDataLoader(DataLoader[Any]):
             "shuffle": bool(sampler.shuffle),
             "seed": sampler.seed if sampler.shuffle else None,
             "drop_last": bool(self.drop_last),
+            **sampler.shape(),
         }
 
     def _refuse_another_epoch(self, state: Mapping[str, Any]) -> None:
@@ -178,6 +183,10 @@ class StatefulDataLoader(DataLoader[Any]):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """In the next epoch begun, skip the batches that were handed out; after a complete one, begin the one after."""
+        if state_dict and "delivered" not in state_dict:
+            raise MisconfigurationException(
+                "The checkpoint holds the place in another kind of data, a stream. Resume with the data as it was."
+            )
         self._resume = dict(state_dict)
         if isinstance(self.sampler, ResumableSampler):
             self.sampler.num_told = 0

@@ -52,8 +52,7 @@ class TraceWriter:
                 if number(row.get("step", 0)) <= keep_until and not again:
                     rows.append(row)
         self.offered = written if rows else 0
-        if not rows:
-            rows = [{"kind": "header", "version": VERSION, "step": keep_until, **header}]
+        rows.append({"kind": "header", "version": VERSION, "step": keep_until, **header})  # also of what goes on
         self.seconds = max((number(row.get("seconds", 0.0)) for row in rows), default=0.0)
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".new")

@@ -1,6 +1,7 @@
 """From records of text, pairs and chats to tokens with labels, and tables of them on disk."""
 
 import hashlib
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -9,7 +10,8 @@ import numpy as np
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities import rank_zero_warn
 
-from forge_lightning.core.tokens import IGNORED, prompt_ids
+from forge_lightning.core.tokens import IGNORED, completion_ids, prompt_ids
+from forge_lightning.data.records import BEGINS, ENDS
 from forge_lightning.data.tokens import encode_example
 
 Columns = dict[str, list[Any]]
@@ -34,7 +36,7 @@ class Encoder:
     @property
     def identity(self) -> str:
         """Differs where the tokens would."""
-        settings = [type(self).__name__, "1", sorted(self.columns.items()), self.max_length]
+        settings = [type(self).__name__, "2", sorted(self.columns.items()), self.max_length]
         return json.dumps([*settings, tokenizer_identity(self.tokenizer)])
 
     def _column(self, batch: Columns, name: str) -> list[Any]:
@@ -63,7 +65,7 @@ class Encoder:
 class TextEncoder(Encoder):
     """Whole documents, each with the tokenizer's start token, if it sets one, and its end token. All of it is learned.
 
-    Columns ``begins`` and ``ends``, where they are, say which pieces of text are the first and the last of a document.
+    Columns `BEGINS` and `ENDS`, where they are, say which pieces of text are the first and the last of a document.
     """
 
     fields: ClassVar[dict[str, type]] = {"text": str}
@@ -71,13 +73,16 @@ class TextEncoder(Encoder):
     def __call__(self, batch: Columns) -> Columns:
         texts = self._column(batch, "text")
         whole = [True] * len(texts)
-        begins, ends = batch.get("begins", whole), batch.get("ends", whole)
+        begins, ends = batch.get(BEGINS, whole), batch.get(ENDS, whole)
         start, end = prompt_ids(self.tokenizer, ""), self.tokenizer.eos_token_id
         behind = [] if end is None else [end]
         if is_bytes(self.tokenizer):
             tokens = [np.frombuffer(text.encode(), np.uint8).astype(np.int32) + 3 for text in texts]
         else:
             tokens = self.tokenizer(texts, add_special_tokens=False)["input_ids"]
+            for place in (place for place, first in enumerate(begins) if not first):
+                # Some tokenizers begin every text with a space: a piece goes on behind the end of a line.
+                tokens[place] = completion_ids(self.tokenizer, "\n", texts[place])
         pieces = zip(begins, tokens, ends, strict=True)
         return {
             "input_ids": [
@@ -112,10 +117,10 @@ class ChatEncoder(Encoder):
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
-    """Tokens of a chat, and labels: those of the assistant's turns, with what the template puts behind them.
+    """Tokens of a chat, and labels: those of what the assistant says, with what the template puts behind it.
 
-    A turn that the template writes otherwise once more turns follow it, as one whose reasoning is left out later, is
-    not learned.
+    A token across the seam of question and answer is learned. A turn that the template writes otherwise once more turns
+    follow it, as one whose reasoning is left out later, is not.
 
     Args:
         tokenizer: A Hugging Face tokenizer with a chat template.
@@ -131,31 +136,63 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[lis
         )
     from jinja2 import TemplateError
 
-    def ids_of(turns: Sequence[dict[str, Any]], open_turn: bool) -> list[int]:
-        found = tokenizer.apply_chat_template(turns, tokenize=True, add_generation_prompt=open_turn, return_dict=False)
-        return list(found)
+    def written(turns: Sequence[dict[str, Any]], open_turn: bool) -> str:
+        if not turns and not open_turn:
+            return ""
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=open_turn))
 
+    spans = []
     try:
-        whole = ids_of(messages, False)
-        labels = [IGNORED] * len(whole)
+        whole = written(messages, False)
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before, upto = ids_of(messages[:number], True) if number else [], ids_of(messages[: number + 1], False)
-            if whole[: len(upto)] == upto and upto[: len(before)] == before:
-                labels[len(before) : len(upto)] = upto[len(before) :]
-    except (TemplateError, KeyError, TypeError) as error:
+            before = written(messages[:number], True) if number else ""
+            upto = written(messages[: number + 1], False)
+            if not whole.startswith(upto):
+                continue
+            if not upto.startswith(before):
+                before = written(messages[:number], False) if number else ""
+            if upto.startswith(before):
+                spans.append((len(before) + _header(upto[len(before) :], message), len(upto)))
+    except (TemplateError, KeyError, TypeError, AttributeError) as error:
         raise MisconfigurationException(
             f"A chat does not fit the template of the tokenizer: {error}. Messages are"
             ' `[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]`; this one is'
             f" {messages!r:.200}."
         ) from None
-    if all(label == IGNORED for label in labels):
+    ids, places = _placed(tokenizer, whole)
+    learned = [any(start < end_ and end > begin for begin, end_ in spans) for start, end in places]
+    if not any(learned):
         raise MisconfigurationException(
             "A chat has no turn of the assistant that its tokenizer's template keeps as it was said, so nothing of it"
             f" could be learned: {messages!r:.200}."
         )
-    return whole, labels
+    return ids, [token if known else IGNORED for token, known in zip(ids, learned, strict=True)]
+
+
+def _header(turn: str, message: dict[str, Any]) -> int:
+    """Letters in front of what is said, of a template that does not write them as the beginning of a turn."""
+    content = message.get("content")
+    if not isinstance(content, str) or message.get("reasoning_content") or message.get("tool_calls"):
+        return 0
+    said = content if content in turn else content.strip()
+    return turn.find(said) if said and said in turn else 0
+
+
+def _placed(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens of a text, and where each stands in it."""
+    if getattr(tokenizer, "is_fast", False):
+        found = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        return list(found["input_ids"]), [tuple(place) for place in found["offset_mapping"]]
+    ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if is_bytes(tokenizer):
+        letters = [place for place, letter in enumerate(text) for _ in letter.encode()]
+        return ids, [(place, place + 1) for place in letters]
+    ends = [0]  # of a tokenizer that does not say: by the length of what the tokens before it spell
+    for number in range(1, len(ids) + 1):
+        ends.append(max(ends[-1], min(len(text), len(tokenizer.decode(ids[:number])))))
+    return ids, list(itertools.pairwise(ends))
 
 
 def is_bytes(tokenizer: Any) -> bool:

@@ -9,6 +9,11 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
+_CODE = "utf-8-sig"
+"""UTF-8, with or without a mark in front, as some editors write it."""
+BEGINS, ENDS = "_forge_begins", "_forge_ends"
+"""Columns of `iterate_text`."""
+
 
 class DataFileError(ValueError):
     """A data file that does not hold what it should; the message names file, line and field."""
@@ -76,7 +81,7 @@ def iterate_jsonl(path: str | Path, fields: Mapping[str, type], of_texts: bool =
 
 def _lines(path: Path) -> Iterator[str]:
     try:
-        with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8") as file:
+        with gzip.open(path, "rt", encoding=_CODE) if path.suffix == ".gz" else open(path, encoding=_CODE) as file:
             yield from file
     except UnicodeDecodeError as error:
         raise DataFileError(f"{path}: not UTF-8 text: {error.reason} at byte {error.start}.") from None
@@ -94,7 +99,7 @@ def iterate_text(path: str | Path, size: int = 1 << 16) -> Iterator[dict[str, An
         size: Characters of a piece, at least; a piece ends before a line that begins with a letter or digit.
 
     Yields:
-        ``text``, and whether it is the first piece, ``begins``, and the last, ``ends``.
+        ``text``, and whether it is the first piece, `BEGINS`, and the last, `ENDS`.
 
     Raises:
         DataFileError: If the file is not UTF-8.
@@ -104,8 +109,8 @@ def iterate_text(path: str | Path, size: int = 1 << 16) -> Iterator[dict[str, An
     length, begins = 0, True
     for line in _lines(Path(path)):
         if length >= size and line[:1].isalnum():
-            yield {"text": "".join(piece), "begins": begins, "ends": False}
+            yield {"text": "".join(piece), BEGINS: begins, ENDS: False}
             piece, length, begins = [], 0, False
         piece.append(line)
         length += len(line)
-    yield {"text": "".join(piece), "begins": begins, "ends": True}
+    yield {"text": "".join(piece), BEGINS: begins, ENDS: True}

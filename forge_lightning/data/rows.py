@@ -174,6 +174,9 @@ class MixtureSampler(ResumableSampler):
         super().__init__(dataset, shuffle=True, seed=seed)
         self.mixture = dataset
 
+    def shape(self) -> dict[str, Any]:
+        return {"rows of the sources": self.mixture.sizes, "weights": list(self.mixture.weights or [])}
+
     def _epoch_order(self) -> Iterator[int]:
         drawn = []
         for part, (size, count) in enumerate(zip(self.mixture.sizes, self.mixture.counts(), strict=True)):
@@ -191,5 +194,5 @@ class MixtureSampler(ResumableSampler):
 
 
 def _generator(*numbers: int) -> torch.Generator:
-    seed = int(np.random.SeedSequence([number + 1 for number in numbers]).generate_state(1, np.uint64)[0] >> 1)
+    seed = int(np.random.SeedSequence([number % 2**63 for number in numbers]).generate_state(1, np.uint64)[0] >> 1)
     return torch.Generator().manual_seed(seed)

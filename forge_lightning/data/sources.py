@@ -1,6 +1,7 @@
 """Where text comes from: local files and folders, and data sets of the Hugging Face hub."""
 
 import hashlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 from forge_lightning.core.extras import require_extra
-from forge_lightning.data.records import DataFileError, iterate_jsonl, iterate_text
+from forge_lightning.data.records import BEGINS, ENDS, DataFileError, iterate_jsonl, iterate_text
 
 _BUILDERS = {".parquet": "parquet", ".arrow": "arrow", ".csv": "csv", ".tsv": "csv", ".json": "json"}
 _OWN = (".txt", ".md", ".jsonl", ".ndjson")
@@ -45,8 +46,8 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.weight is not None and not self.weight > 0:
-            raise ValueError(f"`Source(path={self.path!r}, weight={self.weight})` must be above 0.")
+        if self.weight is not None and not 0 < self.weight < math.inf:
+            raise ValueError(f"`Source(path={self.path!r}, weight={self.weight})` must be above 0, and finite.")
 
     @property
     def has_validation(self) -> bool:
@@ -73,7 +74,10 @@ class Source:
         require_extra("datasets", "hf", f"Data of `path={self.path}`")
         path, part = self._place(split)
         wanted = {self.columns.get(name, name): kind for name, kind in fields.items()}
-        found = _own_file(path, wanted, streaming) if is_local(path) else None
+        option = "val_path" if split != "train" and self.val_path is not None else "path"
+        found = _own_file(path, wanted, streaming, option) if is_local(path) else None
+        if found is not None:
+            found = _part_of(found, part, path)
         if found is None:
             found = self._of_datasets(path, part, streaming)
         columns = found.column_names
@@ -108,11 +112,15 @@ class Source:
             if is_local(path):
                 if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
                     found = datasets.load_from_disk(path)
-                    found = found[part] if isinstance(found, datasets.DatasetDict) else found
+                    if isinstance(found, datasets.DatasetDict):
+                        name = part.split("[")[0]
+                        found = _part_of(found[name], part.replace(name, "train", 1), path)
+                    else:
+                        found = _part_of(found, part, path)
                     return found.to_iterable_dataset() if streaming else found
                 if place.is_file():
-                    options = {"delimiter": "\t"} if place.suffix == ".tsv" else {}
-                    builder = _BUILDERS[place.suffixes[-1] if place.suffix != ".gz" else place.suffixes[-2]]
+                    options = {"delimiter": "\t"} if _kind(place) == ".tsv" else {}
+                    builder = _BUILDERS[_kind(place)]
                     return datasets.load_dataset(
                         builder, data_files={part.split("[")[0]: path}, split=part, streaming=streaming, **options
                     )
@@ -153,26 +161,53 @@ def refuse_absent_file(option: str, path: str) -> None:
 
 def _reads_itself(place: Path) -> bool:
     """Whether the file is one that this package reads: text, or JSON by lines, whose errors name the line."""
-    return place.is_file() and not set(place.suffixes) & set(_BUILDERS)
+    return place.is_file() and _kind(place) not in _BUILDERS
+
+
+def _kind(place: Path) -> str:
+    """The suffix that says what a file holds: the last, or the one before ``.gz``."""
+    suffixes = [suffix for suffix in place.suffixes if suffix != ".gz"]
+    return suffixes[-1].lower() if suffixes else ""
 
 
 def _is_jsonl(place: Path) -> bool:
-    return bool({".jsonl", ".ndjson"} & set(place.suffixes))
+    return _kind(place) in (".jsonl", ".ndjson")
+
+
+def _part_of(found: Any, part: str, path: str) -> Any:
+    """The slice of a table that a split like ``train[:50%]`` means. A file is all one split, "train"."""
+    from datasets import IterableDataset, ReadInstruction
+
+    if part == "train":
+        return found
+    name = part.split("[")[0]
+    if name != "train":
+        raise MisconfigurationException(
+            f"`path={path}` has no split {name!r}: it is all one split, 'train', of which a part is `train[:90%]`. Name"
+            " validation data by `val_path`."
+        )
+    if isinstance(found, IterableDataset):
+        raise MisconfigurationException(f"`split={part}`: a stream of the file {path} has no parts. Make two files.")
+    try:
+        slices = ReadInstruction.from_spec(part).to_absolute({"train": len(found)})
+    except (ValueError, AssertionError) as error:
+        raise MisconfigurationException(f"`split={part}` of {path}: {error}") from None
+    return found.select(range(slices[0].from_, slices[0].to))
 
 
 def _first_fields(place: Path) -> list[str]:
     if not _is_jsonl(place):
         return ["text"]
-    return sorted(next(iterate_jsonl(place, {})))
+    return sorted(next(iterate_jsonl(place, {}), {}))
 
 
-def _own_file(path: str, fields: dict[str, type], streaming: bool) -> Any:
+def _own_file(path: str, fields: dict[str, type], streaming: bool, option: str) -> Any:
     """The records of a file that this package reads itself; ``None`` for another kind."""
     from datasets import Dataset, Features, IterableDataset, Value
     from datasets.exceptions import DatasetGenerationError
 
     place = Path(path)
-    refuse_absent_file("path", path)
+    refuse_absent_file(option, path)
     if place.is_dir():
         files = [file for file in sorted(place.rglob("*")) if file.is_file() and not file.name.startswith(".")]
         if not files or any(file.suffix not in (".txt", ".md") for file in files):
@@ -188,7 +223,7 @@ def _own_file(path: str, fields: dict[str, type], streaming: bool) -> Any:
     elif set(fields) != {"text"}:
         raise MisconfigurationException(f"`path={path}` is plain text, which has no column {sorted(fields)[0]!r}.")
     else:
-        features = Features({"text": Value("string"), "begins": Value("bool"), "ends": Value("bool")})
+        features = Features({"text": Value("string"), BEGINS: Value("bool"), ENDS: Value("bool")})
     read = _Records([str(file) for file in files], dict(fields))
     if streaming:
         # One shard, so that every rank takes documents, not files.
@@ -196,7 +231,7 @@ def _own_file(path: str, fields: dict[str, type], streaming: bool) -> Any:
     stamp = hashlib.blake2b(digest_size=8)
     for file in files:
         stat = file.stat()
-        stamp.update(f"2 {file.resolve()} {stat.st_size} {stat.st_mtime_ns} {sorted(fields)}".encode())
+        stamp.update(f"3 {file.resolve()} {stat.st_size} {stat.st_mtime_ns} {sorted(fields)}".encode())
     try:
         return Dataset.from_generator(read, features=features, fingerprint=stamp.hexdigest())
     except DatasetGenerationError as error:

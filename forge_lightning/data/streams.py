@@ -29,7 +29,7 @@ class RowStream:
     """
 
     def __init__(self, records: Any, encoder: Encoder, length: int, packed: bool, what: str) -> None:
-        self._whole, self._encoder, self._length, self._packed, self._what = records, encoder, length, packed, what
+        self._whole, self._encoder, self._length, self._packed, self.what = records, encoder, length, packed, what
         self._records: Any = None
         self._iterator: Iterator[Any] | None = None
         self._passes = 0
@@ -94,7 +94,7 @@ class RowStream:
             if once:
                 return None
             if empty_handed > 1:
-                raise MisconfigurationException(f"The stream of {self._what} holds no record for every rank.")
+                raise MisconfigurationException(f"The stream of {self.what} holds no record for every rank.")
             self._passes += 1
             self._open()
 
@@ -102,19 +102,23 @@ class RowStream:
         """The next row, if enough waits."""
         if not self._waiting:
             return None
-        if not self._packed:
+        if self._packed and sum(len(ids) for ids, _ in self._waiting) < self._length:
+            return None
+        parts: list[Pair] = []
+        missing = self._length
+        while self._waiting and missing > 0:
             ids, labels = self._waiting[0]
-            if len(ids) > self._length:
-                self._waiting[0] = (ids[self._length :], labels[self._length :])
+            parts.append((ids[:missing], labels[:missing]))
+            if len(ids) > missing:
+                self._waiting[0] = (ids[missing:], labels[missing:])
             else:
                 self._waiting.pop(0)
-            return ids[: self._length], labels[: self._length]
-        if sum(len(ids) for ids, _ in self._waiting) < self._length:
-            return None
-        ids, labels = (np.concatenate(column) for column in zip(*self._waiting, strict=True))
-        rest = (ids[self._length :], labels[self._length :])
-        self._waiting = [rest] if len(rest[0]) else []
-        return ids[: self._length], labels[: self._length]
+            missing -= len(parts[-1][0])
+            if not self._packed:
+                break
+        # Copies, that a row does not keep its document in memory.
+        row = tuple(np.concatenate([part[side] for part in parts]) for side in range(2))
+        return row[0], row[1]
 
 
 class StreamLoader:
@@ -180,8 +184,14 @@ class StreamLoader:
         return next(self._pairs[source])
 
     def _shape(self) -> dict[str, Any]:
-        lengths = [stream._length for stream in self.streams]
-        return {"sources": len(self.streams), "block size": lengths[0], "buffer": self._size, "seed": self._seed}
+        return {
+            "sources": [stream.what for stream in self.streams],
+            "weights": self._weights.tolist(),
+            "block size": self.streams[0]._length,
+            "packing": self.streams[0]._packed,
+            "buffer": self._size,
+            "seed": self._seed,
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The state of all ranks: where their streams are, and the rows in their buffers. All ranks have to call it."""
@@ -205,9 +215,15 @@ class StreamLoader:
             MisconfigurationException: If it is of another number of ranks, or of another shape of rows.
         """
         rank, world_size = current_rank()
+        if "ranks" not in state:
+            raise MisconfigurationException(
+                "The checkpoint holds the place in another kind of data than a stream. Resume with the data as it was."
+            )
         here = self._shape() | {"ranks": world_size}
         before = state["shape"] | {"ranks": len(state["ranks"])}
-        changed = [f"{name}: {before.get(name)}, now {value}" for name, value in here.items() if before[name] != value]
+        changed = [
+            f"{name}: {before.get(name)}, now {value}" for name, value in here.items() if before.get(name) != value
+        ]
         if changed:
             raise MisconfigurationException(
                 f"The checkpoint's place in the stream is of other data ({'; '.join(changed)}). Resume with the data"

@@ -94,6 +94,7 @@ class SourceData(TokenDataModule):
         self.val_fraction, self.length, self.packing = val_fraction, length, packing
         self.streaming, self.num_proc = streaming, num_proc
         self._mixtures: dict[str, Mixture] = {}
+        self._stream_loader: StreamLoader | None = None
 
     @property
     def offers_choice(self) -> bool:
@@ -171,17 +172,26 @@ class SourceData(TokenDataModule):
     def train_dataloader(self) -> StatefulDataLoader | StreamLoader:
         pad = pad_id(self.tokenizer)
         if self.streaming is not None:
-            return StreamLoader(
-                [self._stream(source, "train") for source in self.sources],
-                weights=[source.weight or 1.0 for source in self.sources],
-                batch_size=self.batch_size,
-                steps_per_epoch=self.streaming.steps_per_epoch,
-                buffer=self.streaming.buffer,
-                seed=self.seed,
-                pad_token_id=pad,
-            )
+            if self._stream_loader is None:  # kept, where a Trainer asks for it anew in each epoch
+                self._stream_loader = self._new_stream_loader(self.streaming, pad)
+            return self._stream_loader
         mixture = self._mixtures["train"]
         return self._rows_loader(mixture, MixtureSampler(mixture, self.seed) if mixture.weights is not None else None)
+
+    def _new_stream_loader(self, streaming: Streaming, pad: int) -> StreamLoader:
+        return StreamLoader(
+            [self._stream(source, "train") for source in self.sources],
+            weights=[source.weight or 1.0 for source in self.sources],
+            batch_size=self.batch_size,
+            steps_per_epoch=streaming.steps_per_epoch,
+            buffer=streaming.buffer,
+            seed=self.seed,
+            pad_token_id=pad,
+        )
+
+    def teardown(self, stage: str | None = None) -> None:
+        """The next fit reads streams from their beginning."""
+        self._stream_loader = None
 
     def val_dataloader(self) -> StatefulDataLoader:
         return self._rows_loader(self._mixtures["val"], None, shuffle=False)

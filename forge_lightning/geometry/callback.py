@@ -289,7 +289,8 @@ class GeometryProbe(ForgeCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._pace.next_due, self._pace.interval = state_dict["next_due"], state_dict["interval"]
-        self._points = min(self.num_points, state_dict.get("points", self.num_points))
+        thinned = self.num_points if self.max_overhead is None else state_dict.get("points", self.num_points)
+        self._points = min(self.num_points, thinned)
         self._resumed_taps = (state_dict["taps_batches"], state_dict["steps_short"])
         self._health.load_state_dict(state_dict["health"])
         self._detectors = {}

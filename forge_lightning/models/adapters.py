@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from forge_lightning.core.extras import require_extra
 
-_SAMPLED = 64
-"""Numbers of each frozen weight that tell two models apart."""
+_SAMPLED = 256
+"""Numbers of each frozen weight that differ between two models."""
 
 
 def adapter_config(settings: Mapping[str, Any]) -> Any:
@@ -31,6 +31,16 @@ def adapter_config(settings: Mapping[str, Any]) -> Any:
         raise MisconfigurationException(f"`ForgeModule(peft=...)`: peft has no type {kind!r}, but {known}.") from None
     except (TypeError, ValueError) as error:
         raise MisconfigurationException(f"`ForgeModule(peft={dict(settings)!r})`: {error}") from None
+    if kind == "ADALORA":
+        raise MisconfigurationException(
+            "`ForgeModule(peft=...)`: ADALORA wants a call after each step that this module does not make, and would"
+            " keep all of its ranks. Use LORA."
+        )
+    if made.inference_mode or str(getattr(made.task_type, "value", made.task_type)) != "CAUSAL_LM":
+        raise MisconfigurationException(
+            f"`ForgeModule(peft={dict(settings)!r})`: `inference_mode` and a `task_type` other than CAUSAL_LM are not"
+            " for training a language model. Leave them out."
+        )
     if made.is_prompt_learning:
         raise MisconfigurationException(
             f"`ForgeModule(peft=...)`: {kind} puts tokens in front of every text, which shifts the places of labels and"
@@ -52,12 +62,20 @@ def add_adapters(model: Any, settings: Mapping[str, Any]) -> Any:
             warnings.filterwarnings(
                 "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
             )
-            return peft.get_peft_model(model, adapter_config(settings))
-    except ValueError as error:
+            made = peft.get_peft_model(model, adapter_config(settings))
+    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
         linear = sorted({name.split(".")[-1] for name, part in model.named_modules() if _is_linear(part)})
         raise MisconfigurationException(
-            f"`ForgeModule(peft={dict(settings)!r})`: {error} Its linear layers are called {linear}."
+            f"`ForgeModule(peft={dict(settings)!r})`: {error} The model's linear layers are called {linear}."
         ) from None
+    if not any(param.requires_grad for param in made.parameters()):
+        raise MisconfigurationException(f"`ForgeModule(peft={dict(settings)!r})` leaves nothing to train.")
+    return made
+
+
+def changes_base(settings: Mapping[str, Any]) -> bool:
+    """Whether the adapters' initial values are taken out of the base weights, which then are others."""
+    return settings.get("init_lora_weights") not in (None, True, False, "gaussian")
 
 
 def _is_linear(part: nn.Module) -> bool:
@@ -71,14 +89,37 @@ def merged(model: Any) -> Any:
 
 def frozen_names(module: nn.Module, prefix: str) -> set[str]:
     """Weights of the network below ``prefix`` that are not trained."""
-    return {name for name, param in module.named_parameters() if name.startswith(prefix) and not param.requires_grad}
+    return {
+        name
+        for name, param in module.named_parameters(remove_duplicate=False)
+        if name.startswith(prefix) and not param.requires_grad
+    }
 
 
-def weights_digest(module: nn.Module, names: set[str]) -> float:
-    """A number that differs between other weights, from the first numbers of each."""
-    params = dict(module.named_parameters())
-    sums = [params[name].detach().flatten()[:_SAMPLED].double().sum() for name in sorted(names)]
-    return float((torch.stack(sums).cpu() * torch.arange(1, len(sums) + 1)).sum()) if sums else 0.0
+def weights_sample(module: nn.Module, names: set[str]) -> dict[str, Tensor]:
+    """Numbers from all over each weight, that differ between two models: ``(n,)``, of the weight's own type."""
+    params = dict(module.named_parameters(remove_duplicate=False))
+    found = {}
+    for name in sorted(names):
+        flat = params[name].detach().flatten()
+        found[name] = flat[:: max(1, len(flat) // _SAMPLED)][:_SAMPLED].cpu().clone()
+    return found
+
+
+def are_the_same(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
+    """Whether two samples are of the same weights; of another precision, as far as that tells."""
+    if one.keys() != other.keys():
+        return False
+    for name, value in one.items():
+        known = other[name]
+        if value.shape != known.shape:
+            return False
+        if value.dtype == known.dtype:
+            if not torch.equal(value, known):
+                return False
+        elif not torch.allclose(value.float(), known.float(), rtol=2**-7, atol=1e-6):
+            return False
+    return True
 
 
 def without_frozen(state: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
@@ -88,5 +129,5 @@ def without_frozen(state: dict[str, Tensor], names: set[str]) -> dict[str, Tenso
 
 def with_frozen(module: nn.Module, state: Mapping[str, Tensor], names: set[str]) -> dict[str, Tensor]:
     """A state completed by the module's own frozen weights."""
-    own = dict(module.named_parameters())
+    own = dict(module.named_parameters(remove_duplicate=False))
     return {**{name: own[name].detach() for name in names if name not in state}, **state}

@@ -24,9 +24,11 @@ from forge_lightning.core.tokens import IGNORED, has_vocabulary
 from forge_lightning.models.adapters import (
     adapter_config,
     add_adapters,
+    are_the_same,
+    changes_base,
     frozen_names,
     merged,
-    weights_digest,
+    weights_sample,
     with_frozen,
     without_frozen,
 )
@@ -286,7 +288,7 @@ class ForgeModule(LightningModule):
         if self._leaves_out_frozen and "state_dict" in checkpoint:
             names = frozen_names(self, "model.")
             checkpoint["state_dict"] = without_frozen(checkpoint["state_dict"], names)
-            checkpoint["frozen_weights"] = {"of": self.pretrained, "digest": weights_digest(self, names)}
+            checkpoint["frozen_weights"] = {"of": self.pretrained, "sample": weights_sample(self, names)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.fitted_temperature = checkpoint.get("fitted_temperature", math.nan)
@@ -294,7 +296,7 @@ class ForgeModule(LightningModule):
         if before is None or self.model is None:
             return
         names = frozen_names(self, "model.")
-        if not math.isclose(before["digest"], weights_digest(self, names), rel_tol=1e-6, abs_tol=1e-9):
+        if not are_the_same(before["sample"], weights_sample(self, names)):
             raise MisconfigurationException(
                 f"The checkpoint holds adapters to the weights of {before['of']!r}, and those of"
                 f" `ForgeModule(pretrained={self.pretrained!r})` are others. Name the weights that it was trained on."
@@ -304,7 +306,9 @@ class ForgeModule(LightningModule):
     @property
     def _leaves_out_frozen(self) -> bool:
         """Whether checkpoints hold only what is trained: the rest is where it came from."""
-        return self.peft is not None and self.pretrained is not None and self.device_mesh is None
+        if self.peft is None or self.pretrained is None or self.device_mesh is not None:
+            return False
+        return not changes_base(self.peft)
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> dict[str, Tensor]:
         return self._evaluation_step(batch, "val")

@@ -71,6 +71,8 @@ def _continued(
         mask[row, longest - len(ids) :] = 1
     with _only_our_settings(model) as own_ends:
         ends = [*dict.fromkeys([end for end in (tokenizer.eos_token_id, *own_ends) if end is not None])]
+        if streamer is not None:
+            streamer.ends = set(ends)
         out = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -95,18 +97,22 @@ def _only_our_settings(model: Any) -> Iterator[list[int]]:
 
     Yields the model's own end tokens, which still end a completion.
     """
-    before = getattr(model, "generation_config", None)
+    holders = [model, *([model.get_base_model()] if hasattr(model, "get_base_model") else [])]  # an adapter hands it on
+    kept = [(holder, getattr(holder, "generation_config", None)) for holder in holders]
+    before = next((config for _, config in kept if config is not None), None)
     if before is None:
         yield []
         return
     from transformers import GenerationConfig
 
     ends = before.eos_token_id
-    model.generation_config = GenerationConfig()
     try:
+        for holder, _ in kept:
+            holder.generation_config = GenerationConfig()
         yield ends if isinstance(ends, list) else [] if ends is None else [ends]
     finally:
-        model.generation_config = before
+        for holder, config in kept:
+            holder.generation_config = config
 
 
 def _seeds(encoded: Sequence[list[int]], seed: int) -> list[int]:
@@ -129,18 +135,25 @@ class _Pieces:
         self._tokenizer, self._prompt, self._on_text = tokenizer, list(prompt), on_text
         self._new: list[int] | None = None  # the first call brings the prompt
         self._shown = 0
+        self.ends: set[int] = set()
+        """Tokens after which nothing is text any more."""
 
     def put(self, value: Tensor) -> None:
         """Take the prompt, then one token after another."""
         if self._new is None:
             self._new = []
             return
-        self._new += value.flatten().tolist()
+        for token in value.flatten().tolist():
+            if self._new and self._new[-1] in self.ends:
+                return
+            self._new.append(token)
+        if self._new[-1] in self.ends:
+            return
         self._show(continuation_text(self._tokenizer, self._prompt, self._new).rstrip("\N{REPLACEMENT CHARACTER}"))
 
     def end(self) -> None:
         """Hand on the rest."""
-        self._show(continuation_text(self._tokenizer, self._prompt, self._new or []))
+        self._show(continuation_text(self._tokenizer, self._prompt, [t for t in self._new or [] if t not in self.ends]))
 
     def _show(self, text: str) -> None:
         if len(text) > self._shown:

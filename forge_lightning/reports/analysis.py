@@ -81,8 +81,12 @@ def analyze(paths: Sequence[Path], output: Path) -> Path:
     if len(runs) > 1:
         page += _comparison(whole, pictures, len(whole) < len(runs))
     labels = _labels(runs)
+    used: list[str] = []
     for run, label in zip(runs, labels, strict=True):
-        page.append(_section(run, pictures, label if len(runs) > 1 else ""))
+        prefix = f"{slug(label)}_" if len(runs) > 1 else ""
+        prefix = prefix if prefix not in used else f"{len(used)}_{prefix}"
+        used.append(prefix)
+        page.append(_section(run, pictures, label if len(runs) > 1 else "", prefix))
     numbers: dict[str, Any] = {"runs": [numbers_of(run) for run in runs]}
     if len(runs) > 1:
         numbers["comparison"] = {
@@ -110,9 +114,8 @@ def show(run: RunTrace | str | Path) -> Any:
     """
     display = require_extra("IPython.display", "notebooks", "`show`")
     run = run if isinstance(run, RunTrace) else read_run(run)
-    return display.HTML(
-        f"<style>figure img {{ max-width: 100%; }}</style><h2>{run.name}</h2>{_section(run, Pictures(None), '')}"
-    )
+    style = "<style>figure img { max-width: 100%; }</style>"
+    return display.HTML(f"{style}<h2>{words(run.name)}</h2>{_section(run, Pictures(None), '')}")
 
 
 def summary_table(paths: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
@@ -123,7 +126,8 @@ def summary_table(paths: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
 def _written_before(output: Path) -> list[str]:
     """Pictures that the last report here has written, by its own list."""
     try:
-        found = json.loads((output / "analysis.json").read_text()).get("files")
+        report = json.loads((output / "analysis.json").read_text())
+        found = report.get("files") if "runs" in report else None  # one of ours
     except (OSError, ValueError, AttributeError):
         return []
     return [name for name in found if isinstance(name, str)] if isinstance(found, list) else []
@@ -227,8 +231,7 @@ def _thinned(steps: list[int], values: list[float]) -> dict[str, Any]:
     return {"steps": [steps[i] for i in places], "values": [values[i] for i in places], "every": stride}
 
 
-def _section(run: RunTrace, pictures: Pictures, label: str) -> str:
-    prefix = f"{slug(label)}_" if label else ""
+def _section(run: RunTrace, pictures: Pictures, label: str, prefix: str = "") -> str:
     parts = [f"<h2>{words(label)}</h2>"] if label else []
     parts.append(table([*headline(run), *_calibration_facts(run)]))
     if run.remarks:
@@ -325,7 +328,7 @@ def _groups(runs: Sequence[RunTrace]) -> dict[str, dict[str, Any]]:
     for group, members in comparison.by_group(runs).items():
         each = [outcome(run) for run in members]
         losses = [one["best_validation_loss"] for one in each if one["best_validation_loss"] is not None]
-        successes = [value for run in members if (value := last(run, SUCCESS)) is not None]
+        successes = [v for run in members if (v := last(run, SUCCESS)) is not None and math.isfinite(v)]
 
         def middle_of(key: str, each: list[dict[str, Any]] = each) -> float | None:
             values = [one[key] for one in each if one[key] is not None]

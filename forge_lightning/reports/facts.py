@@ -1,5 +1,6 @@
 """What a run was made of, and what came of it: for the page, for tables, and for people who ask."""
 
+import json
 import math
 from collections.abc import Mapping
 from statistics import median
@@ -24,7 +25,7 @@ def outcome(run: RunTrace) -> dict[str, Any]:
         "best_validation_success": best(run, SUCCESS, least=False) if ever_right(run) else None,
         "tokens_per_second": middle(run, "forge/telemetry/tokens_per_second"),
         "median_step_seconds": middle(run, "forge/telemetry/step_seconds"),
-        "seconds": (run.summary.get("seconds") or {}).get("wall"),
+        "seconds": _seconds(run).get("wall"),
     }
 
 
@@ -41,8 +42,8 @@ def best(run: RunTrace, names: tuple[str, ...], least: bool) -> dict[str, Any] |
 
 
 def last(run: RunTrace, names: tuple[str, ...]) -> float | None:
-    """The last number of a series."""
-    values = [value for value in (run.find(*names) or ([], []))[1] if math.isfinite(value)]
+    """The last value of a series, which is NaN where it was no number."""
+    values = (run.find(*names) or ([], []))[1]
     return values[-1] if values else None
 
 
@@ -58,11 +59,17 @@ def ever_right(run: RunTrace) -> bool:
 
 
 def _perplexity(run: RunTrace) -> float | None:
-    """Perplexity where the validation loss was best."""
-    found, at = run.find(*_PERPLEXITY), best(run, VAL_LOSS, least=True)
-    if found is None or at is None:
+    """Perplexity where the validation loss was best, of a run that logs perplexities."""
+    found = best(run, VAL_LOSS, least=True)
+    if run.find(*_PERPLEXITY) is None or found is None or found["value"] > 700:
         return None
-    return next((value for step, value in zip(*found, strict=True) if step == at["step"]), None)
+    return math.exp(found["value"])
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    if value is None or not math.isfinite(value):
+        return "not finite"
+    return f"{value:.4g}{unit}"
 
 
 def headline(run: RunTrace) -> list[tuple[str, str]]:
@@ -72,15 +79,15 @@ def headline(run: RunTrace) -> list[tuple[str, str]]:
     if found["best_validation_loss"]:
         value, step = found["best_validation_loss"]["value"], found["best_validation_loss"]["step"]
         rows.append(("best validation loss", f"{value:.4g} nats at step {step:,}"))
-        rows.append(("last validation loss", f"{found['last_validation_loss']:.4g} nats"))
+        rows.append(("last validation loss", _number(found["last_validation_loss"], " nats")))
     if found["perplexity"] is not None:
         rows.append(("perplexity there", f"{found['perplexity']:.4g}"))
     if found["last_training_loss"] is not None:
-        rows.append(("last training loss", f"{found['last_training_loss']:.4g} nats"))
+        rows.append(("last training loss", _number(found["last_training_loss"], " nats")))
     success = found["best_validation_success"]
     if success is not None:
         rows.append(("best validation success", f"{success['value']:.4g} at step {success['step']:,}"))
-        rows.append(("last validation success", f"{last(run, SUCCESS):.4g}"))
+        rows.append(("last validation success", _number(last(run, SUCCESS))))
         for level in (0.5, 0.95, 0.99):
             step = first_step(run, level)
             rows.append((f"success first ≥ {level:g}", "not reached" if step is None else f"step {step:,}"))
@@ -114,7 +121,8 @@ def makeup(run: RunTrace) -> list[tuple[str, str]]:
     model, data = _part(config.get("model")), _part(config.get("data"))
     if model or facts.get("module"):
         arguments = model[1] if model else {}
-        origin = arguments.get("pretrained") or (arguments.get("config") or {}).get("model_type")
+        inner = arguments.get("config")
+        origin = arguments.get("pretrained") or (inner.get("model_type") if isinstance(inner, Mapping) else inner)
         size = facts.get("parameters")
         told = [model[0] if model else str(facts["module"]), *([str(origin)] if origin else [])]
         if isinstance(size, int):
@@ -122,7 +130,7 @@ def makeup(run: RunTrace) -> list[tuple[str, str]]:
             told.append(f"{size:,} weights" + (f", of which {trained:,} are trained" if trained != size else ""))
         rows.append(("model", ", ".join(told)))
     if data:
-        place = data[1].get("path") or ", ".join(str(s.get("path")) for s in data[1].get("sources") or [])
+        place = _places(data[1])
         kept = {key: data[1][key] for key in ("batch_size", "block_size", "max_length") if data[1].get(key) is not None}
         rows.append(("data", ", ".join([data[0], *([place] if place else []), *_settings(kept)])))
     for key in ("optimizer", "lr_scheduler", "peft"):
@@ -138,7 +146,7 @@ def makeup(run: RunTrace) -> list[tuple[str, str]]:
         value = facts.get(key)
         if value:
             rows.append((key, ", ".join(_settings(value, " ")) if isinstance(value, Mapping) else str(value)))
-    seconds = run.summary.get("seconds") or {}
+    seconds = _seconds(run)
     if isinstance(seconds.get("wall"), int | float):
         told_cost = [f"{_span(seconds['wall'])} of wall time"]
         if isinstance(seconds.get("cpu"), int | float):
@@ -153,10 +161,26 @@ def makeup(run: RunTrace) -> list[tuple[str, str]]:
     return rows
 
 
+def _places(arguments: Mapping[str, Any]) -> str:
+    """Where data comes from, of arguments of any datamodule."""
+    if arguments.get("path") is not None:
+        return str(arguments["path"])
+    sources = arguments.get("sources")
+    if not isinstance(sources, list):
+        return ""
+    return ", ".join(str(source.get("path") if isinstance(source, Mapping) else source) for source in sources)
+
+
+def _seconds(run: RunTrace) -> dict[str, Any]:
+    found = run.summary.get("seconds")
+    return dict(found) if isinstance(found, Mapping) else {}
+
+
 def _config(run: RunTrace) -> dict[str, Any]:
     try:
         found = yaml.safe_load(config_text(run))
-    except yaml.YAMLError:
+        json.dumps(found, default=str)  # of one that holds itself nothing can be said
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError):
         return {}
     return found if isinstance(found, dict) else {}
 

@@ -120,8 +120,10 @@ def read_run(path: str | Path) -> RunTrace:
         )
         _take_metrics(run, logged)
     _find_other_names(run)
-    run.calibration = _read_json(run, next(iter(sorted(directory.glob("calibration*.json"))), None), {})
-    run.temperature_study = _read_json(run, directory / "temperature_study.json", [])
+    calibration = _read_json(run, next(iter(sorted(directory.glob("calibration*.json"))), None), {})
+    run.calibration = {split: kept for split, kept in calibration.items() if isinstance(kept, dict)}
+    study = _read_json(run, directory / "temperature_study.json", [])
+    run.temperature_study = [row for row in study if isinstance(row, dict)]
     if not (run.series or run.calibration or run.temperature_study):
         raise ValueError(
             f"{path} holds neither a {FILE_NAME} nor a metrics.csv with anything in it: it is no run of Lightning with"
@@ -171,7 +173,7 @@ def _take_rows(run: RunTrace, trace: Path) -> bool:
     for row in read_rows(trace):
         count += 1
         if row.get("kind") == "header":
-            header = header or row
+            header = {**row, "version": header.get("version", row.get("version"))}  # the last, of a resume
         if row.get("kind") == "event":
             event = _event(row)
             if event is None:
@@ -236,10 +238,15 @@ def differences(runs: Sequence[RunTrace]) -> dict[str, list[Any]]:
     settings = [_settings_of(run) for run in runs]
     keys = dict.fromkeys(key for each in settings for key in each)
     return {
-        key: [each.get(key) for each in settings]
+        key: [_plain(each.get(key)) for each in settings]
         for key in keys
         if len({str(each.get(key, _UNSET)) for each in settings}) > 1
     }
+
+
+def _plain(value: Any) -> Any:
+    """A setting as JSON has it: dates of YAML as text."""
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 def group_names(runs: Sequence[RunTrace]) -> list[str]:
@@ -264,7 +271,10 @@ def _settings_of(run: RunTrace) -> dict[str, Any]:
     """The settings of the config that a run was made with, by dotted name, without seeds and places."""
     try:
         config = yaml.safe_load(config_text(run))
-    except yaml.YAMLError:
+        json.dumps(config, default=str)
+    except (yaml.YAMLError, ValueError, RecursionError, TypeError):  # or one that holds itself
+        return {}
+    if not isinstance(config, Mapping):
         return {}
     found: dict[str, Any] = {}
 

@@ -103,15 +103,22 @@ class LiveRun:
     @property
     def seconds_left(self) -> float | None:
         """Until the last step, at the speed of the last rows."""
-        total, speed = self.facts.get("total_steps"), self.steps_per_second
-        return (total - self.step) / speed if isinstance(total, int) and speed else None
+        total, speed = self.total_steps, self.steps_per_second
+        return (total - self.step) / speed if total is not None and speed else None
+
+    @property
+    def total_steps(self) -> int | None:
+        """Steps of the whole run; ``None`` where that is not known, or was wrong."""
+        total = self.facts.get("total_steps")
+        return total if isinstance(total, int) and total >= max(1, self.step) else None
 
     @property
     def status(self) -> str:
         """How it ended, or how it is going."""
         try:
             summary = json.loads((self.directory / "summary.json").read_text())
-            if isinstance(summary, dict) and summary.get("steps", -1) >= self.step > 0:
+            steps = summary.get("steps") if isinstance(summary, dict) else None
+            if isinstance(steps, int) and steps >= self.step > 0:
                 return str(summary.get("status"))
         except (OSError, ValueError):
             pass
@@ -161,9 +168,9 @@ def _first_bad(steps: Sequence[int], values: Sequence[float]) -> int:
 
 def view(run: LiveRun, width: int) -> RenderableType:
     """All of it, as wide as the terminal."""
-    total = run.facts.get("total_steps")
+    total = run.total_steps
     facts = Table.grid(padding=(0, 2))
-    progress = f"{run.step:,}" + (f" of {total:,} ({100 * run.step / total:.0f} %)" if isinstance(total, int) else "")
+    progress = f"{run.step:,}" + (f" of {total:,} ({100 * run.step / total:.0f} %)" if total is not None else "")
     rows = [("state", run.status), ("step", progress), ("stage", run.stage)]
     left, speed = run.seconds_left, run.steps_per_second
     if left is not None and not run.is_over:
@@ -206,6 +213,7 @@ def plot(steps: Sequence[int], values: Sequence[float], width: int, height: int)
     points = [(step, value) for step, value in zip(steps, values, strict=True) if math.isfinite(value)]
     if len(points) < 2 or width < 4:
         return []
+    points = [(step, min(1e300, max(-1e300, value))) for step, value in points]  # whose difference is finite
     low, high = min(v for _, v in points), max(v for _, v in points)
     first, last = points[0][0], points[-1][0]
     cells = [[0] * width for _ in range(height)]

@@ -131,7 +131,11 @@ class Telemetry(ForgeCallback):
         if self.trace and directory is not None and trainer.is_global_zero:
             path = directory / (FILE_NAME if self.name is None else f"trace_{self.name}.jsonl")
             earlier = self._earlier if self._earlier is not None and self._earlier.is_file() else path
-            header = run_facts(trainer, pl_module)
+            header = {"module": type(pl_module).__name__}
+            try:
+                header = run_facts(trainer, pl_module)
+            except Exception as error:  # of the user's module or data, which a report must not end a fit for
+                self.warn_once(f"the facts of the run are unknown: {type(error).__name__}: {error}")
             known = (self._offered, self._num_rows)
             self._writer = TraceWriter(
                 path, trainer.global_step, earlier, header, self.max_rows, *known, on_failure=self._lost

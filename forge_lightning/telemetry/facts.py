@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.nn.parameter import UninitializedParameter
 
 from forge_lightning import __version__
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
 
 def run_facts(trainer: "Trainer", module: "LightningModule") -> dict[str, Any]:
     """Module and its size, versions, hardware, strategy and precision. Plain numbers and texts."""
-    params = list(module.parameters())
+    params = [param for param in module.parameters() if not isinstance(param, UninitializedParameter)]
     device = trainer.strategy.root_device
     return {
         "module": type(module).__name__,

@@ -188,3 +188,28 @@ COMP_WORDS=(forge-fit init o) COMP_CWORD=2; _forge_fit; echo "${COMPREPLY[@]}"
     script = f'python_forge() {{ "{sys.executable}" -m forge_lightning "$@"; }}\n' + script
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True)
     assert done.stdout.splitlines() == ["generate", "grokking_fast grokking_observed", "observe"], done.stderr
+
+
+@pytest.mark.parametrize("name", ["2024", "null", "a: b", "yes"])
+def test_names_stay_names(tmp_path, base, name):
+    file = written(tmp_path, "text", f"{name}.jsonl")
+    assert main(["init", "finetune", "--model", base, "--data", file, "--output", f"{name}.yaml"]) == 0
+    config = yaml.safe_load((tmp_path / f"{name}.yaml").read_text())
+    assert config["trainer"]["logger"][0]["init_args"]["name"] == name
+    assert config["data"]["init_args"]["path"] == file
+    assert main(["check", f"{name}.yaml"]) == 0
+
+
+def test_check_refuses_rows_longer_than_the_model(tmp_path, base, capsys):
+    file = written(tmp_path, "text")
+    assert main(["init", "finetune", "--model", base, "--data", file]) == 0
+    assert main(["check", "finetune.yaml", "--data.block_size=65"]) == 2
+    assert "have 65 tokens, but the model has only 64 positions" in capsys.readouterr().err
+
+
+def test_a_table_of_an_editor_and_a_config_that_is_none(tmp_path):
+    (tmp_path / "t.csv").write_text("text,b\n" + "words and words,1\n" * 30, encoding="utf-8-sig")
+    (tmp_path / "odd").mkdir()
+    (tmp_path / "odd" / "config.json").write_text("[]")
+    assert main(["init", "finetune", "--model", "odd", "--data", "t.csv"]) == 0
+    assert yaml.safe_load((tmp_path / "finetune.yaml").read_text())["data"]["class_path"] == "TextData"

@@ -14,7 +14,7 @@ from transformers import ByT5Tokenizer
 from forge_lightning.callbacks import RNGState
 from forge_lightning.data import DataFileError, InstructionData, Source, Streaming, TextData
 from forge_lightning.data.encoding import TextEncoder, encode_chat
-from forge_lightning.data.records import iterate_text
+from forge_lightning.data.records import BEGINS, ENDS, iterate_text
 from forge_lightning.data.tokens import build_tokenizer
 
 CHATML = (
@@ -91,8 +91,8 @@ def test_a_large_text_is_read_in_pieces_of_one_document(tmp_path):
     pieces = list(iterate_text(path, size=1000))
     assert len(pieces) > 5
     assert "".join(piece["text"] for piece in pieces) == path.read_text()
-    assert [piece["begins"] for piece in pieces] == [True] + [False] * (len(pieces) - 1)
-    assert [piece["ends"] for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    assert [piece[BEGINS] for piece in pieces] == [True] + [False] * (len(pieces) - 1)
+    assert [piece[ENDS] for piece in pieces] == [False] * (len(pieces) - 1) + [True]
     data = TextData(str(path), block_size=8)
     data.setup()
     ids = np.concatenate([row.input_ids for split in ("train", "val") for row in rows(data, split)])
@@ -396,3 +396,160 @@ def test_bad_arguments_are_named(options):
     name = next(iter(options))
     with pytest.raises(ValueError, match=rf"`TextData\({name}="):
         TextData("x", **options)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "saved", "parquet"])
+def test_parts_of_a_split(tmp_path, kind):
+    texts = [f"document {i:02}" for i in range(20)]
+    path = tmp_path / f"d.{kind}"
+    if kind == "jsonl":
+        jsonl(path, [{"text": text} for text in texts])
+    elif kind == "saved":
+        Dataset.from_dict({"text": texts}).save_to_disk(path)
+    else:
+        Dataset.from_dict({"text": texts}).to_parquet(path)
+    data = TextData(sources=[Source(str(path), split="train[:75%]", val_split="train[75%:]")], packing=False)
+    data.setup()
+    shown = {split: [data.tokenizer.decode(row.input_ids) for row in rows(data, split)] for split in ("train", "val")}
+    assert shown["train"] == [f"{text}</s>" for text in texts[:15]]
+    assert shown["val"] == [f"{text}</s>" for text in texts[15:]]
+    if kind != "parquet":
+        with pytest.raises(MisconfigurationException, match="has no split 'validation': it is all one split"):
+            TextData(sources=[Source(str(path), val_split="validation")]).setup()
+
+
+def test_columns_of_the_users_mean_nothing_to_us(tmp_path):
+    Dataset.from_dict({"text": ["ab"] * 20, "begins": [0] * 20, "ends": [0] * 20}).to_csv(tmp_path / "d.csv")
+    data = TextData(str(tmp_path / "d.csv"), block_size=3)
+    data.setup()
+    assert rows(data, "train")[0].input_ids.tolist() == [100, 101, 1]
+
+
+OPEN = "{% if add_generation_prompt %}A{% endif %}"
+
+
+def merging():
+    """A byte-level tokenizer that merges two line ends, and a space with the word behind it."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: i for i, letter in enumerate(letters)}
+    merges = [("Ċ", "Ċ"), ("Ġ", "y"), ("Ġy", "e"), ("Ġye", "s")]
+    for one, other in merges:
+        vocabulary[one + other] = len(vocabulary)
+    core = Tokenizer(models.BPE(vocabulary, merges))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="ÿ")
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "learned"),
+    [  # a token across the seam is learned
+        (
+            "{% for m in messages %}{{ m.role }}\n{{ m.content }};{% endfor %}" + OPEN.replace("A", "assistant\n"),
+            "\nyes",
+            "\n\nyes;",
+        ),
+        (
+            "{% for m in messages %}{{ m.role }}: {{ m.content }};{% endfor %}" + OPEN.replace("A", "assistant: "),
+            "yes no",
+            " yes no;",
+        ),
+        (
+            "{% for m in messages %}<{{ m.role }}>{{ m.content }};{% endfor %}",
+            "yes no",
+            "yes no;",
+        ),  # without an opening
+    ],
+)
+def test_answers_are_learned_whole_and_headers_are_not(template, answer, learned):
+    tokenizer = merging()
+    tokenizer.chat_template = template
+    chat = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": answer}] * 2
+    ids, labels = encode_chat(tokenizer, chat)
+    assert ids == tokenizer(tokenizer.apply_chat_template(chat, tokenize=False), add_special_tokens=False)["input_ids"]
+    assert tokenizer.decode([label for label in labels if label != -100]) == 2 * learned
+
+
+def test_rows_of_a_stream_do_not_keep_their_document(tmp_path):
+    path = jsonl(tmp_path / "long.jsonl", [{"text": "x" * 200_000}])
+    data = TextData(sources=[Source(path, val_path=path)], block_size=64, streaming=Streaming(buffer=500))
+    data.setup()
+    loader = data.train_dataloader()
+    next(iter(loader))
+    assert all(row.base is None or row.base.size <= 64 for pair in loader._rows for row in pair)
+
+
+def test_streams_go_on_where_loaders_are_made_anew(tmp_path):
+    path = jsonl(tmp_path / "d.jsonl", [{"text": f"{i:02}"} for i in range(40)])
+    data = TextData(
+        sources=[Source(path, val_path=path)],
+        packing=False,
+        batch_size=4,
+        streaming=Streaming(steps_per_epoch=2, buffer=1),
+    )
+    data.setup()
+    first, second = ([text for batch in data.train_dataloader() for text in decoded(data, batch)] for _ in range(2))
+    assert not set(first) & set(second)
+    data.teardown("fit")
+    assert [text for batch in data.train_dataloader() for text in decoded(data, batch)] == first
+
+
+def test_a_place_in_other_data_is_refused(tmp_path):
+    paths = [documents(tmp_path, name=f"{name}.jsonl") for name in "ab"]
+
+    def loader(*sources, **options):
+        data = TextData(sources=list(sources), block_size=16, batch_size=2, **options)
+        data.setup()
+        return data.train_dataloader()
+
+    def after_one(made):
+        next(iter(made))
+        return made.state_dict()
+
+    stream = {"streaming": Streaming(buffer=3)}
+    one, other = (Source(path, val_path=paths[0], weight=1.0) for path in paths)
+    with pytest.raises(MisconfigurationException, match="sources: .*a.jsonl.*, now .*b.jsonl"):
+        loader(other, **stream).load_state_dict(after_one(loader(one, **stream)))
+    with pytest.raises(MisconfigurationException, match="another kind of data, a stream"):
+        loader(one).load_state_dict(after_one(loader(one, **stream)))
+    with pytest.raises(MisconfigurationException, match="another kind of data than a stream"):
+        loader(one, **stream).load_state_dict(after_one(loader(one)))
+    before = loader(one, other)
+    before.sampler.set_epoch(0)
+    resumed = loader(one, Source(paths[1], val_path=paths[0], weight=5.0))
+    resumed.load_state_dict(after_one(before))
+    resumed.sampler.set_epoch(0)
+    with pytest.raises(MisconfigurationException, match=r"weights: \[1.0, 1.0\], now \[1.0, 5.0\]"):
+        next(iter(resumed))
+
+
+def test_pieces_of_a_text_have_no_space_of_their_own(tmp_path, monkeypatch):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    letters = ["▁", "a", "b", "\n", "<unk>"]
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(letters)}, [], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    encoder = TextEncoder(PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>"))
+    pieces = {"text": ["ab\n", "ba"], BEGINS: [True, False], ENDS: [False, True]}
+    assert [ids.tolist() for ids in encoder(pieces)["input_ids"]] == [[0, 1, 2, 3], [2, 1]]
+
+
+def test_empty_files_and_marks_of_editors(tmp_path):
+    (tmp_path / "e.jsonl").write_text("")
+    with pytest.raises(DataFileError, match="holds no record"):
+        InstructionData(str(tmp_path / "e.jsonl")).setup()
+    (tmp_path / "bom.jsonl").write_text('{"text": "' + "word " * 30 + '"}\n', encoding="utf-8-sig")
+    data = TextData(str(tmp_path / "bom.jsonl"), block_size=8)
+    data.setup()
+    assert data.tokenizer.decode(rows(data, "train")[0].input_ids) == "word wor"
+    (tmp_path / "my.csv.txt").write_text("plain words, " * 30)
+    TextData(str(tmp_path / "my.csv.txt"), block_size=8).setup()
+    with pytest.raises(MisconfigurationException, match="`val_path=nope.jsonl`"):
+        TextData(str(tmp_path / "bom.jsonl"), val_path="nope.jsonl", block_size=8).setup()
+    with pytest.raises(ValueError, match="above 0, and finite"):
+        Source("a", weight=float("inf"))

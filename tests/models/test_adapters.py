@@ -146,6 +146,9 @@ def test_callbacks_work_on_adapters(folder):
     [
         ({"peft_type": "LAURA"}, r"peft has no type 'LAURA', but \[.*'LORA'"),
         ({"rank": 4}, "rank"),
+        ({"peft_type": "ADALORA", "total_step": 20}, "ADALORA wants a call after each step"),
+        ({"inference_mode": True}, "are not for training a language model"),
+        ({"task_type": "SEQ_CLS"}, "other than CAUSAL_LM"),
         ({"peft_type": "PROMPT_TUNING", "num_virtual_tokens": 4}, "Use an adapter of weights"),
     ],
 )
@@ -156,7 +159,7 @@ def test_bad_settings_are_refused_when_the_module_is_made(settings, named):
 
 def test_layers_that_are_not_there_are_named(folder):
     module = build(folder, peft={"target_modules": ["query"]})
-    with pytest.raises(MisconfigurationException, match=r"Its linear layers are called \['down_proj', .*'q_proj'"):
+    with pytest.raises(MisconfigurationException, match=r"linear layers are called \['down_proj', .*'q_proj'"):
         module.build()
 
 
@@ -178,3 +181,64 @@ class _Without:
         if name.split(".")[0] == self.package:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
         return
+
+
+def test_what_peft_refuses_is_one_message(folder):
+    with pytest.raises(MisconfigurationException, match=r"`ForgeModule\(peft="):
+        build(folder, peft={"r": "x", "target_modules": ["q_proj"]}).build()
+
+
+def test_a_difference_anywhere_in_the_weights_is_seen(folder, tmp_path):
+    saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, filename="at")
+    fit(folder, build(folder), 1, [saving], enable_checkpointing=True)
+    other = AutoModelForCausalLM.from_pretrained(folder / "base")
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight[-8:] += 1e-4
+    shutil.copytree(folder / "base", tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    module = build(folder, tmp_path / "other")
+    with pytest.raises(MisconfigurationException, match="holds adapters to the weights of"):
+        fit(folder, module, 2, ckpt_path=tmp_path / "at.ckpt")
+
+
+def test_pure_bf16_resumes(folder, tmp_path):
+    saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, filename="at")
+    fit(folder, build(folder), 2, [saving], enable_checkpointing=True, precision="bf16-true")
+    trainer = fit(folder, build(folder), 3, ckpt_path=tmp_path / "at.ckpt", precision="bf16-true")
+    assert trainer.global_step == 3
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_frozen_weights_of_tied_models_stay_out(folder, tmp_path, tied):
+    from forge_lightning.data.tokens import build_tokenizer
+
+    torch.manual_seed(0)
+    base = ForgeModule(config=LLAMA | {"tie_word_embeddings": tied})
+    base.build(build_tokenizer("bytes"))
+    base.export(tmp_path / "tied")
+    saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=1, filename="at")
+    fit(folder, build(folder, tmp_path / "tied"), 1, [saving], enable_checkpointing=True)
+    state = torch.load(tmp_path / "at.ckpt", weights_only=True)["state_dict"]
+    assert not [name for name in state if "lora_" not in name and "metrics" not in name]
+
+
+def test_adapters_taken_out_of_the_base_keep_it_in_the_checkpoint(folder, tmp_path):
+    settings = LORA | {"init_lora_weights": "pissa", "lora_dropout": 0.0}
+    saving = ModelCheckpoint(dirpath=tmp_path, every_n_train_steps=2, filename="at")
+    module = build(folder, peft=settings)
+    fit(folder, module, 2, [saving], enable_checkpointing=True)
+    assert any("base_layer" in name for name in torch.load(tmp_path / "at.ckpt", weights_only=True)["state_dict"])
+    again = build(folder, peft=settings)
+    fit(folder, again, 2, ckpt_path=tmp_path / "at.ckpt", max_steps=2)
+
+
+def test_completing_leaves_the_generation_config(folder):
+    module = build(folder)
+    module.build()
+    from forge_lightning.data.tokens import build_tokenizer
+
+    module.tokenizer = build_tokenizer("bytes")
+    inner = module.model.get_base_model()
+    inner.generation_config.repetition_penalty = 1.3
+    module.complete(["ab"], max_new_tokens=2)
+    assert inner.generation_config.repetition_penalty == 1.3

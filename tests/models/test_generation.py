@@ -131,3 +131,16 @@ def test_pieces_of_text_add_up(module, temperature):
 def test_complete_refuses(module, prompts, options, named):
     with pytest.raises(ValueError, match=named):
         module.complete(prompts, **options)
+
+
+def test_nothing_is_shown_behind_an_end_of_the_models_own(module):
+    """An end token of the model that is a letter to the tokenizer: what follows it is no text."""
+    before = module.model.generation_config.eos_token_id
+    module.model.generation_config.eos_token_id = [1, *range(60, 80)]
+    try:
+        for seed in range(6):
+            pieces = []
+            options = {"max_new_tokens": 20, "temperature": 1.0, "seed": seed}
+            assert module.complete(["ab"], **options, on_text=pieces.append)[0] == "".join(pieces)
+    finally:
+        module.model.generation_config.eos_token_id = before

@@ -1,5 +1,6 @@
 import gzip
 import json
+import math
 import re
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from matplotlib.figure import Figure
 
 from forge_lightning.callbacks import GeometryProbe, Grokfast, RunSummary, StageClassifier, Telemetry
 from forge_lightning.reports import comparison, figures
-from forge_lightning.reports.analysis import analyze, analyze_checkpoint, numbers_of
+from forge_lightning.reports.analysis import analyze, analyze_checkpoint, numbers_of, show
 from forge_lightning.reports.learning_curves import logarithmic, plot_learning_curves, read_metrics
 from forge_lightning.reports.trace import group_names, join_resumed, read_run, stage_spans
 from tests.contract.modules import Plain
@@ -648,3 +649,77 @@ def test_long_series_are_thinned_in_the_json(tmp_path):
     series = json.loads((tmp_path / "out" / "analysis.json").read_text())["runs"][0]["series"]["val/loss"]
     assert len(series["steps"]) <= 2001
     assert (series["every"], series["steps"][:2], series["steps"][-1]) == (3, [1, 4], 5001)
+
+
+ODD = """
+model: {class_path: mine.Module, init_args: {config: conf/x.yaml, since: 2024-01-01, optimizer: 3}}
+data: {class_path: mine.Data, init_args: {path: [a, b], sources: [a, b]}}
+"""
+ITSELF = "model: &m\n  class_path: mine.Module\n  init_args: {other: *m}\n"
+
+
+@pytest.mark.parametrize("config", [ODD, ITSELF, "[1, 2]", "just text", ": :"])
+@pytest.mark.parametrize(
+    "summary", [{"seconds": 3, "steps": None, "status": 1}, {"seconds": {"wall": "x"}}, {"metrics": None}]
+)
+def test_anybodys_files_make_a_page(tmp_path, config, summary):
+    rows = [{"kind": "validation", "step": s, "metrics": {"val/loss": 1.0 / s}} for s in range(1, 6)]
+    for name, text in (("one", config), ("two", config.replace("2024", "2025"))):
+        of_rows(tmp_path / name / "run", rows)
+        (tmp_path / name / "run" / "config.yaml").write_text(text)
+        (tmp_path / name / "run" / "summary.json").write_text(json.dumps(summary))
+        (tmp_path / name / "run" / "calibration.json").write_text('{"val": [1]}')
+    paths = [tmp_path / name / "run" for name in ("one", "two")]
+    analyze(paths, tmp_path / "out")
+    numbers, _ = written(tmp_path / "out")
+    if config == ODD:
+        assert numbers["comparison"]["differences"] == {"model.init_args.since": ["2024-01-01", "2025-01-01"]}
+    assert numbers["runs"][0]["outcome"]["best_validation_loss"] == {"value": 0.2, "step": 5}
+
+
+def test_a_loss_that_is_no_number_at_the_end_is_said(tmp_path):
+    rows = [{"kind": "validation", "step": s, "metrics": {"val/loss": 1.0 if s < 3 else "nan"}} for s in range(1, 6)]
+    of_rows(tmp_path / "run", rows)
+    analyze([tmp_path / "run"], tmp_path / "out")
+    text = written(tmp_path / "out")[1]
+    assert "<td>best validation loss</td><td>1 nats at step 1</td>" in text
+    assert "<td>last validation loss</td><td>not finite</td>" in text
+
+
+def test_perplexity_is_that_of_the_best_loss(tmp_path):
+    metrics = [(1, 2.0), (2, 0.5), (2, 1.0)]
+    rows = [
+        {"kind": "validation", "step": s, "metrics": {"val/loss": loss, "val/perplexity": math.exp(loss)}}
+        for s, loss in metrics
+    ]
+    of_rows(tmp_path / "run", rows)
+    analyze([tmp_path / "run"], tmp_path / "out")
+    outcome = written(tmp_path / "out")[0]["runs"][0]["outcome"]
+    assert outcome["best_validation_loss"] == {"value": 0.5, "step": 2}
+    assert outcome["perplexity"] == pytest.approx(math.exp(0.5))
+
+
+def test_names_are_text_in_a_notebook(tmp_path):
+    run = of_rows(
+        tmp_path / "<b>x" / "run",
+        [{"kind": "step", "step": s, "metrics": {"forge/telemetry/loss": 1.0}} for s in (1, 2)],
+    )
+    shown = show(run).data
+    assert "<b>x" not in shown
+    assert "&lt;b&gt;x/run" in shown
+
+
+def test_runs_of_like_names_keep_their_own_pictures(tmp_path):
+    rows = [{"kind": "step", "step": s, "metrics": {"forge/telemetry/loss": 1.0 / s}} for s in range(1, 4)]
+    for name in ("a b", "a-b"):
+        of_rows(tmp_path / name / "run", rows)
+    analyze([tmp_path / name / "run" for name in ("a b", "a-b")], tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("*overview_light.png"))) == 2
+
+
+def test_a_resume_tells_of_its_own_facts(tmp_path):
+    rows = [{"kind": "header", "version": 1, "step": 0, "precision": "32-true", "total_steps": 4}]
+    rows += [{"kind": "step", "step": 2, "metrics": {"forge/telemetry/loss": 1.0}}]
+    rows += [{"kind": "header", "version": 1, "step": 4, "precision": "bf16-mixed", "total_steps": 8}]
+    (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert read_run(tmp_path).facts == {"precision": "bf16-mixed", "total_steps": 8}

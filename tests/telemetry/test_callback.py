@@ -1,4 +1,5 @@
 import csv
+import json
 import math
 from types import SimpleNamespace
 
@@ -256,7 +257,7 @@ def test_a_resumed_trace_has_no_gap_and_no_repetition(tmp_path, same_folder, at)
     rows = observed(second, Stateful, max_epochs=3, ckpt_path=tmp_path / "at.ckpt")
     assert steps(rows) == list(range(1, 25)) == steps(straight)
     assert [r["step"] for r in rows if r["kind"] == "validation"] == [8, 16, 24]
-    assert sum(row["kind"] == "header" for row in rows) == 1
+    assert sum(row["kind"] == "header" for row in rows) == 2, "the facts of each part"
     seconds = [row["seconds"] for row in rows if "seconds" in row]
     assert seconds == sorted(seconds)
 
@@ -379,3 +380,33 @@ def test_callbacks_of_others_may_have_events_and_stages_of_their_own(tmp_path):
     rows = observed(tmp_path, Plain, [Other(), StageClassifier()])
     assert steps(rows) == list(range(1, 9))
     assert {row["stage"] for row in rows if row["kind"] == "step"} == {"unknown"}
+
+
+class Lazy(Plain):
+    """Its first layer learns its size from the first batch."""
+
+    def __init__(self):
+        super().__init__()
+        self.more = torch.nn.LazyLinear(3)
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        return loss + 0 * self.more(batch[0]).sum()
+
+
+def test_facts_of_the_run_end_no_fit(tmp_path, monkeypatch):
+    fit(
+        [Telemetry()],
+        Lazy,
+        logger=CSVLogger(tmp_path, name="", version=""),
+        log_every_n_steps=1,
+        num_sanity_val_steps=0,
+    )
+    header = json.loads((tmp_path / "trace.jsonl").read_text().splitlines()[0])
+    assert header["module"] == "Lazy"
+    assert header["parameters"] == header["trained_parameters"] > 0
+    assert header["total_steps"] == 8
+    monkeypatch.setattr("forge_lightning.telemetry.callback.run_facts", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="the facts of the run are unknown: ZeroDivisionError"):
+        fit([Telemetry()], Plain, logger=CSVLogger(tmp_path / "b", name="", version=""), log_every_n_steps=1)
+    assert json.loads((tmp_path / "b" / "trace.jsonl").read_text().splitlines()[0])["module"] == "Plain"
