@@ -40,6 +40,8 @@ def check(argv: Sequence[str]) -> int:
     if builds_network(cli.model) and cli.model.config is not None:
         made = refuse_config(cli.model.config, getattr(cli.datamodule, "tokenizer", None))
     _refuse_long_rows(cli.model, cli.datamodule)
+    if isinstance(cli.datamodule, SourceData):
+        cli.datamodule.preflight()
     found = trainer.get("callbacks") or []
     found = found if isinstance(found, list) else [found]
     refuse_trainer(trainer, [c for c in found if isinstance(c, pl.callbacks.Checkpoint)])

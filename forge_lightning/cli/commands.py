@@ -98,6 +98,8 @@ def init(argv: Sequence[str]) -> int:
     text = starter(args.goal, args.model, args.data, output.stem, args.lora)
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text)
+    if args.data and args.goal != "observe" and Path(args.data).suffix and not Path(args.data).exists():
+        print(f"Note: {args.data} is not there yet, so its kind was guessed.", file=sys.stderr)
     print(f"Wrote {output}. Read it, change what is marked, then:")
     print(f"  forge-fit check {output}\n  forge-fit fit --config {output}")
     return 0
@@ -157,14 +159,31 @@ def generate(argv: Sequence[str]) -> int:
         help="sample from the likeliest tokens that add up to this probability (default: %(default)s)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
+    parser.add_argument(
+        "--raw",
+        action="store_true",
+        help="go on with the text itself; default: of a run on chats, as what the user says",
+    )
     parser.add_argument("--jsonl", action="store_true", help="print a JSON object a prompt: prompt and completion")
     args = parser.parse_args(argv)
     prompts = [*args.prompt, *([] if args.prompts is None else _prompts_of(args.prompts))]
     if not prompts:
         parser.error("give a --prompt, or --prompts FILE")
-    from forge_lightning.cli.runs import load_run
+    for name, value, allowed in (
+        ("max_new_tokens", args.max_new_tokens >= 1, "at least 1"),
+        ("temperature", args.temperature >= 0, "at least 0"),
+        ("top_p", 0 < args.top_p <= 1, "in (0, 1]"),
+    ):
+        if not value:  # before the model is loaded
+            raise UsageError(f"`{name}={getattr(args, name)}` must be {allowed}.")
+    from forge_lightning.cli.runs import as_chat, load_run
 
-    module, *_ = load_run(args.run, args.ckpt_path)
+    module, datamodule, _ = load_run(args.run, args.ckpt_path)
+    if getattr(datamodule, "is_chat", False) and not args.raw:
+        print(
+            "The run trained on chats: prompts are what the user says (`--raw`: text to go on with).", file=sys.stderr
+        )
+        prompts = [as_chat(datamodule.tokenizer, prompt) for prompt in prompts]
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     if args.jsonl:
         for prompt, completion in zip(prompts, module.complete(prompts, **options), strict=True):
@@ -227,17 +246,23 @@ def export(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     if any((args.output / name).exists() for name in ("config.json", "adapter_config.json")):
         raise UsageError(f"`--output {args.output}` holds a model already. Name another, or remove it.")
-    from forge_lightning.cli.runs import load_run
     from forge_lightning.models.model_card import model_card, run_files
 
-    module, _, step = load_run(args.run, args.ckpt_path)
-    module.export(args.output, adapter=args.adapter)
     config, summary = run_files(args.run)
+    model = (config or {}).get("model") or {}
+    if args.adapter and not (model.get("init_args") or {}).get("peft"):
+        raise UsageError(f"`--adapter`: {args.run} trained no adapter.")
+    from forge_lightning.cli.runs import load_run
+
+    module, datamodule, step = load_run(args.run, args.ckpt_path)
+    module.export(args.output, adapter=args.adapter)
     if summary is not None and summary.get("steps") != step:
         summary = None  # its results are of other weights
     parts = [param for param in module.model.parameters() if module.peft is None or param.requires_grad == args.adapter]
     num_params = sum(param.numel() for param in parts)
-    (args.output / "README.md").write_text(model_card(args.output.name, num_params, config, summary, args.adapter))
+    (args.output / "README.md").write_text(
+        model_card(args.output.name, num_params, config, summary, args.adapter, getattr(datamodule, "is_chat", False))
+    )
     print(
         f"Wrote {args.output}, with a model card, README.md: load it with AutoModelForCausalLM.from_pretrained and"
         " AutoTokenizer.from_pretrained of transformers. A prompt to continue takes tokenizer(prompt,"

@@ -31,11 +31,13 @@ def find_config(name: str) -> Path:
             if candidate.is_file():
                 return candidate
     shipped = [shown for shown, _ in shipped_configs()]
-    close = get_close_matches(name.removesuffix(".yaml"), shipped, n=3, cutoff=0.4)
+    here = [str(path) for folder in (Path(), Path("configs")) for path in sorted(folder.glob("*.yaml"))]
+    close = get_close_matches(name, here, n=1, cutoff=0.6)
+    close += get_close_matches(name.removesuffix(".yaml"), shipped, n=3, cutoff=0.4)
     raise UsageError(
         f"`--config {name}`: no such file in the working directory, in its `configs`, or among those shipped."
         + (f" Close: {close}." if close else "")
-        + f" Shipped: {', '.join(shipped)}."
+        + " `forge-fit list` shows those that are shipped."
     )
 
 
@@ -122,6 +124,14 @@ def resume_arguments(argv: Sequence[str]) -> list[str]:
         )
     run = Path(argv[0])
     return ["fit", "--config", str(config_of_run(run)), "--ckpt_path", str(newest_checkpoint(run)), *argv[1:]]
+
+
+RESUME_HELP = """\
+usage: forge-fit resume RUN [arguments as for fit]
+
+Go on with a run from its newest checkpoint, with its config. More steps: `--trainer.max_steps=2000`. The resumed run
+writes into a directory of its own, beside the first.
+"""
 
 
 def config_of_run(run: Path) -> Path:

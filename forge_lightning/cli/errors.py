@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from difflib import get_close_matches
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -97,6 +98,7 @@ def parser_error(message: str, argv: Sequence[str] = ()) -> str:
     text = re.sub(r"Expected a dot import path string:", "There is no class of that name:", text)
     for name in re.findall(r"class_path '[\w.]*?(\w+)'", text):  # a class that was found is also tried as a path
         text = re.sub(rf"\n\s*- There is no class of that name: {name}$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"\n\s*Given value: NestedArg.*", "", text)
     text = re.sub(r"Type typing.* expects a function or a callable class: |[.] Got value: Namespace.*", "", text)
     stranger = r"Import path (?:([\w.]+)\.(\w+) )?does not correspond to a subclass of"
     if (found := re.search(stranger, text)) and (
@@ -127,9 +129,15 @@ def parser_error(message: str, argv: Sequence[str] = ()) -> str:
         known += [name for part in (pl.callbacks, torch.optim) for name in vars(part) if name[0].isupper()]
     elif found := re.search(r"(?:There is no option '|unrecognized arguments: --)([\w.]+)", text):
         word, _, rest = found[1].partition(".")
-        known = ["trainer", "model", "data", "seed_everything", "ckpt_path"]
+        known = ["trainer", "model", "data", "config", "seed_everything", "ckpt_path"]
+        within = re.search(r"given class_path '([\w.]+)\.(\w+)'", text)
         if word == "trainer" and rest:
             word, known = rest.split(".")[0], list(inspect.signature(pl.Trainer).parameters)
+        elif within:
+            known = list(inspect.signature(getattr(importlib.import_module(within[1]), within[2])).parameters)
+        elif word in ("model", "data") and rest:
+            known = _arguments_of(models if word == "model" else data)
+            word = rest.split(".")[0]
     elif found := re.search(r".*given class_path '([\w.]+)\.(\w+)'.*?Option '(\w+)' is not accepted", text, re.DOTALL):
         kind = getattr(importlib.import_module(found[1]), found[2])
         word, known = found[3], list(inspect.signature(kind).parameters)
@@ -145,6 +153,12 @@ def parser_error(message: str, argv: Sequence[str] = ()) -> str:
     close = get_close_matches(word, known, n=3, cutoff=0.5)
     value = re.search(r"(?:Got|Given) value: ([\w+-]+)", text)
     return text + _place(word, value[1] if value else "", files, argv) + (f"\nClose: {close}." if close else "")
+
+
+def _arguments_of(catalogue: Any) -> list[str]:
+    """Names of the arguments of all classes of a catalogue."""
+    kinds = [kind for name in catalogue.__all__ if isinstance(kind := getattr(catalogue, name), type)]
+    return sorted({name for kind in kinds for name in inspect.signature(kind).parameters})
 
 
 def _is_no_yaml(path: Path) -> bool:

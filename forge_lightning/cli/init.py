@@ -14,6 +14,8 @@ GOALS = {
     "observe": "your own LightningModule, with callbacks that show what it does",
     "grok": "a small model that generalises late, in a minute and a half",
 }
+_SEEN = (".jsonl", ".ndjson", ".json", ".csv")
+"""Files whose first line shows their columns."""
 _LOGGER = """\
   logger:
     - class_path: lightning.pytorch.loggers.CSVLogger
@@ -42,13 +44,13 @@ _ENDING = """\
 _TEXT = """\
   class_path: TextData
   init_args:
-    path: @PATH@  # a file, a folder, or a data set on the hub, with a column `text`
+    path: @PATH@  # @CHANGE@a file, a folder, or a data set on the hub, with a column `text`
     block_size: @LENGTH@
     batch_size: 8"""
 _PAIRS = """\
   class_path: InstructionData  # the loss is on the answers
   init_args:
-    path: @PATH@  # @WHAT@
+    path: @PATH@  # @CHANGE@@WHAT@
     max_length: @LENGTH@
     batch_size: 8"""
 _CODE = """\
@@ -116,27 +118,34 @@ def _data(path: str | None, length: int) -> str:
                 f"`--data {path}` has columns {columns}, and none is `text`, `messages`, or `prompt` with `completion`."
                 " Rename them, or write `sources: [{path: ..., columns: {text: ...}}]` in the config by hand."
             )
-    values = {"PATH": _quoted(path or "data.txt") + ("" if path else "  # change"), "WHAT": what, "LENGTH": str(length)}
+    change = "" if path else "change: "
+    values = {"PATH": _quoted(path or "data.txt"), "CHANGE": change, "WHAT": what, "LENGTH": str(length)}
     for key, value in values.items():
         text = text.replace(f"@{key}@", value)
     return text
 
 
 def _columns(path: str | None) -> list[str]:
-    """Columns of a local file, where they can be seen at its beginning."""
+    """Columns of a local file, or of the first of a folder, where they can be seen at its beginning."""
     place = Path(path or "")
-    if path is None or not place.is_file():
+    if path and place.is_dir():
+        place = min((file for file in place.rglob("*") if file.suffix in _SEEN), default=place)
+    if not path or not place.is_file():
         return []
     try:
         with open(place, encoding="utf-8-sig") as file:
-            first = next((line for line in file if line.strip()), "")
+            head = file.read(1 << 20)
     except UnicodeDecodeError:
         return []
-    if place.suffix in (".jsonl", ".ndjson"):
+    first = next((line for line in head.splitlines() if line.strip()), "")
+    if place.suffix in (".jsonl", ".ndjson", ".json"):
+        if not first:
+            raise UsageError(f"`--data {path}`: {place.name} holds no record.")
         try:
-            record = json.loads(first)
+            lines = place.suffix != ".json"
+            record, _ = json.JSONDecoder().raw_decode(first if lines else head.lstrip().removeprefix("[").lstrip())
         except ValueError:
-            raise UsageError(f"`--data {path}`: its first line is not JSON.") from None
+            raise UsageError(f"`--data {path}`: the first record of {place.name} is not JSON.") from None
         return sorted(record) if isinstance(record, dict) else []
     return [name.strip().strip('"') for name in first.split(",")] if place.suffix == ".csv" else []
 

@@ -11,7 +11,13 @@ from difflib import get_close_matches
 
 from forge_lightning import __version__
 from forge_lightning.cli.commands import COMMANDS
-from forge_lightning.cli.configs import find_modules_beside, refuse_doubled_keys, resolve_name, resume_arguments
+from forge_lightning.cli.configs import (
+    RESUME_HELP,
+    find_modules_beside,
+    refuse_doubled_keys,
+    resolve_name,
+    resume_arguments,
+)
 from forge_lightning.core.mistakes import UsageError
 
 TRAINER_COMMANDS = ("fit", "validate", "test", "predict")
@@ -77,6 +83,9 @@ def _run(argv: list[str]) -> int:
         return 0 if argv else 2
     if argv[0] == "--version":
         print(f"forge-lightning {__version__}")
+        return 0
+    if argv[0] == "resume" and argv[1:2] in (["-h"], ["--help"]):
+        print(RESUME_HELP, end="")
         return 0
     if argv[0] == "resume":
         argv = resume_arguments(argv[1:])

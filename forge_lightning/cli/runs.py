@@ -14,6 +14,16 @@ from forge_lightning.core.mistakes import UsageError
 from forge_lightning.data.tokens import TokenDataModule
 
 
+def as_chat(tokenizer: Any, said: str) -> str:
+    """A prompt in the tokenizer's chat template: the user's turn, and the beginning of the answer."""
+    turns = [{"role": "user", "content": said}]
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    start = tokenizer.bos_token
+    if start and text.startswith(start) and tokenizer("")["input_ids"][:1] == [tokenizer.bos_token_id]:
+        text = text.removeprefix(start)  # which the tokenizer sets itself
+    return text
+
+
 def load_run(run: Path, ckpt_path: Path | None) -> tuple[Any, Any, int]:
     """The module of a run directory, in evaluation mode with the weights of a checkpoint; its data; and the step.
 

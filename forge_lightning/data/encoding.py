@@ -32,6 +32,12 @@ class Encoder:
 
     def __init__(self, tokenizer: Any, columns: dict[str, str] | None = None, max_length: int | None = None) -> None:
         self.tokenizer, self.columns, self.max_length = tokenizer, dict(columns or {}), max_length
+        unknown = [name for name in self.columns if name not in self.fields]
+        if unknown:
+            raise MisconfigurationException(
+                f"`columns` of a source names {unknown[0]!r}, but what is read is {list(self.fields)}: write the usual"
+                f" name first, `columns: {{{next(iter(self.fields))}: {self.columns[unknown[0]]}}}`."
+            )
 
     @property
     def identity(self) -> str:
@@ -112,8 +118,21 @@ class ChatEncoder(Encoder):
     fields: ClassVar[dict[str, type]] = {"messages": list}
     has_labels = True
 
+    def __init__(self, tokenizer: Any, columns: dict[str, str] | None = None, max_length: int | None = None) -> None:
+        super().__init__(tokenizer, columns, max_length)
+        refuse_no_template(tokenizer)
+
     def _examples(self, batch: Columns) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
         return [encode_chat(self.tokenizer, messages) for messages in self._column(batch, "messages")]
+
+
+def refuse_no_template(tokenizer: Any) -> None:
+    """Raise if a tokenizer does not say how a chat is written."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise MisconfigurationException(
+            f"The tokenizer {tokenizer.name_or_path!r} has no chat template, so it is not known how a chat is written."
+            " Take one of a chat model, or give columns `prompt` and `completion`."
+        )
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[list[int], list[int]]:
@@ -129,11 +148,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> tuple[lis
     Raises:
         MisconfigurationException: If there is no template, the chat is malformed, or nothing of it could be learned.
     """
-    if getattr(tokenizer, "chat_template", None) is None:
-        raise MisconfigurationException(
-            f"The tokenizer {tokenizer.name_or_path!r} has no chat template, so it is not known how a chat is written."
-            " Take one of a chat model, or give columns `prompt` and `completion`."
-        )
+    refuse_no_template(tokenizer)
     from jinja2 import TemplateError
 
     def written(turns: Sequence[dict[str, Any]], open_turn: bool) -> str:

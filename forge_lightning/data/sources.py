@@ -2,7 +2,7 @@
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,11 +83,7 @@ class Source:
         columns = found.column_names
         missing = [name for name in wanted if columns is not None and name not in columns]
         if missing:
-            raise MisconfigurationException(
-                f"The data of `path={path}` has no column {missing[0]!r}, but {sorted(columns)}. Say which is meant by"
-                f" `columns` of the source: `sources: [{{path: {path}, columns: {{{next(iter(fields))}:"
-                f" {sorted(columns)[0]}}}}}]`."
-            )
+            raise missing_column(path, missing[0], next(iter(fields)), columns)
         return found
 
     def columns_of(self, split: str) -> list[str] | None:
@@ -108,6 +104,7 @@ class Source:
         import datasets
 
         place = Path(path)
+        _refuse_mixed(place)
         try:
             if is_local(path):
                 if (place / "state.json").is_file() or (place / "dataset_dict.json").is_file():
@@ -135,6 +132,20 @@ class Source:
             raise MisconfigurationException(f"{where} cannot be read: {reason}.{hint}") from None
 
 
+def missing_column(path: str, name: str, usual: str, columns: Iterable[str]) -> MisconfigurationException:
+    """What to say of data that lacks a column."""
+    known = sorted(columns)
+    of_answers = {"prompt", "completion"} <= set(known) or "messages" in known
+    if usual == "text" and of_answers:
+        hint = "`InstructionData` reads prompts with completions, and chats."
+    else:
+        hint = (
+            f"Say which is meant by `columns` of the source: `sources: [{{path: {path}, columns: {{{usual}:"
+            f" {known[0] if known else 'NAME'}}}}}]`."
+        )
+    return MisconfigurationException(f"The data of `path={path}` has no column {name!r}, but {known}. {hint}")
+
+
 def is_local(path: str) -> bool:
     """Whether a path means this machine, not the hub: it is there, or is spelled like a file."""
     place = Path(path)
@@ -157,6 +168,21 @@ def refuse_absent_file(option: str, path: str) -> None:
         raise MisconfigurationException(f"Cannot read the data file `{option}={path}`: no such file.")
     if place.is_dir() and not any(place.iterdir()):
         raise MisconfigurationException(f"Cannot read the data of `{option}={path}`: the folder is empty.")
+
+
+def _refuse_mixed(place: Path) -> None:
+    """Raise if a folder holds files of several kinds, of which `datasets` would read one and pass over the others."""
+    if not place.is_dir():
+        return
+    names = {".jsonl": ".json", ".ndjson": ".json", ".tsv": ".csv"}
+    found = {_kind(file) for file in place.rglob("*") if file.is_file() and not file.name.startswith(".")}
+    kinds = {names.get(kind, kind) for kind in found if kind in (*_BUILDERS, ".jsonl", ".ndjson", ".txt")}
+    internal = (place / "state.json").is_file() or (place / "dataset_dict.json").is_file()
+    if len(kinds) > 1 and not internal:
+        raise MisconfigurationException(
+            f"The folder `path={place}` holds files of several kinds ({', '.join(sorted(kinds))}). Give each kind a"
+            " source of its own: `sources: [{path: a.jsonl}, {path: texts}]`."
+        )
 
 
 def _reads_itself(place: Path) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -13,7 +14,7 @@ from forge_lightning.core.tokens import pad_id
 from forge_lightning.core.validate import require
 from forge_lightning.data.encoding import ChatEncoder, Encoder, PairEncoder, TextEncoder, encode_table
 from forge_lightning.data.rows import Mixture, MixtureSampler, Row, TokenRows, TokenTable
-from forge_lightning.data.sources import Source
+from forge_lightning.data.sources import Source, missing_column
 from forge_lightning.data.streams import RowStream, StreamLoader
 from forge_lightning.data.tokens import TokenDataModule
 
@@ -68,7 +69,7 @@ class SourceData(TokenDataModule):
         val_fraction: float,
         length: int,
         packing: bool,
-        streaming: Streaming | None,
+        streaming: Streaming | bool | None,
         tokenizer: str,
         batch_size: int,
         seed: int,
@@ -83,16 +84,22 @@ class SourceData(TokenDataModule):
         check(path is not None or val_path is None, "val_path", val_path, "in each of the `sources`")
         self.sources = list(sources or []) if path is None else [Source(path, val_path)]
         self.path = path
-        weights = [source.weight for source in self.sources]
-        check(
-            None not in weights or not any(weights), "sources", weights, "of sources that all have a `weight`, or none"
-        )
-        if streaming is not None:
+        unweighted = next((source.path for source in self.sources if source.weight is None), None)
+        if unweighted is not None and any(source.weight for source in self.sources):
+            raise ValueError(
+                f"`{type(self).__name__}(sources=...)`: all have a `weight`, or none; {unweighted} has none."
+            )
+        self.streaming: Streaming | None = Streaming() if streaming is True else streaming or None
+        if self.streaming is not None:
             lacking = next((source.path for source in self.sources if not source.has_validation), None)
-            check(lacking is None, "streaming", "...", f"used with validation data: {lacking} has none (`val_path`)")
+            if lacking is not None:
+                raise ValueError(
+                    f"`{type(self).__name__}(streaming=...)` needs validation data, of which a stream has no last part:"
+                    f" {lacking} has none (`val_path` or `val_split`)."
+                )
             check(num_workers == 0, "num_workers", num_workers, "0 where data is streamed")
         self.val_fraction, self.length, self.packing = val_fraction, length, packing
-        self.streaming, self.num_proc = streaming, num_proc
+        self.num_proc = num_proc
         self._mixtures: dict[str, Mixture] = {}
         self._stream_loader: StreamLoader | None = None
 
@@ -112,6 +119,19 @@ class SourceData(TokenDataModule):
     def encoder_of(self, source: Source) -> Encoder:
         """What makes tokens of the source's records."""
         raise NotImplementedError
+
+    def preflight(self) -> None:
+        """Raise what can be known of the columns without reading more than the first line of a file."""
+        for source in self.sources:
+            encoder = self.encoder_of(source)
+            path = source.file_of("train")
+            columns = source.columns_of("train") if path is not None and Path(path).is_file() else None
+            if columns is None:
+                continue
+            for usual in encoder.fields:
+                name = source.columns.get(usual, usual)
+                if name not in columns:
+                    raise missing_column(source.path, name, usual, columns)
 
     def prepare_data(self) -> None:
         """Fill the caches, before the other ranks of the machine look there."""
@@ -226,7 +246,7 @@ class TextData(SourceData):
         block_size: Tokens of a row, at least 2.
         packing: Cut documents, with an end token behind each, into blocks that begin and end anywhere; the last,
             shorter one is left out. Otherwise each row is one document, or a piece of one, and shorter ones are padded.
-        streaming: Read while training, in place of a table on disk.
+        streaming: Read while training, in place of a table on disk: true, or its settings.
         sources: In place of ``path``: one source or several, with splits, names of columns and weights.
         batch_size: Rows a batch and process.
         seed: Seed of the order of training rows.
@@ -247,7 +267,7 @@ class TextData(SourceData):
         tokenizer: str = "auto",
         block_size: int = 256,
         packing: bool = True,
-        streaming: Streaming | None = None,
+        streaming: Streaming | bool | None = None,
         sources: list[Source] | None = None,
         batch_size: int = 8,
         seed: int = 0,
@@ -289,7 +309,7 @@ class InstructionData(SourceData):
             ``pretrained``, else "bytes".
         max_length: Longest example in tokens, at least 8. Longer ones are left out, with a warning that counts them.
         packing: Rows are blocks of ``max_length`` tokens across examples; otherwise one example each, padded.
-        streaming: Read while training, in place of a table on disk.
+        streaming: Read while training, in place of a table on disk: true, or its settings.
         sources: In place of ``path``: one source or several, with splits, names of columns and weights.
         batch_size: Rows a batch and process.
         seed: Seed of the order of training rows.
@@ -310,7 +330,7 @@ class InstructionData(SourceData):
         tokenizer: str = "auto",
         max_length: int = 1024,
         packing: bool = False,
-        streaming: Streaming | None = None,
+        streaming: Streaming | bool | None = None,
         sources: list[Source] | None = None,
         batch_size: int = 8,
         seed: int = 0,
@@ -336,6 +356,11 @@ class InstructionData(SourceData):
     def encoder_of(self, source: Source) -> Encoder:
         kind: Callable[..., Encoder] = ChatEncoder if self._is_chat(source) else PairEncoder
         return kind(self.tokenizer, source.columns, self.length)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether its records are chats."""
+        return self._is_chat(self.sources[0])
 
     def _is_chat(self, source: Source) -> bool:
         if source.columns:

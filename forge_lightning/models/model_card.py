@@ -10,6 +10,12 @@ import yaml
 
 from forge_lightning import __version__
 
+_TEXT = 'inputs = tokenizer("PROMPT", add_special_tokens=False, return_tensors="pt")\n'
+_CHAT = (
+    'turns = [{"role": "user", "content": "PROMPT"}]\n'
+    'options = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}\n'
+    "inputs = tokenizer.apply_chat_template(turns, **options)\n"
+)
 _OWN_METRICS = ("forge/",)
 
 
@@ -19,6 +25,7 @@ def model_card(
     config: Mapping[str, Any] | None,
     summary: Mapping[str, Any] | None,
     adapter: bool = False,
+    is_chat: bool = False,
 ) -> str:
     """Markdown with the front matter of the Hugging Face hub.
 
@@ -28,6 +35,7 @@ def model_card(
         config: The run's whole config, as ``config.yaml`` has it.
         summary: The run's ``summary.json``.
         adapter: Whether the folder holds an adapter alone.
+        is_chat: Whether it trained on chats.
     """
     config, summary = config or {}, summary or {}
     model = _arguments(config.get("model"))
@@ -73,7 +81,7 @@ def model_card(
         f"from transformers import {used}\n\n"
         'model = AutoModelForCausalLM.from_pretrained("THIS_FOLDER")\n'
         'tokenizer = AutoTokenizer.from_pretrained("THIS_FOLDER")\n'
-        'inputs = tokenizer("PROMPT", add_special_tokens=False, return_tensors="pt")\n'
+        f"{_CHAT if is_chat else _TEXT}"
         "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))\n```"
         "\n\nByte tokenizers put an end token behind a prompt without `add_special_tokens=False`.",
         "## Limits\n\nNothing was measured beyond the results above: not safety, not bias, not other data.",

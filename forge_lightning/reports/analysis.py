@@ -152,7 +152,21 @@ def default_output(paths: Sequence[Path]) -> Path:
     if len(folders) == 1:
         return folders[0] / "analysis"
     names = [slug("-".join(folder.resolve().parts[-2:])) for folder in folders]
-    return Path("comparisons") / "_vs_".join(_few(names))[:150]
+    name = "_vs_".join(_few(names))[:150]
+    runs = [str(folder.resolve()) for folder in folders]
+    for count in range(1, 1000):
+        output = Path("comparisons") / (name if count == 1 else f"{name}_{count}")
+        if not output.exists() or _runs_in(output) == runs:
+            break
+    return output
+
+
+def _runs_in(output: Path) -> list[str]:
+    """The runs that a report is about."""
+    try:
+        return [run["run"] for run in json.loads((output / "analysis.json").read_text())["runs"]]
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def analyze_checkpoint(path: Path, output: Path) -> Path:

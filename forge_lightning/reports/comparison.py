@@ -1,6 +1,7 @@
 """The picture that compares runs by group."""
 
 import math
+import textwrap
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -41,7 +42,8 @@ def comparison(runs: Sequence[RunTrace]) -> Any | None:
         if label == "share right":
             axis.set_ylim(-0.03, 1.03)
         axis.set_title("\n".join([title, *fewer]))
-    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=2)
+    names = [textwrap.fill(name, 100) for name in lines]
+    figure.legend(lines.values(), names, loc="outside lower center", ncols=2 if max(map(len, names)) < 50 else 1)
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     return figure

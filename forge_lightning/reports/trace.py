@@ -240,8 +240,14 @@ def differences(runs: Sequence[RunTrace]) -> dict[str, list[Any]]:
     return {
         key: [_plain(each.get(key)) for each in settings]
         for key in keys
-        if len({str(each.get(key, _UNSET)) for each in settings}) > 1
+        if len({str(each.get(key)) for each in settings}) > 1
     }
+
+
+def _weight_of(key: str) -> int:
+    """What is named first of settings that differ: the model's, its optimizer's before all, then the data's."""
+    places = ("model.init_args.optimizer", "model", "data", "trainer.callbacks")
+    return next((place for place, start in enumerate(places) if key.startswith(start)), len(places))
 
 
 def _plain(value: Any) -> Any:
@@ -259,9 +265,12 @@ def group_names(runs: Sequence[RunTrace]) -> list[str]:
         places = [place for place, other in enumerate(names) if other == name]
         settings = [_settings_of(runs[place]) for place in places]
         keys = list(dict.fromkeys(key for each in settings for key in each))
-        differ = [key for key in keys if len({str(each.get(key, _UNSET)) for each in settings}) > 1]
+        differ = [key for key in sorted(keys, key=_weight_of) if len({str(each.get(key)) for each in settings}) > 1]
         for place, each in zip(places, settings, strict=True) if differ else ():
-            shown = [f"{key.split('.')[-1]}={each.get(key, 'unset')}" for key in differ[:_MOST_DIFFERENT]]
+            shown = [
+                f"{key.split('.')[-1]}={'not set' if each.get(key) is None else each[key]}"
+                for key in differ[:_MOST_DIFFERENT]
+            ]
             more = len(differ) - _MOST_DIFFERENT
             names[place] = f"{name}: {', '.join(shown)}" + (f" and {more} more" if more > 0 else "")
     return names
@@ -430,7 +439,9 @@ def _remark(run: RunTrace) -> None:
         run.remarks.append("No dimensions: add `GeometryProbe` to the callbacks.")
     if missing["validation"]:
         run.remarks.append("No validation metrics: memorisation and generalisation cannot be distinguished.")
-    if not run.stages:
+    if not run.stages and "StageClassifier" in config_text(run) and run.find("forge/stage/number") is None:
+        run.remarks.append("No stages: `StageClassifier` names them after a validation, and none has run.")
+    elif not run.stages:
         found = run.find("forge/stage/number") is not None
         run.remarks.append(
             "No change of stage: too few validations, or nothing was learned that showed."

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from forge_lightning.core.metric_names import VAL_LOSS, plain_metric
+from forge_lightning.core.mistakes import UsageError
 from forge_lightning.core.trace import FILE_NAME, number
 
 _DOTS = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))
@@ -252,6 +253,9 @@ def watch(
     console = console or Console()
     run = LiveRun(path)
     run.poll()
+    below = sorted({str(found.parent) for found in path.glob("*/trace*.jsonl")}) if path.is_dir() else []
+    if not run.trace.exists() and below:
+        raise UsageError(f"`{path}` holds no trace. There are runs below it: {', '.join(below)}")
     if once or not console.is_terminal:
         console.print(view(run, console.width))
         return

@@ -90,7 +90,10 @@ class InterruptCheckpoint(ForgeCallback):
         path = Path(self.dirpath or (run_directory(trainer) or Path(trainer.default_root_dir)) / "checkpoints")
         path = trainer.strategy.broadcast(path)  # rank 0's, whose logger numbers the run
         trainer.save_checkpoint(path / "interrupted.ckpt")
-        rank_zero_info(f"\nWrote {path / 'interrupted.ckpt'}. Continue with `--ckpt_path {path / 'interrupted.ckpt'}`.")
+        how = f"`--ckpt_path {path / 'interrupted.ckpt'}`"
+        if (path.parent / "config.yaml").is_file() and path.name == "checkpoints":
+            how = f"`forge-fit resume {path.parent}`, or {how}"
+        rank_zero_info(f"\nWrote {path / 'interrupted.ckpt'}. Continue with {how}.")
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """A signal behind the last step: the run ends by itself, and keeps what was promised."""

@@ -75,6 +75,21 @@ class RunSummary(ForgeCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._began_at, self._trained = trainer.global_step, True
+        self._warn_of_no_validation(trainer)
+
+    def _warn_of_no_validation(self, trainer: Trainer) -> None:
+        """Say at the start that what is monitored will not be measured."""
+        first, steps = float(trainer.val_check_batch or 0), trainer.max_steps
+        if not self.monitor.startswith("val") or steps < 0 or is_dev_run(trainer) or not trainer.enable_validation:
+            return
+        if trainer.check_val_every_n_epoch is not None:
+            first += (trainer.check_val_every_n_epoch - 1) * trainer.num_training_batches
+        left = (steps - trainer.global_step) * trainer.accumulate_grad_batches
+        if first > left and self._best is None:
+            self.warn_once(
+                f"no validation will run: the first is due after {first:,.0f} batches, and the run ends after"
+                f" {left:,.0f}. Lower `val_check_interval` or `check_val_every_n_epoch`."
+            )
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:

@@ -104,9 +104,21 @@ def test_what_init_writes_trains_as_it_is(tmp_path, base, capsys, goal, kind, mo
     assert (run / "checkpoints" / "last.ckpt").is_file()
 
 
-@pytest.mark.parametrize(("kind", "data"), [("chats", "InstructionData"), ("mbpp", "CodeTasks")])
-def test_the_kind_of_data_is_seen_by_its_columns(tmp_path, base, kind, data):
-    assert main(["init", "finetune", "--model", base, "--data", written(tmp_path, kind)]) == 0
+@pytest.mark.parametrize("form", ["jsonl", "json", "folder"])
+@pytest.mark.parametrize(
+    ("kind", "data"), [("chats", "InstructionData"), ("pairs", "InstructionData"), ("mbpp", "CodeTasks")]
+)
+def test_the_kind_of_data_is_seen_by_its_columns(tmp_path, base, kind, data, form):
+    if form != "jsonl" and kind == "mbpp":
+        pytest.skip("CodeTasks reads one file")
+    file = written(tmp_path, kind)
+    if form == "json":
+        (tmp_path / "data.json").write_text(json.dumps([RECORDS[kind]] * 20, indent=1))
+        file = "data.json"
+    elif form == "folder":
+        (tmp_path / "some").mkdir()
+        file = str((tmp_path / file).rename(tmp_path / "some" / file).parent)
+    assert main(["init", "finetune", "--model", base, "--data", file]) == 0
     assert yaml.safe_load((tmp_path / "finetune.yaml").read_text())["data"]["class_path"] == data
     assert main(["check", "finetune.yaml"]) == 0
 
@@ -132,13 +144,15 @@ def test_grok_is_the_shipped_recipe_with_words(tmp_path):
         (["pretrain", "--model", "x"], "takes no --model"),
         (["observe", "--lora"], "adapters need pretrained weights"),
         (["finetune", "--data", "odd.jsonl"], "has columns ['body'], and none is `text`"),
-        (["finetune", "--data", "broken.jsonl"], "its first line is not JSON"),
+        (["finetune", "--data", "broken.jsonl"], "the first record of broken.jsonl is not JSON"),
+        (["finetune", "--data", "empty.jsonl"], "empty.jsonl holds no record"),
         (["grok", "--output", "odd.jsonl"], "exists already"),
     ],
 )
 def test_what_cannot_be_written_is_said(tmp_path, capsys, arguments, message):
     (tmp_path / "odd.jsonl").write_text('{"body": "x"}\n')
     (tmp_path / "broken.jsonl").write_text("{\n")
+    (tmp_path / "empty.jsonl").write_text("")
     assert main(["init", *arguments]) == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.yaml"))
@@ -213,3 +227,48 @@ def test_a_table_of_an_editor_and_a_config_that_is_none(tmp_path):
     (tmp_path / "odd" / "config.json").write_text("[]")
     assert main(["init", "finetune", "--model", "odd", "--data", "t.csv"]) == 0
     assert yaml.safe_load((tmp_path / "finetune.yaml").read_text())["data"]["class_path"] == "TextData"
+
+
+def test_data_that_is_not_there_yet_is_noted(tmp_path, base, capsys):
+    assert main(["init", "finetune", "--model", base, "--data", "later.jsonl"]) == 0
+    assert "later.jsonl is not there yet" in capsys.readouterr().err
+    assert main(["init", "finetune", "--model", base, "--output", "b.yaml"]) == 0
+    assert "path: data.txt  # change: a file, a folder" in (tmp_path / "b.yaml").read_text()
+
+
+def test_resume_has_a_help(capsys):
+    assert main(["resume", "--help"]) == 0
+    assert "Go on with a run" in capsys.readouterr().out
+
+
+def test_close_names_of_options_and_configs(tmp_path, base, capsys):
+    assert (
+        main(["init", "finetune", "--model", base, "--data", written(tmp_path, "text"), "--output", "mine.yaml"]) == 0
+    )
+    for words, close in (
+        (["check", "mien.yaml"], "mine.yaml"),
+        (["fit", "--confg", "mine.yaml"], "config"),
+        (["check", "mine.yaml", "--model.optimiser.lr=1"], "optimizer"),
+    ):
+        capsys.readouterr()
+        assert main(words) == 2
+        assert f"'{close}'" in capsys.readouterr().err, words
+
+
+def test_chats_are_continued_as_chats(tmp_path, base, capsys):
+    file = written(tmp_path, "chats")
+    assert main(["init", "finetune", "--model", base, "--data", file]) == 0
+    quick = ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    assert main(["fit", "--config", "finetune.yaml", *quick, "--trainer.val_check_interval=1"]) == 0
+    run = "runs/finetune/version_0"
+    capsys.readouterr()
+    assert main(["generate", "--run", run, "--prompt", "hi", "--max_new_tokens=1"]) == 0
+    shown = capsys.readouterr()
+    assert shown.out.startswith("<user>hi")
+    assert "trained on chats" in shown.err
+    assert main(["generate", "--run", run, "--prompt", "hi", "--max_new_tokens=1", "--raw"]) == 0
+    assert capsys.readouterr().out.startswith("hi")
+    assert main(["export", "--run", run, "--output", "out"]) == 0
+    assert "apply_chat_template(turns" in (tmp_path / "out" / "README.md").read_text()
+    assert main(["export", "--run", run, "--output", "out2", "--adapter"]) == 2
+    assert "trained no adapter" in capsys.readouterr().err

@@ -381,9 +381,9 @@ def test_errors_name_file_and_field(tmp_path):
 
 
 def test_sources_that_do_not_go_together_are_named(tmp_path):
-    with pytest.raises(ValueError, match="sources that all have a `weight`, or none"):
+    with pytest.raises(ValueError, match="all have a `weight`, or none; b has none"):
         TextData(sources=[Source("a", weight=1.0), Source("b")])
-    with pytest.raises(ValueError, match="validation data: a has none"):
+    with pytest.raises(ValueError, match="needs validation data.* a has none"):
         TextData("a", streaming=Streaming())
     with pytest.raises(ValueError, match=r"weight=0.*must be above 0"):
         Source("a", weight=0.0)
@@ -553,3 +553,24 @@ def test_empty_files_and_marks_of_editors(tmp_path):
         TextData(str(tmp_path / "bom.jsonl"), val_path="nope.jsonl", block_size=8).setup()
     with pytest.raises(ValueError, match="above 0, and finite"):
         Source("a", weight=float("inf"))
+
+
+def test_a_folder_of_several_kinds_is_refused(tmp_path):
+    documents(tmp_path)
+    (tmp_path / "b.txt").write_text("text")
+    with pytest.raises(MisconfigurationException, match=r"several kinds \(.json, .txt\)"):
+        TextData(str(tmp_path)).setup()
+
+
+def test_the_other_datamodule_and_wrong_columns_are_named(tmp_path):
+    path = jsonl(tmp_path / "p.jsonl", [{"prompt": "a", "completion": "b"}] * 3)
+    with pytest.raises(MisconfigurationException, match="`InstructionData` reads prompts with completions, and chats"):
+        TextData(path).preflight()
+    with pytest.raises(MisconfigurationException, match="names 'txt', but what is read is \\['text'\\]"):
+        TextData(sources=[Source(path, columns={"txt": "prompt"})]).preflight()
+    chat = jsonl(tmp_path / "c.jsonl", [{"messages": []}])
+    assert InstructionData(chat).is_chat
+    with pytest.raises(MisconfigurationException, match="has no chat template"):
+        InstructionData(chat).preflight()
+    assert TextData(path, val_path=path, streaming=True).streaming == Streaming()
+    assert TextData(path, streaming=False).streaming is None

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from forge_lightning.callbacks import GeometryProbe, Grokfast, RunSummary, StageClassifier, Telemetry
 from forge_lightning.reports import comparison, figures
-from forge_lightning.reports.analysis import analyze, analyze_checkpoint, numbers_of, show
+from forge_lightning.reports.analysis import analyze, analyze_checkpoint, default_output, numbers_of, show
 from forge_lightning.reports.learning_curves import logarithmic, plot_learning_curves, read_metrics
-from forge_lightning.reports.trace import group_names, join_resumed, read_run, stage_spans
+from forge_lightning.reports.trace import differences, group_names, join_resumed, read_run, stage_spans
 from tests.contract.modules import Plain
 from tests.contract.rows import fit
 
@@ -723,3 +723,35 @@ def test_a_resume_tells_of_its_own_facts(tmp_path):
     rows += [{"kind": "header", "version": 1, "step": 4, "precision": "bf16-mixed", "total_steps": 8}]
     (tmp_path / "trace.jsonl").write_text("\n".join(map(json.dumps, rows)))
     assert read_run(tmp_path).facts == {"precision": "bf16-mixed", "total_steps": 8}
+
+
+def test_settings_that_differ_are_named_by_weight_and_what_is_not_set_is_none(tmp_path):
+    config = "trainer: {{max_steps: {}, limit_val_batches: {}, min_steps: {}}}\n"
+    config += "model: {{init_args: {{optimizer: {{lr: {}}}, peft: {}}}}}\n"
+    for name, values in (("a", (1, 1, 1, 0.1, "null")), ("b", (2, 2, 2, 0.2, "{r: 4}"))):
+        part_of_a_run(tmp_path / "g" / name, 1, 3)
+        (tmp_path / "g" / name / "config.yaml").write_text(config.format(*values))
+    runs = [read_run(tmp_path / "g" / name) for name in "ab"]
+    names = group_names(runs)
+    assert names[0].startswith("g: lr=0.1, ")
+    assert "peft" not in differences(runs)
+    assert differences(runs)["model.init_args.peft.r"] == [None, 4]
+
+
+def test_a_comparison_of_other_runs_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pairs = [[part_of_a_run(tmp_path / side / "runs" / name, 1, 3) for name in "ab"] for side in ("x", "y")]
+    for pair in pairs:
+        analyze(pair, default_output(pair))
+    assert sorted(path.name for path in (tmp_path / "comparisons").iterdir()) == [
+        "runs-a_vs_runs-b",
+        "runs-a_vs_runs-b_2",
+    ]
+    assert default_output(pairs[0]).name == "runs-a_vs_runs-b"
+    assert default_output(pairs[1]).name == "runs-a_vs_runs-b_2"
+
+
+def test_a_classifier_without_a_validation_is_not_called_missing(tmp_path):
+    of_rows(tmp_path, [{"kind": "step", "step": s, "metrics": {"forge/telemetry/loss": 1.0}} for s in (1, 2)])
+    (tmp_path / "config.yaml").write_text("trainer: {callbacks: [{class_path: StageClassifier}]}\n")
+    assert "No stages: `StageClassifier` names them after a validation, and none has run." in read_run(tmp_path).remarks

@@ -118,3 +118,10 @@ def test_absent_runs_are_named(words, capsys):
     assert main(words) == 2
     assert "`forge-fit" in (err := capsys.readouterr().err)
     assert "absent`: no such file" in err
+
+
+def test_runs_below_are_named(tmp_path, capsys):
+    (tmp_path / "version_0").mkdir()
+    append(tmp_path / "version_0" / "trace.jsonl", row(1, 1.0, 1.0))
+    assert main(["watch", str(tmp_path)]) == 2
+    assert "There are runs below it: " in capsys.readouterr().err

@@ -158,6 +158,7 @@ def test_split_of_a_metric(name, split):
     assert split_of(name) == split
 
 
+@pytest.mark.filterwarnings("ignore:RunSummary. no validation will run:UserWarning")
 def test_a_last_checkpoint_that_is_older_than_the_end_is_told(tmp_path, capsys):
     kwargs = {"max_steps": 7, "max_epochs": -1, "logger": CSVLogger(tmp_path, name="", version="")}
     checkpoint = ModelCheckpoint(tmp_path, filename="kept", every_n_train_steps=3)
@@ -267,3 +268,12 @@ def test_wandb_gets_the_picture_and_the_summary(tmp_path):
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert logger.summary["summary/best"] == summary["best"]
     assert logger.summary["summary/status"] == "finished"
+
+
+def test_a_run_without_a_validation_is_told_at_its_start():
+    summary = RunSummary(monitor="val/loss", mode="min")
+    with pytest.warns(UserWarning, match="no validation will run: the first is due after 8 batches"):
+        fit([summary], Plain, max_steps=3, max_epochs=None)
+    with pytest.warns(UserWarning, match="the first is due after 24 batches, and the run ends after 8"):
+        fit([RunSummary(monitor="val/loss", mode="min")], Plain, max_steps=8, check_val_every_n_epoch=3)
+    fit([RunSummary(monitor="val/loss", mode="min")], Plain, max_steps=8, max_epochs=None)
