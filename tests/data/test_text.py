@@ -1,6 +1,7 @@
 import gc
 import gzip
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ from forge_lightning.data import DataFileError, InstructionData, Source, Streami
 from forge_lightning.data.encoding import TextEncoder, encode_chat
 from forge_lightning.data.records import BEGINS, ENDS, iterate_text
 from forge_lightning.data.tokens import build_tokenizer
+from tests import processes
 
+ROOT = Path(__file__).parents[2]
 CHATML = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
@@ -574,3 +577,8 @@ def test_the_other_datamodule_and_wrong_columns_are_named(tmp_path):
         InstructionData(chat).preflight()
     assert TextData(path, val_path=path, streaming=True).streaming == Streaming()
     assert TextData(path, streaming=False).streaming is None
+
+
+def test_two_ranks_resume_inside_an_epoch(tmp_path):
+    result = processes.run_module("tests.data.two_processes", tmp_path, cwd=ROOT)
+    assert (tmp_path / "done").exists(), result.stderr[-3000:]
