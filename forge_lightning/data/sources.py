@@ -2,6 +2,7 @@
 
 import hashlib
 import math
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -46,6 +47,8 @@ class Source:
     columns: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.path = os.path.expanduser(self.path)
+        self.val_path = self.val_path and os.path.expanduser(self.val_path)
         if self.weight is not None and not 0 < self.weight < math.inf:
             raise ValueError(f"`Source(path={self.path!r}, weight={self.weight})` must be above 0, and finite.")
 
@@ -98,7 +101,8 @@ class Source:
         """Path and split to read."""
         if split == "train" or not self.has_validation:
             return self.path, self.split
-        return self.val_path or self.path, self.val_split or (self.split if self.val_path else "validation")
+        whole = self.split.split("[")[0]  # a part of the training data says nothing of other data
+        return self.val_path or self.path, self.val_split or (whole if self.val_path else "validation")
 
     def _of_datasets(self, path: str, part: str, streaming: bool) -> Any:
         import datasets

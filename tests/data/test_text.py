@@ -582,3 +582,12 @@ def test_the_other_datamodule_and_wrong_columns_are_named(tmp_path):
 def test_two_ranks_resume_inside_an_epoch(tmp_path):
     result = processes.run_module("tests.data.two_processes", tmp_path, cwd=ROOT)
     assert (tmp_path / "done").exists(), result.stderr[-3000:]
+
+
+def test_a_part_of_the_training_file_leaves_the_validation_file_whole(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    documents(tmp_path, 20)
+    documents(tmp_path, 10, "val.jsonl")
+    data = TextData(sources=[Source("~/docs.jsonl", split="train[:50%]", val_path="~/val.jsonl")], packing=False)
+    data.setup()
+    assert [len(rows(data, split)) for split in ("train", "val")] == [10, 10]
