@@ -36,8 +36,7 @@ def find_config(name: str) -> Path:
     close += get_close_matches(name.removesuffix(".yaml"), shipped, n=3, cutoff=0.4)
     raise UsageError(
         f"`--config {name}`: no such file in the working directory, in its `configs`, or among those shipped."
-        + (f" Close: {close}." if close else "")
-        + " `forge-fit list` shows those that are shipped."
+        + (f" Close: {close}. `forge-fit list` shows all." if close else f" Shipped: {', '.join(shipped)}.")
     )
 
 

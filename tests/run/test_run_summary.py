@@ -158,7 +158,6 @@ def test_split_of_a_metric(name, split):
     assert split_of(name) == split
 
 
-@pytest.mark.filterwarnings("ignore:RunSummary. no validation will run:UserWarning")
 def test_a_last_checkpoint_that_is_older_than_the_end_is_told(tmp_path, capsys):
     kwargs = {"max_steps": 7, "max_epochs": -1, "logger": CSVLogger(tmp_path, name="", version="")}
     checkpoint = ModelCheckpoint(tmp_path, filename="kept", every_n_train_steps=3)
