@@ -54,7 +54,7 @@ def model_card(
     lines = [f"---\n{front}\n---", f"# {name}", f"A causal language model of {num_params:,} weights, {what}."]
     metrics = {
         key: value
-        for key, value in summary.get("metrics", {}).items()
+        for key, value in (summary.get("metrics") or {}).items()
         if not key.startswith(_OWN_METRICS) and isinstance(value, int | float)
     }
     if metrics:

@@ -179,12 +179,12 @@ def analyze_checkpoint(path: Path, output: Path) -> Path:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint; it may be cut off: {error}") from None
-    if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("state_dict"), dict):
         raise ValueError(f"{path} holds no `state_dict`: it is no checkpoint of Lightning.")
     output.mkdir(parents=True, exist_ok=True)
     matrices = _matrices(checkpoint["state_dict"])
     found = {key: value for key, value in checkpoint.get("callbacks", {}).items() if isinstance(value, dict)}
-    events = [event for state in found.values() for event in state.get("events", []) if isinstance(event, dict)]
+    events = [event for state in found.values() for event in state.get("events") or [] if isinstance(event, dict)]
     facts = {
         "file": str(path),
         "step": checkpoint.get("global_step"),

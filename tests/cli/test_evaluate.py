@@ -141,4 +141,4 @@ def test_the_model_card(run):
     assert "library_name: peft" in card
     assert "Results" not in card
     assert run_files(run / "absent") == (None, None)
-    assert "## Training" not in model_card("mine", 1, None, None)
+    assert "## Training" not in model_card("mine", 1, None, {"metrics": None})

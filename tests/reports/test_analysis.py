@@ -755,3 +755,11 @@ def test_a_classifier_without_a_validation_is_not_called_missing(tmp_path):
     of_rows(tmp_path, [{"kind": "step", "step": s, "metrics": {"forge/telemetry/loss": 1.0}} for s in (1, 2)])
     (tmp_path / "config.yaml").write_text("trainer: {callbacks: [{class_path: StageClassifier}]}\n")
     assert "No stages: `StageClassifier` names them after a validation, and none has run." in read_run(tmp_path).remarks
+
+
+def test_checkpoints_of_other_forms(tmp_path):
+    torch.save({"state_dict": {"w": torch.ones(3, 3)}, "callbacks": {"Mine": {"events": None}}}, tmp_path / "a.ckpt")
+    assert analyze_checkpoint(tmp_path / "a.ckpt", tmp_path / "a").exists()
+    torch.save({"state_dict": [1, 2]}, tmp_path / "b.ckpt")
+    with pytest.raises(ValueError, match="holds no `state_dict`"):
+        analyze_checkpoint(tmp_path / "b.ckpt", tmp_path / "b")
