@@ -99,7 +99,7 @@ def init(argv: Sequence[str]) -> int:
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(text)
     if args.data and args.goal != "observe" and Path(args.data).suffix and not Path(args.data).exists():
-        print(f"Note: {args.data} is not there yet, so its kind was guessed.", file=sys.stderr)
+        print(f"Note: {args.data} does not exist yet, so the kind of its data was guessed.", file=sys.stderr)
     print(f"Wrote {output}. Read it, change what is marked, then:")
     print(f"  forge-fit check {output}\n  forge-fit fit --config {output}")
     return 0

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -17,7 +18,7 @@ from forge_lightning.data.tokens import encode_example
 Columns = dict[str, list[Any]]
 
 
-class Encoder:
+class Encoder(ABC):
     """Makes tokens of a batch of records: columns in, ``input_ids`` out, and ``labels`` where they differ.
 
     Args:
@@ -55,17 +56,9 @@ class Encoder:
                 )
         return column
 
+    @abstractmethod
     def __call__(self, batch: Columns) -> Columns:
         """Tokens of a batch of records; fewer than there are records, where some are left out."""
-        found: Columns = {"input_ids": [], "labels": []}
-        for ids, labels in self._examples(batch):
-            if self.max_length is None or len(ids) <= self.max_length:
-                found["input_ids"].append(ids)
-                found["labels"].append(labels)
-        return found
-
-    def _examples(self, batch: Columns) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
-        raise NotImplementedError
 
 
 class TextEncoder(Encoder):
@@ -98,11 +91,28 @@ class TextEncoder(Encoder):
         }
 
 
-class PairEncoder(Encoder):
+class AnswerEncoder(Encoder):
+    """Examples of which only the answers are learned."""
+
+    has_labels = True
+
+    def __call__(self, batch: Columns) -> Columns:
+        found: Columns = {"input_ids": [], "labels": []}
+        for ids, labels in self._examples(batch):
+            if self.max_length is None or len(ids) <= self.max_length:
+                found["input_ids"].append(ids)
+                found["labels"].append(labels)
+        return found
+
+    @abstractmethod
+    def _examples(self, batch: Columns) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
+        """Tokens and labels of each record."""
+
+
+class PairEncoder(AnswerEncoder):
     """Prompts with completions; the loss is on the completion and the end token."""
 
     fields: ClassVar[dict[str, type]] = {"prompt": str, "completion": str}
-    has_labels = True
 
     def _examples(self, batch: Columns) -> Sequence[tuple[Sequence[int], Sequence[int]]]:
         found = []
@@ -112,11 +122,10 @@ class PairEncoder(Encoder):
         return found
 
 
-class ChatEncoder(Encoder):
+class ChatEncoder(AnswerEncoder):
     """Chats in the form of the tokenizer's chat template; the loss is on what the assistant says."""
 
     fields: ClassVar[dict[str, type]] = {"messages": list}
-    has_labels = True
 
     def __init__(self, tokenizer: Any, columns: dict[str, str] | None = None, max_length: int | None = None) -> None:
         super().__init__(tokenizer, columns, max_length)

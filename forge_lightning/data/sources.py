@@ -162,7 +162,7 @@ def is_local(path: str) -> bool:
 
 
 def refuse_absent_file(option: str, path: str) -> None:
-    """Raise if a local file or folder is not there.
+    """Raise if a local file or folder does not exist, or the folder is empty.
 
     Raises:
         MisconfigurationException: As said.

@@ -1,5 +1,6 @@
 """A user's own text, instructions and chats, as a language model's training data."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -43,7 +44,7 @@ class Streaming:
             require("Streaming", getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
 
 
-class SourceData(TokenDataModule):
+class SourceData(TokenDataModule, ABC):
     """What datamodules over sources share: tables or streams of tokens, cut into rows.
 
     Args:
@@ -116,9 +117,9 @@ class SourceData(TokenDataModule):
         found = [source.file_of(split) for source in self.sources]
         return [(option, file) for file in found if file is not None]
 
+    @abstractmethod
     def encoder_of(self, source: Source) -> Encoder:
         """What makes tokens of the source's records."""
-        raise NotImplementedError
 
     def preflight(self) -> None:
         """Raise what can be known of the columns without reading more than the first line of a file."""
@@ -192,7 +193,7 @@ class SourceData(TokenDataModule):
     def train_dataloader(self) -> StatefulDataLoader | StreamLoader:
         pad = pad_id(self.tokenizer)
         if self.streaming is not None:
-            if self._stream_loader is None:  # kept, where a Trainer asks for it anew in each epoch
+            if self._stream_loader is None:  # kept: with `reload_dataloaders_every_n_epochs` the Trainer asks again
                 self._stream_loader = self._new_stream_loader(self.streaming, pad)
             return self._stream_loader
         mixture = self._mixtures["train"]

@@ -98,7 +98,7 @@ def _set(value: Any) -> Any:
 
 
 def run_files(run: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """Config and summary of a run directory, each ``None`` where it is not there or not whole."""
+    """Config and summary of a run directory, each ``None`` if the file does not exist or cannot be parsed."""
     config: dict[str, Any] | None = None
     summary: dict[str, Any] | None = None
     with suppress(OSError, yaml.YAMLError):

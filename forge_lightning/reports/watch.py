@@ -46,7 +46,7 @@ class LiveRun:
         """Read what was written since."""
         try:
             size = self.trace.stat().st_size
-            if size < self._place:  # a resume has written it anew
+            if size < self._place:  # a resume has replaced the file
                 self.__init__(self.trace)  # type: ignore[misc]
             with open(self.trace, "rb") as file:
                 file.seek(self._place)

@@ -231,7 +231,7 @@ def test_a_table_of_an_editor_and_a_config_that_is_none(tmp_path):
 
 def test_data_that_is_not_there_yet_is_noted(tmp_path, base, capsys):
     assert main(["init", "finetune", "--model", base, "--data", "later.jsonl"]) == 0
-    assert "later.jsonl is not there yet" in capsys.readouterr().err
+    assert "later.jsonl does not exist yet" in capsys.readouterr().err
     assert main(["init", "finetune", "--model", base, "--output", "b.yaml"]) == 0
     assert "path: data.txt  # change: a file, a folder" in (tmp_path / "b.yaml").read_text()
 
