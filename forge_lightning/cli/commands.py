@@ -296,14 +296,7 @@ def evaluate(argv: Sequence[str]) -> int:
     results = run(args.model, args.run, args.ckpt_path, tasks, args.include_path, options)
     output = args.output or (args.run or args.model) / "evaluation.json"
     write(results, output)
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table("task", "metric", "value", "standard error")
-    for row in rows(results):
-        shown.add_row(*map(Text, row))
-    Console().print(shown)
+    _print_rows(("task", "metric", "value", "standard error"), rows(results))
     print(f"Wrote {output}")
     return 0
 
@@ -361,22 +354,15 @@ def compare(argv: Sequence[str]) -> int:
         parser.error("name two runs or more")
     _refuse_absent("compare", args.runs)
     from forge_lightning.reports import analysis
+    from forge_lightning.reports.trace import read_run
 
     try:
-        header, rows = analysis.summary_table(args.runs)
-        page = analysis.analyze(args.runs, args.output or analysis.default_output(args.runs))
+        runs = [read_run(path) for path in args.runs]
+        header, rows = analysis.summary_table(runs)
+        page = analysis.analyze(runs, args.output or analysis.default_output(args.runs))
     except ValueError as error:
         raise UsageError(str(error)) from error
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    shown = Table()
-    for column, name in enumerate(header):
-        shown.add_column(Text(name), overflow="fold", justify="left" if column == 0 else "right")
-    for row in rows:
-        shown.add_row(*map(Text, row))
-    Console().print(shown)
+    _print_rows(header, rows)
     print(f"Wrote {page}")
     return 0
 
@@ -395,6 +381,20 @@ def watch(argv: Sequence[str]) -> int:
 
     show(args.run, args.every, args.once)
     return 0
+
+
+def _print_rows(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table with a frame; numbers are set to the right."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    shown = Table()
+    for column, name in enumerate(header):
+        shown.add_column(Text(name), overflow="fold", justify="left" if column == 0 else "right")
+    for row in rows:
+        shown.add_row(*map(Text, row))
+    Console().print(shown)
 
 
 def _refuse_absent(command: str, runs: Sequence[Path]) -> None:

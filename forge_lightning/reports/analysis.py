@@ -59,11 +59,12 @@ _FIGURES: dict[str, tuple[Callable[[RunTrace], Any], str]] = {
 _MOST_POINTS = 2000  # of a series in the JSON
 
 
-def analyze(paths: Sequence[Path], output: Path) -> Path:
+def analyze(paths: Sequence[Path | RunTrace], output: Path) -> Path:
     """Report on run directories, or trace files.
 
     Args:
-        paths: One run, or several to compare. Runs of one directory that differ by seeds alone are one group.
+        paths: One run, or several to compare, by directory or as `read_run` gave them. Runs of one directory
+            that differ by seeds alone are one group.
         output: Folder for ``report.html``, ``analysis.json`` and the pictures. Pictures that an earlier report has left
             there go.
 
@@ -73,7 +74,7 @@ def analyze(paths: Sequence[Path], output: Path) -> Path:
     Raises:
         ValueError: If a path is no run.
     """
-    runs = [read_run(path) for path in paths]
+    runs = [_read(path) for path in paths]
     output.mkdir(parents=True, exist_ok=True)
     pictures = Pictures(output, _written_before(output))
     page: list[str] = []
@@ -113,14 +114,18 @@ def show(run: RunTrace | str | Path) -> Any:
         MissingExtraError: If IPython is not installed.
     """
     display = require_extra("IPython.display", "notebooks", "`show`")
-    run = run if isinstance(run, RunTrace) else read_run(run)
+    run = _read(run)
     style = "<style>figure img { max-width: 100%; }</style>"
     return display.HTML(f"{style}<h2>{words(run.name)}</h2>{_section(run, Pictures(None), '')}")
 
 
-def summary_table(paths: Sequence[Path]) -> tuple[list[str], list[list[str]]]:
+def summary_table(paths: Sequence[Path | RunTrace]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the comparison of runs by group, as text."""
-    return _comparison_rows(join_resumed([read_run(path) for path in paths]))
+    return _comparison_rows(join_resumed([_read(path) for path in paths]))
+
+
+def _read(run: RunTrace | str | Path) -> RunTrace:
+    return run if isinstance(run, RunTrace) else read_run(run)
 
 
 def _written_before(output: Path) -> list[str]:
