@@ -22,6 +22,7 @@ from tests.contract.modules import Stateful, with_choices
 from tests.contract.rows import fit, weights
 
 STEPS, AT = 14, 9  # inside the second epoch of eight batches
+DEADLY = 60  # the example whose worker is killed; batches are of eight
 
 
 class Victim(with_choices(Stateful)):
@@ -42,16 +43,22 @@ class Victim(with_choices(Stateful)):
 
 
 class Deadly(torch.utils.data.Dataset):
-    """Its worker is killed at the sixtieth example, as the system does that is out of memory."""
+    """Its worker is killed at the sixtieth example, as the system does that is out of memory.
+
+    It waits until the fit has received every batch before: the process that still fetches one from a worker
+    that is gone sees a broken connection, and nothing that names the worker.
+    """
 
     def __init__(self, dataset):
         self.dataset = dataset
+        self.received = torch.multiprocessing.Event()
 
     def __len__(self):
         return len(self.dataset)
 
     def __getitem__(self, index):
-        if index >= 60:
+        if index >= DEADLY:
+            self.received.wait(60)
             os.kill(os.getpid(), signal.SIGKILL)
         return self.dataset[index][:2]
 
@@ -61,6 +68,8 @@ class Fault(Callback):
         self.kind = kind
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.kind == "worker dies" and batch_idx == DEADLY // 8 - 1:
+            trainer.train_dataloader.dataset.received.set()
         if trainer.global_step != AT:
             return
         if self.kind == "sigterm":
