@@ -12,6 +12,7 @@ ORDER = (
     "SelfModel",
     "DreamReplay",
     "TemperatureCurriculum",
+    "TernaryQAT",
     "GeometryProbe",
     "StageClassifier",
     "Grokfast",
@@ -19,6 +20,7 @@ ORDER = (
     "RNGState",
     "CodeEvaluation",
     "InterruptCheckpoint",
+    "RegressionGate",
     "Telemetry",
     "RunSummary",
 )

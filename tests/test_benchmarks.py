@@ -13,6 +13,7 @@ import yaml
 
 from benchmarks import (
     claims,
+    compression,
     edge,
     edge_code,
     environment,
@@ -38,7 +39,7 @@ def body(text):
     return re.sub(r"^(Date|Versions): .*$", "", text, flags=re.MULTILINE)
 
 
-OF_ROWS = [claims, edge, edge_code, filter_matrix, overhead, parameters, replay, scale, self_knowledge]
+OF_ROWS = [claims, compression, edge, edge_code, filter_matrix, overhead, parameters, replay, scale, self_knowledge]
 
 
 @pytest.mark.parametrize("module", OF_ROWS, ids=lambda module: module.__name__)

@@ -1,6 +1,8 @@
 """Every enhancement is one callback: add it to any Trainer, in any Lightning project."""
 
 from forge_lightning.calibration.callback import Calibration as Calibration
+from forge_lightning.compression.regression_gate import RegressionGate as RegressionGate
+from forge_lightning.compression.ternary_qat import TernaryQAT as TernaryQAT
 from forge_lightning.dream.callback import DreamReplay as DreamReplay
 from forge_lightning.dream.options import BatchFields as BatchFields
 from forge_lightning.dream.options import Mix as Mix
@@ -32,6 +34,7 @@ __all__ = [
     "Mix",
     "ProgramReplay",
     "RNGState",
+    "RegressionGate",
     "RunSummary",
     "SelfModel",
     "Sleep",
@@ -39,5 +42,6 @@ __all__ = [
     "Storage",
     "Telemetry",
     "TemperatureCurriculum",
+    "TernaryQAT",
     "TrainingStage",
 ]

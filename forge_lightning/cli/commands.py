@@ -136,10 +136,19 @@ complete -o filenames -F _forge_fit forge-fit
 """
 
 
+def compress(argv: Sequence[str]) -> int:
+    """Make a model small, and prove on held-out text what it cost."""
+    from forge_lightning.cli.compress import main
+
+    return main(argv)
+
+
 def generate(argv: Sequence[str]) -> int:
-    """Continue prompts with the model of a run."""
+    """Continue prompts with the model of a run, or of a folder."""
     parser = _parser("generate", generate)
-    parser.add_argument("--run", type=Path, required=True, help="run directory, as the summary of a fit prints it")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, help="run directory, as the summary of a fit prints it")
+    which.add_argument("--model", help="folder of an exported or compressed model, or a hub name")
     parser.add_argument("--prompt", action="append", default=[], help="text to continue; may be given several times")
     parser.add_argument(
         "--prompts",
@@ -176,14 +185,16 @@ def generate(argv: Sequence[str]) -> int:
     ):
         if not value:  # before the model is loaded
             raise UsageError(f"`{name}={getattr(args, name)}` must be {allowed}.")
-    from forge_lightning.cli.runs import as_chat, load_run
+    from forge_lightning.cli.runs import as_chat, load_model, load_run
 
-    module, datamodule, _ = load_run(args.run, args.ckpt_path)
+    if args.model is not None and args.ckpt_path is not None:
+        parser.error("--ckpt_path belongs to a --run")
+    module, datamodule = load_model(args.model) if args.run is None else load_run(args.run, args.ckpt_path)[:2]
     if getattr(datamodule, "is_chat", False) and not args.raw:
         print(
             "The run trained on chats: prompts are what the user says (`--raw`: text to go on with).", file=sys.stderr
         )
-        prompts = [as_chat(datamodule.tokenizer, prompt) for prompt in prompts]
+        prompts = [as_chat(module.tokenizer, prompt) for prompt in prompts]
     options = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_p", "seed")}
     if args.jsonl:
         for prompt, completion in zip(prompts, module.complete(prompts, **options), strict=True):
@@ -235,7 +246,9 @@ def _prompts_of(path: Path) -> list[str]:
 def export(argv: Sequence[str]) -> int:
     """Write a run's model as a Hugging Face folder. Its tokenizer and a model card come with it."""
     parser = _parser("export", export)
-    parser.add_argument("--run", type=Path, required=True, help="run directory, as the summary of a fit prints it")
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument("--run", type=Path, help="run directory, as the summary of a fit prints it")
+    which.add_argument("--dense", type=Path, metavar="FOLDER", help="compressed model, to write in bfloat16")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--ckpt_path", type=Path, help="checkpoint; default: the run's newest")
     parser.add_argument(
@@ -243,9 +256,23 @@ def export(argv: Sequence[str]) -> int:
         action="store_true",
         help="of a model with adapters write these alone (default: added into the weights)",
     )
+    parser.add_argument(
+        "--ternary",
+        choices=["rounded", "packed", "bitnet"],
+        help="of a run with TernaryQAT: rounded weights (default), packed as by forge-fit compress, or in the layout of"
+        " transformers' own BitNet",
+    )
     args = parser.parse_args(argv)
     if any((args.output / name).exists() for name in ("config.json", "adapter_config.json")):
         raise UsageError(f"`--output {args.output}` holds a model already. Name another, or remove it.")
+    if args.dense is not None:
+        from forge_lightning.cli.runs import write_dense
+
+        if args.adapter or args.ckpt_path or args.ternary:
+            parser.error("--adapter, --ternary and --ckpt_path belong to a --run")
+        write_dense(args.dense, args.output)
+        print(f"Wrote {args.output} in bfloat16: load it with AutoModelForCausalLM.from_pretrained of transformers.")
+        return 0
     from forge_lightning.models.model_card import model_card, run_files
 
     config, summary = run_files(args.run)
@@ -254,8 +281,13 @@ def export(argv: Sequence[str]) -> int:
         raise UsageError(f"`--adapter`: {args.run} trained no adapter.")
     from forge_lightning.cli.runs import load_run
 
-    module, datamodule, step = load_run(args.run, args.ckpt_path)
-    module.export(args.output, adapter=args.adapter)
+    module, datamodule, step = load_run(args.run, args.ckpt_path, rounded=False)
+    if args.ternary or _trains_ternary(config):
+        from forge_lightning.cli.runs import export_ternary
+
+        export_ternary(module, config or {}, args.output, args.ternary or "rounded")
+    else:
+        module.export(args.output, adapter=args.adapter)
     if summary is not None and summary.get("steps") != step:
         summary = None  # its results are of other weights
     parts = [param for param in module.model.parameters() if module.peft is None or param.requires_grad == args.adapter]
@@ -263,12 +295,23 @@ def export(argv: Sequence[str]) -> int:
     (args.output / "README.md").write_text(
         model_card(args.output.name, num_params, config, summary, args.adapter, getattr(datamodule, "is_chat", False))
     )
+    if args.ternary == "packed":
+        print(
+            f"Wrote {args.output}, with a model card, README.md: `forge-fit generate --model {args.output}` reads it."
+        )
+        return 0
     print(
         f"Wrote {args.output}, with a model card, README.md: load it with AutoModelForCausalLM.from_pretrained and"
         " AutoTokenizer.from_pretrained of transformers. A prompt to continue takes tokenizer(prompt,"
         " add_special_tokens=False): byte tokenizers put an end token behind it otherwise."
     )
     return 0
+
+
+def _trains_ternary(config: dict[str, Any] | None) -> bool:
+    from forge_lightning.cli.runs import ternary_settings
+
+    return any((found.get("init_args") or {}).get("lamb") != 0 for found in ternary_settings(config or {}))
 
 
 def evaluate(argv: Sequence[str]) -> int:
@@ -411,6 +454,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], int]] = {
     "compare": compare,
     "watch": watch,
     "generate": generate,
+    "compress": compress,
     "evaluate": evaluate,
     "export": export,
     "completion": completion,

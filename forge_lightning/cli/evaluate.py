@@ -45,13 +45,17 @@ def evaluate(
             f"lm-eval has no task {unknown[0]!r}. `lm_eval --tasks list` names them all; a YAML file of your own is"
             " given by its path."
         )
+    from forge_lightning.cli.runs import load_model, load_run
+    from forge_lightning.compression.container import is_compressed
+
     with tempfile.TemporaryDirectory() as folder:
         if model is None:
-            from forge_lightning.cli.runs import load_run
-
             assert run is not None
             module, *_ = load_run(run, ckpt_path)
             module.export(folder)
+            model = Path(folder)
+        elif is_compressed(model):
+            load_model(str(model))[0].export(folder)
             model = Path(folder)
         found = lm_eval.simple_evaluate(
             model="hf",

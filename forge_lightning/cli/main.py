@@ -25,7 +25,7 @@ _GROUPS = {
     "Begin": ("init", "list", "check"),
     "Train": (*TRAINER_COMMANDS, "resume"),
     "Look": ("analyze", "compare", "watch"),
-    "Use": ("generate", "evaluate", "export"),
+    "Use": ("generate", "evaluate", "compress", "export"),
     "More": ("completion",),
 }
 _OF_LIGHTNING = {

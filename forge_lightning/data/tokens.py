@@ -170,6 +170,10 @@ class TokenDataModule(LightningDataModule):
         """Name the model that this data is for, where no Trainer does, so that "auto" takes its tokenizer."""
         self._model = model
 
+    def use(self, tokenizer: Any) -> None:
+        """Take a tokenizer in place of the one that the settings name."""
+        self._tokenizer = tokenizer
+
     def _row_of(self, prompt: str, completion: str) -> dict[str, Tensor]:
         """A row of a batch, ``(1, T)`` each, without ``sample_id``."""
         example = encode_example(self.tokenizer, 0, prompt, completion)

@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy
 
+from forge_lightning.compression.container import is_compressed
+from forge_lightning.compression.container import load as load_compressed
 from forge_lightning.core.extras import require_extra
 from forge_lightning.core.layers import block_list
 from forge_lightning.core.protocols import SupportsTokenizer
@@ -56,8 +58,8 @@ class ForgeModule(LightningModule):
     ``val/perplexity``, ``val/token_accuracy``, ``val/exact_match``; the same under ``test/``.
 
     Args:
-        pretrained: Hub name or local folder to take weights and config from. The data's ``tokenizer: auto`` is its
-            tokenizer; training with another one is refused.
+        pretrained: Hub name or local folder to take weights and config from, also a folder of `forge-fit compress`.
+            The data's ``tokenizer: auto`` is its tokenizer; training with another one is refused.
         config: Instead: a config for random weights, as ``{"model_type": "gpt2", "n_layer": 2, "n_embd": 128}``. The
             vocabulary size is the tokenizer's unless given.
         optimizer: Optimizer, from parameter groups.
@@ -165,6 +167,10 @@ class ForgeModule(LightningModule):
     def _pretrained_model(self) -> Any:
         from transformers import AutoModelForCausalLM
 
+        if self.pretrained is not None and is_compressed(self.pretrained):
+            name = "float32" if self.dtype_of_weights == "auto" else self.dtype_of_weights
+            options = {key: value for key, value in self.model_kwargs.items() if key == "attn_implementation"}
+            return load_compressed(self.pretrained, getattr(torch, name), **options)
         try:
             return AutoModelForCausalLM.from_pretrained(self.pretrained, **self._transformers_options())
         except (OSError, ValueError) as error:

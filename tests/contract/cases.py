@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from lightning.pytorch import Callback
 
 from forge_lightning import callbacks
+from tests.compression.baseline import baseline, with_example_losses
 from tests.contract.modules import with_choices
 from tests.dream import build
 
@@ -202,6 +203,21 @@ CASES = [
         "temperature-curriculum-fraction",
         exempt=dict.fromkeys(("accumulation", "shards_the_batch"), "which rows are compared depends on the batch size"),
         fraction=0.4,
+    ),
+    Case(
+        build=lambda: callbacks.TernaryQAT(ramp_steps=3),
+        id="ternary-qat",
+        inert=lambda: callbacks.TernaryQAT(lamb=0.0),
+        twin=lambda: callbacks.TernaryQAT(lamb=0.0, name="second"),
+        logs=frozenset(f"forge/ternary/{key}" for key in ("lamb", "weight_error", "zero_share")),
+    ),
+    Case(
+        build=lambda: callbacks.RegressionGate(baseline()),
+        id="regression-gate",
+        observer=True,
+        twin=lambda: callbacks.RegressionGate(baseline(), name="second"),
+        adapt=with_example_losses,
+        logs=frozenset(f"forge/regression/{key}" for key in ("loss_difference", "loss_upper", "step_ratio")),
     ),
     Case(
         build=callbacks.Calibration,
