@@ -139,7 +139,7 @@ class Compressor:
         _refuse_bad_weights(model)
         self.packed: dict[str, Packed] = {}
         self.stages: list[dict[str, Any]] = []
-        self._original = {name: matrix.read() for name, matrix in self.matrices.items()}
+        self._changed: dict[str, Tensor | None] = {}  # by name, values as they came; none where they are in the folder
         self._num_weights = sum(value.numel() for value in model.parameters())  # shared ones come once
         rows = {
             f"{place} {name}": value for place, batch in enumerate(data.calibration) for name, value in batch.items()
@@ -187,8 +187,7 @@ class Compressor:
         return all(record["accepted"] for record in self.stages)
 
     def _run(self, number: int, stage: Stage, found: dict[str, Matrix]) -> None:
-        before = {name: matrix.param.detach().clone() for name, matrix in found.items()}
-        held = digest(before)
+        held = digest({name: matrix.param for name, matrix in found.items()})
         self._key = self._fingerprint
         if self.serial:
             self._key = digest({name: matrix.param for name, matrix in self.matrices.items()}) + " serial"
@@ -199,10 +198,10 @@ class Compressor:
             codecs = [codecs[-1]]
         choice, trials = self._choose(number, stage, candidates)
         packed = {name: self._read(number, name, candidate) for name, candidate in choice.items()}
-        self._apply(packed)
+        self._show(packed, packed)
         after = self.packed | packed
         verdict = self._judge(after)
-        count = sum(self._original[name].numel() for name in choice)
+        count = sum(self.matrices[name].param.numel() for name in choice)
         record: dict[str, Any] = {
             "name": stage.name or f"stage {number + 1}",
             "targets": list(stage.targets),
@@ -221,7 +220,7 @@ class Compressor:
                     "bits_per_weight": packed[name].bits_per_weight,
                     "num_bytes": candidate.num_bytes,
                     "expected_loss": candidate.error,
-                    "relative_error": relative_error(self._original[name], decode(packed[name])),
+                    "relative_error": relative_error(self._original(name), decode(packed[name])),
                     "candidates": measured[name],
                 }
                 for name, candidate in choice.items()
@@ -230,19 +229,41 @@ class Compressor:
         if record["accepted"]:
             self.packed = after
         else:
-            self._restore(found, before, held)
+            self._show(self.packed, found)
+            now = digest({name: matrix.param for name, matrix in found.items()})
+            assert now == held, "weights were not restored bit by bit"
         self.stages.append(record)
 
-    @torch.no_grad()
-    def _restore(self, found: Mapping[str, Matrix], before: Mapping[str, Tensor], held: str) -> None:
-        for name, matrix in found.items():
-            matrix.param.copy_(before[name])
-        now = digest({name: matrix.param for name, matrix in found.items()})
-        assert now == held, "weights were not restored bit by bit"
+    # What the model holds: packed weights, or those that it came with, which are kept in the folder
 
-    def _apply(self, packed: Mapping[str, Packed]) -> None:
-        for name, each in packed.items():
-            self.matrices[name].write(decode(each))
+    def _show(self, packed: Mapping[str, Packed], names: Iterable[str]) -> None:
+        """Let some matrices hold what was packed, and those that were not packed what they came with."""
+        for name in names:
+            if name in packed:
+                self._keep_original(name)
+                self.matrices[name].write(decode(packed[name]))
+            elif name in self._changed:
+                self.matrices[name].write(self._original(name))
+
+    def _keep_original(self, name: str) -> None:
+        if name in self._changed:
+            return
+        values = self.matrices[name].read()
+        if self.folder is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_packed(self._path_of_original(name), Packed({"values": values}, {}))
+        self._changed[name] = values if self.folder is None else None
+
+    def _original(self, name: str) -> Tensor:
+        """Values of a matrix as it came, ``(out, in)``, float32."""
+        if name not in self._changed:
+            return self.matrices[name].read()
+        values = self._changed[name]
+        return read_packed(self._path_of_original(name)).tensors["values"] if values is None else values
+
+    def _path_of_original(self, name: str) -> Path:
+        assert self.folder is not None
+        return self.folder / f"{self._fingerprint[:16]}_original_{name}.safetensors"
 
     def _judge(self, packed: Mapping[str, Packed]) -> Verdict | None:
         if self.gate is None:
@@ -259,13 +280,9 @@ class Compressor:
     def _solved_without(self, packed: Mapping[str, Packed]) -> float:
         """Share of problems that the model solves with the weights that it came with."""
         assert self.data.problems is not None
-        now = {name: self.matrices[name].param.detach().clone() for name in packed}
-        for name in packed:
-            self.matrices[name].write(self._original[name])
+        self._show({}, packed)
         solved = self.data.problems(self.model)
-        with torch.no_grad():
-            for name, values in now.items():
-                self.matrices[name].param.copy_(values)
+        self._show(packed, packed)
         return solved
 
     # Candidates
@@ -311,20 +328,16 @@ class Compressor:
     @contextmanager
     def _original_weights(self) -> Iterator[None]:
         """The model as it came, for a while."""
-        now = {name: self.matrices[name].param.detach().clone() for name in self.packed}
-        for name in now:
-            self.matrices[name].write(self._original[name])
+        self._show({}, self.packed)
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, values in now.items():
-                    self.matrices[name].param.copy_(values)
+            self._show(self.packed, self.packed)
 
     def _encode(
         self, number: int, matrix: Matrix, codecs: Sequence[Codec], statistics: Statistics | None
     ) -> list[dict[str, Any]]:
-        weight, original = matrix.read(), self._original[matrix.name]
+        weight, original = matrix.read(), self._original(matrix.name)
         if not self.serial:
             weight = original
         known = (statistics.hessian, statistics.row_weights) if statistics is not None else (None, None)
@@ -398,7 +411,7 @@ class Compressor:
         self, number: int, stage: Stage, candidates: Mapping[str, Sequence[Candidate]]
     ) -> tuple[Choice, list[dict[str, float]]]:
         choices = frontier(candidates)
-        count = sum(self._original[name].numel() for name in candidates)
+        count = sum(self.matrices[name].param.numel() for name in candidates)
         if stage.target_bits is not None:
             fitting = [choice for choice in choices if 8 * size(choice) <= stage.target_bits * count]
             return (fitting or choices[:1])[-1], []
@@ -421,7 +434,6 @@ class Compressor:
         base = self._tuning_losses
         if len(base) < 2 or not bool(base.isfinite().all()):
             raise UsageError("The choice needs two tuning sequences at least, on which the model's loss is finite.")
-        before = self.matrices_now(choices[0])
         low, high = -1, len(choices) - 1  # the last one is taken to fit
         trials = []
         sizes = [size(choice) for choice in choices]
@@ -431,7 +443,8 @@ class Compressor:
             aim = (sizes[max(low, 0)] + sizes[high]) / 2
             middle = min(range(low + 1, high), key=lambda place: abs(sizes[place] - aim))
             self.progress(f"Measuring a choice of {8 * sizes[middle] / count:.2f} bits", trial / _TRIALS)
-            self._apply({name: self._read(number, name, each) for name, each in choices[middle].items()})
+            packed = {name: self._read(number, name, each) for name, each in choices[middle].items()}
+            self._show(packed, packed)
             difference = sequence_losses(self.model, self.data.tuning) - base
             upper = upper_bound(difference, gate.confidence, gate.method, gate.seed)
             trials.append(
@@ -443,20 +456,14 @@ class Compressor:
                 }
             )
             low, high = (low, middle) if upper < limit else (middle, high)
-        with torch.no_grad():
-            for name, values in before.items():
-                self.matrices[name].param.copy_(values)
+        self._show(self.packed, choices[0])
         return choices[high], trials
-
-    def matrices_now(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Copies of some weights as they are now."""
-        return {name: self.matrices[name].param.detach().clone() for name in names}
 
     def report(self) -> dict[str, Any]:
         """What was done, as plain numbers and texts."""
         return {
             "num_weights": self._num_weights,
-            "num_in_matrices": sum(weight.numel() for weight in self._original.values()),
+            "num_in_matrices": sum(matrix.param.numel() for matrix in self.matrices.values()),
             "bytes_before": self.num_bytes({}),
             "bytes_after": self.num_bytes(self.packed),
             "gate": None if self.gate is None else asdict(self.gate),
