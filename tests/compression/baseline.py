@@ -31,7 +31,10 @@ def with_example_losses(base):
             returned = super().validation_step(batch, batch_idx)
             if not isinstance(batch, list | tuple) or len(batch) < 2 or batch[1].is_floating_point():
                 return returned
-            losses = torch.nn.functional.cross_entropy(self.net(batch[0].to(self.dtype)), batch[1], reduction="none")
+            logits = self.net(batch[0].to(self.dtype))
+            if logits.ndim != 2 or logits.shape[1] < 2:
+                return returned
+            losses = torch.nn.functional.cross_entropy(logits, batch[1], reduction="none")
             return {"example_loss": losses.detach()} | (returned if isinstance(returned, dict) else {})
 
     Returns.__name__ = base.__name__

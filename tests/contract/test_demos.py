@@ -14,8 +14,11 @@ from forge_lightning.callbacks import DreamReplay, Mix, Sleep
 from forge_lightning.core.logit_tap import predicted_rows
 from tests.contract.rows import fit, weights
 
-OBSERVERS = ("Calibration", "GeometryProbe", "InterruptCheckpoint", "RNGState", "RunSummary", "StageClassifier")
-ACT = ("DreamReplay", "Grokfast", "SelfModel", "TemperatureCurriculum")
+OBSERVERS = (
+    *("Calibration", "GeometryProbe", "InterruptCheckpoint", "RegressionGate", "RNGState", "RunSummary"),
+    "StageClassifier",
+)
+ACT = ("DreamReplay", "Grokfast", "SelfModel", "TemperatureCurriculum", "TernaryQAT")
 REFUSE = {"CodeEvaluation": "no method `complete", "EdgeController": "no loader has a `DifficultySampler`"}
 NEEDS = {
     "DreamReplay": {"schedule": Mix(every_n_steps=2)},
@@ -60,6 +63,10 @@ MODULES = {
 SPECIAL = {
     **{(module, "SelfModel"): "names 0 layers" for module in ("BoringModel", "ManualOptimBoringModel", "NoLength")},
     ("LightningLSTM", "SelfModel"): "names 0 layers",
+    **{
+        (module, "TernaryQAT"): "no `nn.Linear` among its `layers`"  # but for the output layer
+        for module in ("BoringModel", "ManualOptimBoringModel", "NoLength", "LightningLSTM")
+    },
     ("LightningLSTM", "DreamReplay"): "Expected hidden",  # torch's own: the module keeps a state for four rows
 }
 
