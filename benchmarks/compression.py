@@ -1,12 +1,13 @@
 """What compression costs: codecs alone, chosen together, in series, and ternary training.
 
-    python -m benchmarks.compression --model FOLDER [--only matrix alone portfolio serial qat] [--seeds 0 1 2]
+    python -m benchmarks.compression --model FOLDER [--only matrix alone portfolio serial shrunk qat] [--seeds 0 1 2]
 
 Rows go into compression.jsonl, and the page is written from them. Matrix: W of N(0, 1), 768 × 768, and H with a
 spectrum of 1 / n; proxy is tr(E H Eᵀ) / tr(W H Wᵀ). Alone: one codec on all weights of the model, embedding included.
 Portfolio: `forge-fit compress` with its default codecs. Both are judged by the loss on blocks of 256 tokens of packages
 that the model has not seen (rich, networkx, click, jsonargparse, json, collections), with statistics from 64 blocks of
-other packages. Serial: the chain of four codecs on one matrix. QAT: 100 steps of 8 × 256 tokens of the standard library
+other packages. Serial: the chain of four codecs on one matrix. Shrunk: no codec, all weights of the blocks times one
+number. QAT: 100 steps of 8 × 256 tokens of the standard library
 with AdamW, learning rate 5e-4, with `TernaryQAT`'s forward pass and without.
 """
 
@@ -187,6 +188,21 @@ def serial(model: str) -> None:
         keep(ROWS, {"part": "serial", "chain": what, "proxy": known.error(weight, decoded) / whole, **row})
 
 
+def shrunk(model: str) -> None:
+    texts = {"unseen packages": data(model).held_out, "standard library": batches(blocks(model, TRAINING, 64))}
+    changed = network(model)
+    weights = [part.weight for part in changed.model.layers.modules() if isinstance(part, torch.nn.Linear)]
+    originals = [weight.detach().clone() for weight in weights]
+    before = {name: sequence_losses(changed, text) for name, text in texts.items()}
+    for factor in (0.98, 0.95, 0.9):
+        with torch.no_grad():
+            for weight, original in zip(weights, originals, strict=True):
+                weight.copy_(factor * original)
+        for name, text in texts.items():
+            difference = float((sequence_losses(changed, text) - before[name]).mean())
+            keep(ROWS, {"part": "shrunk", "factor": factor, "text": name, "loss": difference})
+
+
 def qat(model: str, seeds: list[int], steps: int = 100) -> None:
     rows = blocks(model, TRAINING, 1800)
     held_out = data(model).held_out
@@ -225,7 +241,7 @@ def _train(model: Any, rows: Tensor, seed: int, steps: int) -> None:
 
 def report() -> None:
     rows = stored(ROWS)
-    names = ("matrix", "alone", "portfolio", "serial", "qat")
+    names = ("matrix", "alone", "portfolio", "serial", "shrunk", "qat")
     parts = {name: [row for row in rows if row["part"] == name] for name in names}
     about = (__doc__ or "").split("\n\n", 2)[2].strip()
     head = of_rows("python -m benchmarks.compression --model FOLDER", rows)
@@ -244,6 +260,9 @@ def report() -> None:
         [row["chain"], f"{row['bits']:.2f}", f"{row['relative']:.3f}", f"{row['proxy']:.5f}"] for row in parts["serial"]
     ]
     text.append(table(["chain", "bits a weight", "relative error", "proxy"], lines))
+    text.append("## Shrunk weights, without a codec\n")
+    lines = [[f"{row['factor']}", row["text"], f"{row['loss']:+.4f}"] for row in parts["shrunk"]]
+    text.append(table(["factor", "text", "rise of the loss, nats"], lines))
     text.append("## Ternary training\n")
     columns = ["training", "loss without training", f"after {parts['qat'][0]['steps']} steps", "CPU s", "seeds"]
     lines = []
@@ -278,7 +297,7 @@ def _portfolio_line(row: dict[str, Any]) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="folder of a causal language model of Python")
-    parser.add_argument("--only", nargs="*", default=["matrix", "alone", "portfolio", "serial", "qat"])
+    parser.add_argument("--only", nargs="*", default=["matrix", "alone", "portfolio", "serial", "shrunk", "qat"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -288,6 +307,7 @@ def main() -> None:
         "alone": lambda: alone(args.model),
         "portfolio": lambda: portfolio(args.model),
         "serial": lambda: serial(args.model),
+        "shrunk": lambda: shrunk(args.model),
         "qat": lambda: qat(args.model, args.seeds),
     }
     for part in args.only:

@@ -93,7 +93,7 @@ def compress(
     network = network.to(device)
     batches = partial(_batches, device=device)
     folder = output / _WORK
-    with _progress() as show:
+    with _Progress() as show:
         work = Compressor(
             network,
             Data(
@@ -125,7 +125,7 @@ def compress(
     }
     (output / REPORT_NAME).write_text(json.dumps(_plain(report), indent=1, allow_nan=False) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
-    _tell(report, output)
+    _print_results(report, output)
     try:
         print(f"Wrote {write_page(output)}")
     except (ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -243,7 +243,7 @@ def _solver(module: Any, datamodule: Any, gate: Gate | None) -> Any:
     return solved
 
 
-class _progress:
+class _Progress:
     """A progress bar on a terminal; lines elsewhere, one for each tenth."""
 
     def __enter__(self) -> Any:
@@ -270,7 +270,7 @@ class _progress:
         self._bar.stop()
 
 
-def _tell(report: dict[str, Any], output: Path) -> None:
+def _print_results(report: dict[str, Any], output: Path) -> None:
     share = report["num_in_matrices"] / report["num_weights"]
     if share < 0.9:
         print(

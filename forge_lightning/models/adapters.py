@@ -63,7 +63,7 @@ def add_adapters(model: Any, settings: Mapping[str, Any]) -> Any:
                 "ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning
             )
             made = peft.get_peft_model(model, adapter_config(settings))
-    except (ValueError, TypeError, RuntimeError, NotImplementedError, AttributeError) as error:
+    except (ValueError, TypeError, RuntimeError, AttributeError) as error:  # of peft, for settings that do not fit
         linear = sorted({name.split(".")[-1] for name, part in model.named_modules() if _is_linear(part)})
         raise MisconfigurationException(
             f"`ForgeModule(peft={dict(settings)!r})`: {error} The model's linear layers are called {linear}."

@@ -15,7 +15,7 @@ from tests.data.test_text import Sums
 
 
 class Seen(Sums):
-    """Hands what all ranks saw to the first process, through a file."""
+    """Gather what all ranks saw on rank 0, through a file."""
 
     def __init__(self, where):
         super().__init__()
